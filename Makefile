@@ -1,0 +1,45 @@
+# Environment, main job, checks. `make help` lists the targets; ARGS="..." passes options on.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+
+.DEFAULT_GOAL := help
+.PHONY: help install cv test lint benchmark
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)/.dev ## create the environment with everything for running, testing and linting
+
+cv: $(VENV)/.experiments ## five-fold cross-validation, e.g. make cv ARGS="--accelerator=cpu --folds 0 2"
+	@$(RUN) experiments.cv $(ARGS)
+
+test: $(VENV)/.dev ## run the tests
+	@$(RUN) pytest -n auto --maxprocesses 4 $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, its formatter, pyright
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+benchmark: $(VENV)/.experiments ## time the kernels, e.g. make benchmark ARGS=--quick
+	@$(RUN) benchmarks.kernels $(ARGS)
+
+# A stamp is newer than pyproject.toml once its extra is installed, so a second run starts at once.
+$(VENV)/.experiments: pyproject.toml | $(BIN)/python
+	@echo "Installing cmsad-jax and the packages of its experiments into $(VENV) (once)"
+	@$(RUN) pip install --quiet --editable ".[experiments]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "Installing cmsad-jax and its development tools into $(VENV) (once)"
+	@$(RUN) pip install --quiet --editable ".[dev]"
+	@touch $(VENV)/.experiments $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  f"Python must be 3.11 or newer; got {v[0]}.{v[1]}. Use make PYTHON=/path/to/python3.11.")'
+	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }

@@ -1,0 +1,16 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(os.environ.get("CMSAD_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real patients and the answers of other software; absent on most machines."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no shared data at {SHARED_DATA}; set CMSAD_SHARED_DATA")
+    return SHARED_DATA
