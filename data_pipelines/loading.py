@@ -1,0 +1,247 @@
+"""Stored cases in, training batches and validation cases out, through Grain.
+
+Reading happens in threads of this process: decoding is a copy, for which worker processes cost
+more than they give. Decoded training arrays stay in memory up to a stated bound.
+"""
+
+import importlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from data_pipelines.case import STORED_UNIT, Case, DataConfig, DataError
+from data_pipelines.case_builder import decode
+from data_pipelines.sampling import SamplingPlan
+from data_pipelines.splits import CaseInfo
+
+Batch = dict[str, np.ndarray]
+"""``image``: float32 ``b d h w m``; ``label``: int32 ``b d h w``; ``present``: bool ``b m``;
+``key``: uint32 ``b 2``, the data of a threefry key; ``case_index``: int32 ``b``, into the list of
+cases that was given."""
+
+
+class Arrays(NamedTuple):
+    """What training needs of a case; see ``Case``."""
+
+    image: np.ndarray
+    label: np.ndarray
+    present: np.ndarray
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the arrays hold."""
+        return sum(array.nbytes for array in self)
+
+
+class CaseSource:
+    """Random access to the stored cases of one data set, from any thread.
+
+    The arrays that training needs are kept decoded as they are read, until ``memory_bytes`` are
+    held; what does not fit is read again whenever it is needed. Batches are the same either way.
+
+    Attributes:
+        info: facts of each case, in stored order.
+        fingerprint: sha256 of everything stored.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        info: Sequence[CaseInfo],
+        fingerprint: str,
+        *,
+        memory_bytes: int = 2**30,
+    ):
+        self.info = tuple(info)
+        self.fingerprint = fingerprint
+        self._records = records
+        self._position = {case.case_id: i for i, case in enumerate(self.info)}
+        self._memory_bytes = memory_bytes
+        self._kept: dict[str, Arrays] = {}
+        self._kept_bytes = 0
+        self._foreground: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+    @property
+    def case_ids(self) -> tuple[str, ...]:
+        """Ids in stored order."""
+        return tuple(self._position)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Size of the reference grid, ``d h w``, which all cases share."""
+        d, h, w = self.arrays(self.case_ids[0]).label.shape
+        return d, h, w
+
+    def __getitem__(self, case_id: str) -> Case:
+        """Read one case; its arrays are read-only.
+
+        Raises:
+            DataError: the data set has no such case.
+        """
+        if case_id not in self._position:
+            raise DataError(
+                f"cases must be of the data set; got {case_id!r}, which is not among its "
+                f"{len(self)} cases. Use the fold file that was made for it."
+            )
+        return decode(self._records[self._position[case_id]])
+
+    def arrays(self, case_id: str) -> Arrays:
+        """What training needs of a case, from memory where it is kept."""
+        kept = self._kept.get(case_id)
+        if kept is not None:
+            return kept
+        case = self[case_id]
+        arrays = Arrays(case.image, case.label, case.present)
+        with self._lock:
+            fits = self._kept_bytes + arrays.num_bytes <= self._memory_bytes
+            if fits and case_id not in self._kept:
+                self._kept[case_id] = arrays
+                self._kept_bytes += arrays.num_bytes
+        return arrays
+
+    def foreground(self, case_id: str) -> np.ndarray:
+        """Flat int32 indices of the foreground voxels on the reference grid.
+
+        Kept once found: 4 bytes a voxel, so about 100 MB for the glands of 1,500 patients and 1 MB
+        for their lesions.
+        """
+        if case_id not in self._foreground:
+            label = self.arrays(case_id).label
+            self._foreground[case_id] = np.flatnonzero(label).astype(np.int32)
+        return self._foreground[case_id]
+
+
+def build(config: DataConfig) -> CaseSource:
+    """Open a data set, building it first where it has not been.
+
+    Raises:
+        DataError: no builder has that name, or the data have faults.
+    """
+    names = builder_names()
+    if config.name not in names:
+        raise DataError(
+            f"data set must be one of {', '.join(names)}; got {config.name!r}. "
+            "Use one of these with --data.name; nifti_folder reads your own files."
+        )
+    module = importlib.import_module(f"data_pipelines.{config.name}.{config.name}_dataset_builder")
+    builder = module.Builder(config)
+    builder.prepare()
+    return CaseSource(builder.source(), builder.infos, builder.fingerprint)
+
+
+def builder_names() -> tuple[str, ...]:
+    """Data sets that can be built: folders of this package with a builder of their name."""
+    package = Path(__file__).parent
+    return tuple(
+        sorted(
+            file.parent.name
+            for file in package.glob("*/*_dataset_builder.py")
+            if file.name == f"{file.parent.name}_dataset_builder.py"
+        )
+    )
+
+
+def sampling_plan(
+    source: CaseSource,
+    case_ids: Sequence[str],
+    *,
+    crop: tuple[int, int, int],
+    seed: int,
+    foreground_share: float = 1 / 3,
+    num_threads: int = 2,
+) -> SamplingPlan:
+    """The plan by which crops of these cases are drawn; reads every case once.
+
+    Raises:
+        DataError: a case is unknown; or see ``SamplingPlan``.
+    """
+    with ThreadPoolExecutor(max(1, num_threads)) as threads:
+        foreground = list(threads.map(source.foreground, case_ids))
+    return SamplingPlan(
+        foreground, source.shape, crop=crop, seed=seed, foreground_share=foreground_share
+    )
+
+
+def train_batches(
+    source: CaseSource,
+    case_ids: Sequence[str],
+    *,
+    crop: tuple[int, int, int],
+    batch_size: int,
+    seed: int,
+    num_steps: int,
+    foreground_share: float = 1 / 3,
+    start_step: int = 0,
+    num_threads: int = 2,
+) -> Iterator[Batch]:
+    """Batches of crops for the steps from ``start_step`` up to ``num_steps``.
+
+    Example ``i`` of batch ``s`` is crop ``s * batch_size + i`` of the plan: the same whatever the
+    number of threads and wherever a run is resumed, and another batch size cuts the same sequence
+    elsewhere. A few batches are read ahead.
+
+    Args:
+        source: where the cases lie.
+        case_ids: those to train on; their order is part of what is drawn.
+        crop: size of the crops, ``d h w``.
+        batch_size: examples in a batch.
+        seed: at least 0; other seeds give other crops.
+        num_steps: of the whole run.
+        foreground_share: of the crops, drawn to hold foreground, balanced over positive cases.
+        start_step: steps that were made before.
+        num_threads: that read; 0 reads in the calling thread.
+
+    Raises:
+        DataError: at once, not at the first batch: an unknown case; or see ``SamplingPlan``.
+    """
+    if batch_size < 1:
+        raise DataError(
+            f"batch size must be 1 or more; got {batch_size}. Use --train.batch-size 2."
+        )
+    plan = sampling_plan(
+        source,
+        case_ids,
+        crop=crop,
+        seed=seed,
+        foreground_share=foreground_share,
+        num_threads=num_threads,
+    )
+
+    def example(index: int) -> dict[str, Any]:
+        drawn = plan[index]
+        arrays = source.arrays(case_ids[drawn.case_index])
+        window = tuple(
+            slice(start, start + size) for start, size in zip(drawn.offset, crop, strict=True)
+        )
+        return {
+            "image": arrays.image[window].astype(np.float32) * np.float32(STORED_UNIT),
+            "label": arrays.label[window].astype(np.int32),
+            "present": arrays.present,
+            "key": drawn.key,
+            "case_index": np.int32(drawn.case_index),
+        }
+
+    examples = grain.MapDataset.range(start_step * batch_size, num_steps * batch_size).map(example)
+    return iter(examples.batch(batch_size).to_iter_dataset(_read_options(num_threads)))
+
+
+def eval_cases(
+    source: CaseSource, case_ids: Sequence[str], *, num_threads: int = 1
+) -> Iterator[Case]:
+    """Whole cases in the given order, the next ones being read meanwhile."""
+    cases = grain.MapDataset.source(list(case_ids)).map(source.__getitem__)
+    return iter(cases.to_iter_dataset(_read_options(num_threads)))
+
+
+def _read_options(num_threads: int) -> grain.ReadOptions:
+    """Twice as many elements ahead as threads: more would only hold memory."""
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)

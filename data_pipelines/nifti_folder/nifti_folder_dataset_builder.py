@@ -1,0 +1,218 @@
+"""A user's own files: one folder per case, or the raw layout of nnU-Net. See README.md."""
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data_pipelines.case import DataConfig, DataError, MissingDataError
+from data_pipelines.case_builder import FileCaseBuilder
+from data_pipelines.preprocessing import REFERENCE
+from data_pipelines.validation import CaseFiles, Problem
+from data_pipelines.volume_io import SUFFIXES
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "t2w": ("t2", "t2_tra", "t2_tse", "t2_weighted"),
+    "adc": ("adc_map",),
+    "hbv": ("dwi", "high_b", "highb", "high_b_value", "dwi_high_b"),
+}
+"""Other names under which a modality is accepted, in lower case with ``_`` for blanks and ``-``."""
+
+_PATIENTS = "patients.csv"
+
+
+class Builder(FileCaseBuilder):
+    """Cases in a folder of the user's own."""
+
+    def find_cases(self) -> Sequence[CaseFiles]:
+        """One entry for each case folder, or each case of ``imagesTr``."""
+        return find_cases(self.root(), self.data_config)
+
+
+def find_cases(root: Path, config: DataConfig) -> list[CaseFiles]:
+    """List the cases under ``root``, in either layout.
+
+    Raises:
+        MissingDataError: no case, or ``imagesTr`` without ``dataset.json``.
+        DataError: a faulty ``dataset.json`` or ``patients.csv``.
+    """
+    wanted = (REFERENCE, *(name for name in config.modalities if name != REFERENCE))
+    if (root / "imagesTr").is_dir():
+        cases = _nnunet_cases(root, wanted, config)
+    else:
+        cases = _folder_cases(root, wanted, config)
+    if not cases:
+        raise MissingDataError(
+            f"the data folder must hold a folder for each case, or imagesTr; found no case in "
+            f"{root}. Check --data.path."
+        )
+    patients = _read_patients(root / _PATIENTS, [case.case_id for case in cases])
+    return [dataclasses.replace(case, patient_id=patients[case.case_id]) for case in cases]
+
+
+def modality_of(name: str, wanted: Sequence[str]) -> str | None:
+    """Which of the wanted modalities a file or channel name means; case does not matter."""
+    name = re.sub(r"[\s-]+", "_", name.strip().lower())
+    for modality in wanted:
+        if name in (modality.lower(), *ALIASES.get(modality, ())):
+            return modality
+    return None
+
+
+def _folder_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list[CaseFiles]:
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [_folder_case(folder, wanted, config.target) for folder in folders]
+
+
+def _folder_case(folder: Path, wanted: Sequence[str], target: str) -> CaseFiles:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        stem = _stem(path)
+        name = stem if stem in (target, "label") else modality_of(stem, wanted)
+        if name:
+            found.setdefault(name, []).append(path)
+    general = found.pop("label", [])
+    labels = found.pop(target, general)
+    problems = tuple(
+        Problem(
+            folder.name,
+            None,
+            f"a case must have one file for '{name}'; got {', '.join(p.name for p in paths)} in "
+            f"{folder}. Remove all but one.",
+        )
+        for name, paths in (*found.items(), (target, labels))
+        if len(paths) > 1
+    )
+    endings = f"{{{','.join(SUFFIXES)}}}"
+    looked_for = {name: f"{name}{endings} in {folder}" for name in wanted}
+    looked_for["label"] = f"{target}{endings} and label{endings} in {folder}"
+    return CaseFiles(
+        case_id=folder.name,
+        patient_id=folder.name,
+        images={name: found[name][0] for name in wanted if name in found},
+        label=labels[0] if labels else None,
+        looked_for=looked_for,
+        problems=problems,
+    )
+
+
+def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list[CaseFiles]:
+    description = _read_dataset_json(root / "dataset.json")
+    _check_classes(description, config, root / "dataset.json")
+    channels = _channels(description, wanted, root / "dataset.json")
+    ending = description.get("file_ending", ".nii.gz")
+    images: dict[str, dict[str, Path]] = {}
+    for path in sorted((root / "imagesTr").glob(f"*{ending}")):
+        case_id, _, number = path.name.removesuffix(ending).rpartition("_")
+        if number.isdigit() and int(number) in channels:
+            images.setdefault(case_id, {})[channels[int(number)]] = path
+    numbers = {name: number for number, name in channels.items()}
+    cases = []
+    for case_id in sorted(images):
+        label = root / "labelsTr" / f"{case_id}{ending}"
+        looked_for = {
+            name: f"{case_id}_{numbers[name]:04d}{ending} in {root / 'imagesTr'}"
+            if name in numbers
+            else f"a channel of that name in {root / 'dataset.json'}"
+            for name in wanted
+        }
+        looked_for["label"] = str(label)
+        cases.append(
+            CaseFiles(
+                case_id=case_id,
+                patient_id=case_id,
+                images={name: images[case_id][name] for name in wanted if name in images[case_id]},
+                label=label if label.is_file() else None,
+                looked_for=looked_for,
+            )
+        )
+    return cases
+
+
+def _read_dataset_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MissingDataError(
+            f"the nnU-Net layout needs dataset.json, which names the channels; none at {path}. "
+            "Add it."
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} must be JSON; got: {error}. Correct the file.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold an object; got {content!r:.40}. Correct the file.")
+    return content
+
+
+def _channels(description: Mapping, wanted: Sequence[str], path: Path) -> dict[int, str]:
+    """Channel number to modality, from ``channel_names`` (``modality`` in nnU-Net version 1)."""
+    names = description.get("channel_names", description.get("modality"))
+    if not isinstance(names, dict) or not all(str(number).isdigit() for number in names):
+        raise DataError(
+            f'{path} must hold "channel_names", such as {{"0": "T2W", "1": "ADC"}}; got '
+            f"{names!r}. Correct the file."
+        )
+    channels: dict[int, str] = {}
+    for number, name in names.items():
+        modality = modality_of(str(name), wanted)
+        if modality in channels.values():
+            raise DataError(
+                f"{path} must name each modality once; got '{modality}' again as channel "
+                f"{number} ({name}). Correct the file."
+            )
+        if modality:
+            channels[int(number)] = modality
+    if not channels:
+        raise DataError(
+            f"{path} must name a wanted channel ({', '.join(wanted)}); got "
+            f"{', '.join(map(str, names.values()))}. Rename the channels or change "
+            "--data.modalities."
+        )
+    return channels
+
+
+def _check_classes(description: Mapping, config: DataConfig, path: Path) -> None:
+    """For several classes the numbers matter: those of the file must be those of the target."""
+    labels = description.get("labels")
+    if len(config.classes) == 1 or not isinstance(labels, dict):
+        return
+    if all(str(number).isdigit() for number in labels):  # version 1 maps numbers to names
+        labels = {name: int(number) for number, name in labels.items()}
+    given = {str(name).lower(): number for name, number in labels.items()}
+    expected = {name: i + 1 for i, name in enumerate(config.classes)}
+    if any(given.get(name) != number for name, number in expected.items()):
+        raise DataError(
+            f"{path} must number the classes of '{config.target}' as {expected}; got {labels}. "
+            "Renumber the labels or choose another --data.target."
+        )
+
+
+def _read_patients(path: Path, case_ids: Sequence[str]) -> dict[str, str]:
+    """Case to patient; without the file every case is a patient of its own."""
+    if not path.is_file():
+        return {case_id: case_id for case_id in case_ids}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"case", "patient"} <= rows[0].keys():
+        raise DataError(
+            f"{path} must have the columns case and patient; got "
+            f"{', '.join(rows[0]) if rows else 'no rows'}. Correct the file."
+        )
+    patients = {row["case"]: row["patient"] for row in rows}
+    unknown = [case_id for case_id in case_ids if not patients.get(case_id)]
+    if unknown:
+        raise DataError(
+            f"{path} must name the patient of every case; got none for {', '.join(unknown[:3])}"
+            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}. Add the rows."
+        )
+    return patients
+
+
+def _stem(path: Path) -> str:
+    """Lower-case file name without the ending of a volume; empty if it is no volume."""
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix) and not path.name.startswith("."):
+            return path.name.removesuffix(suffix).lower()
+    return ""

@@ -1,0 +1,224 @@
+"""Cross-validation folds: grouped by patient, stratified by lesion presence, kept in a file.
+
+A fold file is JSON: ``{"sha256": ..., "folds": [{"train": [...], "val": [...]}, ...]}``. The bare
+list, in which PI-CAI publishes its folds, can be read as well.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from data_pipelines.case import DataError, MissingDataError
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseInfo:
+    """What the folds must know of a case.
+
+    Attributes:
+        case_id: unique name of the study.
+        patient_id: who was imaged.
+        positive: whether the label holds any foreground.
+    """
+
+    case_id: str
+    patient_id: str
+    positive: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Folds:
+    """Which cases validate in which fold; all others of the data set train in it.
+
+    Attributes:
+        validation: case ids of each fold, sorted.
+    """
+
+    validation: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.validation)
+
+    def training(self, fold: int) -> tuple[str, ...]:
+        """Sorted ids of the cases that train in ``fold``."""
+        others = (ids for i, ids in enumerate(self.validation) if i != fold)
+        return tuple(sorted(case_id for ids in others for case_id in ids))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the validation ids: equal folds have equal hashes."""
+        return hashlib.sha256(json.dumps(self.validation).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the fold file, whole or not at all."""
+        folds = [{"train": self.training(i), "val": ids} for i, ids in enumerate(self.validation)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps({"sha256": self.sha256, "folds": folds}, indent=1) + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Folds":
+        """Read a file written by ``save``; one that was changed since is a ``DataError``."""
+        content = _read_json(path)
+        if not isinstance(content, dict):
+            raise DataError(f"{path} must be a fold file written by this project. {_PUBLISHED}")
+        folds = cls(tuple(tuple(fold["val"]) for fold in _fold_list(content, path)))
+        if folds.sha256 != content.get("sha256"):
+            raise DataError(
+                f"{path} must hold the folds that its sha256 was taken of; got hash "
+                f"{folds.sha256[:12]} and written {str(content.get('sha256'))[:12]}. "
+                "Restore the file, or delete it to make new folds."
+            )
+        return folds
+
+
+_PUBLISHED = "Read folds from elsewhere as published folds."
+
+
+def make_folds(infos: Iterable[CaseInfo], *, num_folds: int = 5, seed: int = 0) -> Folds:
+    """Spread the patients over folds of equal size and equal share of positive cases.
+
+    Patients are taken in an order drawn by ``seed`` (a hash of seed and patient id, so it depends
+    neither on the order of ``infos`` nor on a generator's version), those with most positive
+    cases first, and each goes to the fold that has the fewest positive cases (if it brings any)
+    and the fewest cases. With one case a patient both counts differ by at most 1 between folds.
+
+    Raises:
+        DataError: fewer than two folds, fewer patients than folds, or a case given twice.
+    """
+    infos = sorted(infos, key=lambda info: info.case_id)
+    _check_unique(infos)
+    patients: dict[str, list[CaseInfo]] = {}
+    for info in infos:
+        patients.setdefault(info.patient_id, []).append(info)
+    if num_folds < 2:
+        raise DataError(f"there must be at least 2 folds; got {num_folds}. Ask for 2 or more.")
+    if len(patients) < num_folds:
+        raise DataError(
+            f"each fold needs a patient of its own; got {len(patients)} patients and {num_folds} "
+            f"folds. Ask for {len(patients)} folds or fewer, or add patients."
+        )
+
+    def order(patient: str) -> tuple[int, int, str]:
+        cases = patients[patient]
+        drawn = hashlib.sha256(f"{seed}/{patient}".encode()).hexdigest()
+        return -sum(case.positive for case in cases), -len(cases), drawn
+
+    folds: list[list[CaseInfo]] = [[] for _ in range(num_folds)]
+    for patient in sorted(patients, key=order):
+        cases = patients[patient]
+        if any(case.positive for case in cases):
+            fold = min(folds, key=lambda fold: (sum(case.positive for case in fold), len(fold)))
+        else:
+            fold = min(folds, key=len)
+        fold.extend(cases)
+    return Folds(tuple(tuple(sorted(case.case_id for case in fold)) for fold in folds))
+
+
+def load_published(path: Path, infos: Sequence[CaseInfo]) -> Folds:
+    """Folds that others published, cut to the cases of this data set.
+
+    Args:
+        path: JSON list of ``{"train": [ids], "val": [ids]}``, or a fold file of this project.
+        infos: the cases at hand; published ids that are not among them are dropped.
+
+    Raises:
+        MissingDataError: no such file.
+        DataError: a case is in no fold or in several, a patient is in several, a fold keeps no
+            case, or a fold does not train on all cases that it does not validate.
+    """
+    known = {info.case_id for info in infos}
+    published = _fold_list(_read_json(path), path)
+    folds = Folds(tuple(tuple(sorted(known & set(fold["val"]))) for fold in published))
+    check_folds(folds, infos, source=path)
+    for i, fold in enumerate(published):
+        differing = (known & set(fold["train"])) ^ set(folds.training(i))
+        if differing:
+            raise DataError(
+                f"every fold must train on exactly the cases that it does not validate; in fold "
+                f"{i} of {path} this fails for {_some(differing)}. Correct the file, or let the "
+                "project make the folds."
+            )
+    return folds
+
+
+def check_folds(folds: Folds, infos: Sequence[CaseInfo], *, source: Path | str) -> None:
+    """Raise ``DataError`` unless ``folds`` part exactly these cases, with no patient in two."""
+    _check_unique(infos)
+    patient_of = {info.case_id: info.patient_id for info in infos}
+    fold_of: dict[str, int] = {}
+    fold_of_patient: dict[str, int] = {}
+    for i, ids in enumerate(folds.validation):
+        if not ids:
+            raise DataError(
+                f"every fold must validate at least one case; fold {i} of {source} has none of "
+                "this data set. Let the project make the folds, or add the missing cases."
+            )
+        for case_id in ids:
+            if case_id not in patient_of:
+                raise DataError(
+                    f"folds must be of the data set they are used with; {source} names the "
+                    f"unknown case {case_id}. Use the fold file of this data set, or make new "
+                    "folds."
+                )
+            if fold_of.setdefault(case_id, i) != i:
+                raise DataError(
+                    f"a case must be validated in one fold; {source} has {case_id} in folds "
+                    f"{fold_of[case_id]} and {i}. Correct the file."
+                )
+            patient = patient_of[case_id]
+            if fold_of_patient.setdefault(patient, i) != i:
+                raise DataError(
+                    f"the cases of a patient must share a fold; {source} has patient {patient} "
+                    f"in folds {fold_of_patient[patient]} and {i}. Correct the file."
+                )
+    left_out = patient_of.keys() - fold_of.keys()
+    if left_out:
+        raise DataError(
+            f"every case must be in a fold; {source} lacks {len(left_out)} of {len(infos)}: "
+            f"{_some(left_out)}. Remove these cases, or let the project make the folds."
+        )
+
+
+def _check_unique(infos: Sequence[CaseInfo]) -> None:
+    seen: set[str] = set()
+    for info in infos:
+        if info.case_id in seen:
+            raise DataError(f"case ids must be unique; got {info.case_id} twice. Rename one.")
+        seen.add(info.case_id)
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MissingDataError(f"no fold file at {path}. Check the path.") from None
+    except ValueError as error:
+        raise DataError(f"{path} must be JSON; got: {error}. Correct the file.") from None
+
+
+def _fold_list(content: object, path: Path) -> list[dict[str, list[str]]]:
+    """The folds of either file format, each with string lists ``train`` and ``val``."""
+    folds = content.get("folds") if isinstance(content, dict) else content
+    if isinstance(folds, list) and folds and all(_is_fold(fold) for fold in folds):
+        return folds
+    raise DataError(
+        f'{path} must be a list of folds {{"train": [case ids], "val": [case ids]}}; got '
+        f"something else. Correct the file."
+    )
+
+
+def _is_fold(fold: object) -> bool:
+    return isinstance(fold, dict) and all(
+        isinstance(fold.get(part), list) and all(isinstance(i, str) for i in fold[part])
+        for part in ("train", "val")
+    )
+
+
+def _some(ids: Iterable[str]) -> str:
+    ids = sorted(ids)
+    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")

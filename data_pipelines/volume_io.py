@@ -1,0 +1,162 @@
+"""Read and write volumes: NIfTI through nibabel; MHA, MHD and NRRD through SimpleITK.
+
+Whatever the format, a volume comes out as ``Volume``: array ``d h w`` and an affine to RAS+
+millimetres, as nibabel gives it. SimpleITK's LPS is turned into RAS here and nowhere else.
+"""
+
+import contextlib
+import dataclasses
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+from nibabel.filebasedimages import ImageFileError
+
+from data_pipelines.case import DataError, MissingDataError, Volume
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd")
+"""File name endings that can be read."""
+
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Where the voxels of a volume lie: ``shape`` is ``d h w``, ``affine`` as in ``Volume``."""
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of a file, from its header alone. Errors as ``read_volume``."""
+    with _faults_named(path):
+        return _open(path)[0]
+
+
+def read_volume(path: Path) -> Volume:
+    """Read a volume in the dtype of the file (NIfTI intensity scaling applied).
+
+    Raises:
+        MissingDataError: no such file.
+        DataError: unreadable, not three-dimensional, not real numbers, not finite, or no usable
+            geometry; the message names the file.
+    """
+    with _faults_named(path):
+        grid, load = _open(path)
+        array = load()
+    if array.dtype.kind not in "buif":
+        raise DataError(
+            f"{path} must hold one real number a voxel; got {array.dtype}. "
+            "Convert the file to one scalar image."
+        )
+    num_bad = int(array.size - np.isfinite(array).sum())
+    if num_bad:
+        raise DataError(
+            f"{path} must hold finite values; got {num_bad} NaN or infinite voxels. "
+            "Repair or leave out this file."
+        )
+    return Volume(array, grid.affine)
+
+
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """Write ``array`` (``d h w``, uint8 or float32) as NIfTI, whole or not at all.
+
+    Loaded with nibabel the file has shape ``(w, h, d)`` and this affine (as float32, which is what
+    the format holds), so it overlays the file from which the affine was read.
+    """
+    if array.dtype not in (np.uint8, np.float32):
+        raise TypeError(f"array must be uint8 or float32; got {array.dtype}. Convert it first.")
+    suffix = next((s for s in NIFTI_SUFFIXES if path.name.endswith(s)), None)
+    if suffix is None:
+        raise ValueError(f"path must end in .nii.gz or .nii; got {path.name}. Rename it.")
+    image = nib.Nifti1Image(array.T, affine)
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    image.header.set_xyzt_units("mm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name.removesuffix(suffix)}.{os.getpid()}{suffix}")
+    try:
+        nib.save(image, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _faults_named(path: Path) -> Iterator[None]:
+    """Whatever the readers raise on a broken file becomes a ``DataError`` that names it."""
+    if not path.is_file():
+        raise MissingDataError(f"no file at {path}. Check the path.")
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, ImageFileError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{path} must be a readable image; got: {reason}. Copy or convert the file again."
+        ) from error
+
+
+def _open(path: Path) -> tuple[Grid, Callable[[], np.ndarray]]:
+    """Read the header; the second result reads the voxels, as ``d h w``."""
+    if path.name.endswith(NIFTI_SUFFIXES):
+        return _open_nifti(path)
+    if path.name.endswith(SUFFIXES):
+        return _open_itk(path)
+    raise DataError(f"volumes must be one of {', '.join(SUFFIXES)}; got {path}. Convert the file.")
+
+
+def _open_nifti(path: Path) -> tuple[Grid, Callable[[], np.ndarray]]:
+    image = cast(nib.Nifti1Image, nib.load(path))
+    shape = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    grid = _checked_grid(path, shape, np.asarray(image.affine))
+    return grid, lambda: np.asanyarray(image.dataobj).reshape(shape).T
+
+
+def _open_itk(path: Path) -> tuple[Grid, Callable[[], np.ndarray]]:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    shape = reader.GetSize()
+    if reader.GetNumberOfComponents() != 1:
+        shape = (*shape, reader.GetNumberOfComponents())
+    dimension = reader.GetDimension()
+    affine = np.eye(4)
+    if dimension == 3:
+        direction = np.reshape(reader.GetDirection(), (3, 3))
+        affine[:3, :3] = direction * reader.GetSpacing()
+        affine[:3, 3] = reader.GetOrigin()
+    grid = _checked_grid(path, shape, _LPS_TO_RAS @ affine)
+    return grid, lambda: sitk.GetArrayFromImage(reader.Execute())
+
+
+def _checked_grid(path: Path, shape: Sequence[int], affine: np.ndarray) -> Grid:
+    """The grid of a file that lists its axes as ``(i, j, k)``, if it is a usable one."""
+    if len(shape) != 3:
+        raise DataError(
+            f"{path} must be three-dimensional; got shape {tuple(shape)}. Convert it to one volume."
+        )
+    affine = np.asarray(affine, np.float64)
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not (lengths > 0).all():
+        raise DataError(
+            f"{path} must have a positive voxel size; got {lengths.tolist()} mm. "
+            "Repair the header of the file."
+        )
+    if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
+        raise DataError(
+            f"{path} must have three independent axes; got the affine {affine[:3, :3].tolist()}. "
+            "Repair the header of the file."
+        )
+    i, j, k = (int(n) for n in shape)
+    return Grid((k, j, i), affine)

@@ -1,0 +1,65 @@
+"""Small synthetic cases, in memory and on disk, for the tests of this folder."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+
+from data_pipelines.case import DataConfig, PreprocessConfig, RawCase, Volume
+
+SMALL = PreprocessConfig(spacing_mm=(3.0, 1.0, 1.0), size=(6, 16, 16))
+
+
+def affine(spacing_dhw=(3.0, 1.0, 1.0), origin=(-10.0, -12.0, 5.0), tilt_deg=10.0) -> np.ndarray:
+    """An affine tilted about the x axis."""
+    angle = np.deg2rad(tilt_deg)
+    cos, sin = np.cos(angle), np.sin(angle)
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) * spacing_dhw[::-1]
+    matrix[:3, 3] = origin
+    return matrix
+
+
+def raw_case(case_id="a", *, seed=0, positive=True) -> RawCase:
+    """T2W 8 x 24 x 24, ADC and HBV coarser and on a grid of their own, a box as the label."""
+    rng = np.random.default_rng(seed)
+    fine, coarse = affine(), affine((3.0, 2.0, 2.0), (-11.0, -13.0, 5.0))
+    label = np.zeros((8, 24, 24), np.uint16)
+    if positive:
+        label[3:5, 10:14, 8:13] = 3
+    return RawCase(
+        case_id,
+        f"patient_{case_id}",
+        {
+            "t2w": Volume(rng.integers(0, 1000, (8, 24, 24)).astype(np.int16), fine),
+            "adc": Volume(rng.integers(0, 3000, (8, 13, 14)).astype(np.uint16), coarse),
+            "hbv": Volume(rng.gamma(2.0, 40.0, (8, 13, 14)).astype(np.float32), coarse),
+        },
+        Volume(label, fine),
+    )
+
+
+def save(path: Path, volume: Volume) -> None:
+    """Write with the library of the format, independently of volume_io."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith((".nii", ".nii.gz")):
+        nib.save(nib.Nifti1Image(volume.array.T, volume.affine), path)
+        return
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image = sitk.GetImageFromArray(volume.array)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    sitk.WriteImage(image, str(path))
+
+
+def write_folder(root: Path, *cases: RawCase, ending=".nii.gz", label="lesion") -> DataConfig:
+    """One folder per case; returns the config to read them."""
+    for case in cases:
+        for name, volume in case.images.items():
+            save(root / case.case_id / f"{name}{ending}", volume)
+        if case.label is not None:
+            save(root / case.case_id / f"{label}{ending}", case.label)
+    return DataConfig(name="nifti_folder", path=root, cache=root.parent / "cache", preprocess=SMALL)

@@ -1,0 +1,405 @@
+"""The shared TFDS builder, and the readers of user folders and of PI-CAI."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from data_pipelines.case import Case, DataConfig, DataError, MissingDataError, PreprocessConfig
+from data_pipelines.case_builder import decode, encode
+from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder as FolderBuilder
+from data_pipelines.nifti_folder.nifti_folder_dataset_builder import modality_of
+from data_pipelines.picai.picai_dataset_builder import Builder as PicaiBuilder
+from data_pipelines.preprocessing import preprocess_case
+from data_pipelines.splits import CaseInfo
+from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_folder
+
+
+def assert_same(a: Case, b: Case) -> None:
+    for field in dataclasses.fields(Case):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        np.testing.assert_array_equal(left, right, err_msg=field.name)
+        if isinstance(left, np.ndarray):
+            assert left.dtype == right.dtype, field.name
+
+
+def build(config: DataConfig, builder=FolderBuilder):
+    built = builder(config)
+    built.prepare()
+    return built, {case.case_id: case for case in map(decode, built.source())}
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+def test_what_is_built_is_what_was_preprocessed(tmp_path, ending):
+    raws = raw_case("b"), raw_case("a", seed=1, positive=False)
+    config = write_folder(tmp_path / "data", *raws, ending=ending)
+    built, cases = build(config)
+    assert list(cases) == ["a", "b"]
+    for raw in raws:
+        expected = preprocess_case(dataclasses.replace(raw, patient_id=raw.case_id), config)
+        case = cases[raw.case_id]
+        np.testing.assert_allclose(case.image, expected.image, atol=1)  # float32 affine on disk
+        np.testing.assert_array_equal(case.label, expected.label)
+        np.testing.assert_array_equal(case.original_truth, expected.original_truth)
+        np.testing.assert_allclose(case.original_affine, expected.original_affine, atol=1e-5)
+        assert case.truth.shape == expected.truth.shape
+    assert built.infos == (CaseInfo("a", "a", False), CaseInfo("b", "b", True))
+    assert len(built.fingerprint) == 64
+
+
+@pytest.mark.parametrize("voxels", [0, 1, 2, 5])
+def test_records_hold_any_truth(tmp_path, voxels):
+    raw = raw_case()
+    raw.label.array[:] = 0
+    raw.label.array[3, 10, 8 : 8 + voxels] = 1
+    config = write_folder(tmp_path / "data", raw)
+    built, cases = build(config)
+    assert cases["a"].truth.size == voxels
+    reader = built.read_case(built.entries[0])
+    assert_same(cases["a"], preprocess_case(reader, config))
+    assert_same(decode(encode(cases["a"])), cases["a"])
+
+
+def test_a_built_data_set_is_used_again(tmp_path, monkeypatch):
+    config = write_folder(tmp_path / "data", raw_case())
+    first, _ = build(config)
+    monkeypatch.setattr(FolderBuilder, "read_case", None)
+    again, cases = build(config)
+    assert again.data_dir == first.data_dir
+    assert list(cases) == ["a"]
+    assert pickle.loads(pickle.dumps(again)).infos == first.infos
+
+
+def test_whatever_matters_makes_another_data_set(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case())
+    folder = FolderBuilder(config).data_dir
+    moved = tmp_path / "moved"
+    shutil.copytree(config.path, moved)
+    assert FolderBuilder(dataclasses.replace(config, path=moved)).data_dir == folder
+    assert FolderBuilder(dataclasses.replace(config, num_cases=7)).data_dir == folder
+    smaller = PreprocessConfig(spacing_mm=(3, 1, 1), size=(4, 16, 16))
+    changed = [
+        dataclasses.replace(config, preprocess=smaller),
+        dataclasses.replace(config, modalities=("t2w", "adc")),
+        dataclasses.replace(config, allow_missing=True),
+    ]
+    folders = {FolderBuilder(c).data_dir for c in changed}
+    os.utime(config.path / "a" / "adc.nii.gz", (1, 1))
+    folders.add(FolderBuilder(config).data_dir)
+    (config.path / "patients.csv").write_text("case,patient\na,p1\n")
+    folders.add(FolderBuilder(config).data_dir)
+    assert len(folders) == 5
+    assert folder not in folders
+
+
+def test_fingerprint_is_of_the_content(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case())
+    first, _ = build(config)
+    os.utime(config.path / "a" / "adc.nii.gz", (1, 1))
+    touched, _ = build(config)
+    assert touched.data_dir != first.data_dir
+    assert touched.fingerprint == first.fingerprint
+    save(config.path / "a" / "adc.nii.gz", raw_case(seed=5).images["adc"])
+    changed, _ = build(config)
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_all_faults_of_all_cases_are_told_at_once(tmp_path):
+    cases = [raw_case(name) for name in "abcdef"]
+    cases[3].label.array[0, 0, 0] = 999  # found only when voxels are read
+    config = write_folder(tmp_path / "data", *cases)
+    (config.path / "a" / "hbv.nii.gz").unlink()
+    (config.path / "b" / "lesion.nii.gz").unlink()
+    (config.path / "c" / "t2w.nii.gz").write_bytes(b"junk")
+    far = raw_case("e").images["adc"]
+    far.affine[0, 3] += 500
+    save(config.path / "e" / "adc.nii.gz", far)
+    (config.path / "f").rename(config.path / "f 1")
+    with pytest.raises(DataError) as caught:
+        FolderBuilder(config).prepare()
+    text = str(caught.value)
+    assert "the data set cannot be built; faults: 5, cases: 6." in text
+    assert "- a: a case must have every modality; got no 'hbv', looked for hbv{.nii.gz" in text
+    assert "Remove the case, use --data.modalities t2w adc or pass --data.allow-missing." in text
+    assert "- b: a case must have a label for the target 'lesion'; got none, looked for" in text
+    assert "t2w.nii.gz must be a readable image" in text
+    assert "- e: 'adc' must overlap the reference image" in text
+    assert "- f 1: a case id must consist of letters, digits, '.', '_' and '-'" in text
+    assert not config.cache.exists() or not list(config.cache.rglob("*"))
+
+
+def test_faults_in_voxels_are_told_at_once_and_nothing_is_left(tmp_path):
+    cases = [raw_case(name) for name in "abc"]
+    cases[1].label.array[0, 0, 0] = 999
+    cases[2].images["hbv"].array[:] = 4
+    nan = raw_case("d")
+    nan.images["hbv"].array[0, 0, 0] = np.nan
+    config = write_folder(tmp_path / "data", *cases, nan)
+    with pytest.raises(DataError) as caught:
+        FolderBuilder(config).prepare()
+    text = str(caught.value)
+    assert "faults: 3, cases: 4." in text
+    assert "- b: label values must be whole numbers from 0 to 255" in text
+    assert "- c: 'hbv' must vary within the crop; got the constant 4" in text
+    assert "hbv.nii.gz must hold finite values; got 1 NaN or infinite voxels" in text
+    assert not list(config.cache.rglob("*"))
+    save(config.path / "b" / "lesion.nii.gz", raw_case().label)
+    save(config.path / "c" / "hbv.nii.gz", raw_case().images["hbv"])
+    shutil.rmtree(config.path / "d")
+    _, built = build(config)
+    assert list(built) == ["a", "b", "c"]
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+    builder = FolderBuilder(config)
+    read = builder.read_case
+
+    def interrupt(entry):
+        if entry.case_id == "b":
+            raise KeyboardInterrupt
+        return read(entry)
+
+    monkeypatch.setattr(builder, "read_case", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        builder.prepare()
+    assert not builder.is_prepared()
+    assert not list(config.cache.rglob("*"))
+
+
+def test_a_slower_process_takes_the_result_of_a_faster_one(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case())
+    slow = FolderBuilder(config)
+    read = slow.read_case
+
+    def overtaken(entry):
+        FolderBuilder(config).prepare()
+        return read(entry)
+
+    slow.read_case = overtaken
+    slow.prepare()
+    assert [decode(record).case_id for record in slow.source()] == ["a"]
+
+
+def test_missing_folders_are_named(tmp_path):
+    config = DataConfig(name="nifti_folder", cache=tmp_path / "cache", preprocess=SMALL)
+    with pytest.raises(DataError, match=r"'nifti_folder' needs a folder; pass --data.path FOLDER"):
+        FolderBuilder(config)
+    config = dataclasses.replace(config, path=tmp_path / "nowhere")
+    with pytest.raises(MissingDataError, match=r"no folder at .*nowhere. Check --data.path"):
+        FolderBuilder(config)
+    (tmp_path / "nowhere").mkdir()
+    with pytest.raises(MissingDataError, match=r"a folder for each case, or imagesTr; found no"):
+        FolderBuilder(config)
+    with pytest.raises(MissingDataError, match=r"needs the folder 'images'"):
+        PicaiBuilder(config)
+    (tmp_path / "nowhere/images").mkdir()
+    with pytest.raises(MissingDataError, match=r"needs the folder 'labels' .* Clone https"):
+        PicaiBuilder(config)
+    (tmp_path / "nowhere/labels").mkdir()
+    with pytest.raises(MissingDataError, match=r"<modality>.mha; found none for t2w, adc, hbv"):
+        PicaiBuilder(config)
+    assert not config.cache.exists()
+
+
+def test_other_names_of_modalities():
+    wanted = ("t2w", "adc", "hbv", "dce")
+    for name, modality in {
+        "T2W": "t2w",
+        "t2_tse": "t2w",
+        "ADC": "adc",
+        "DWI": "hbv",
+        "High B": "hbv",
+        "high-b-value": "hbv",
+        "DCE": "dce",
+        "cor": None,
+    }.items():
+        assert modality_of(name, wanted) == modality
+
+
+def test_folder_layout_details(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"), label="label")
+    folder = config.path / "a"
+    (folder / "hbv.nii.gz").rename(folder / "DWI.nii.gz")
+    save(folder / "gland.nii.gz", raw_case().label)
+    (folder / "notes.txt").touch()
+    (config.path / ".hidden").mkdir()
+    (config.path / "patients.csv").write_text("case,patient,age\na,p1,60\nb,p1,61\n")
+    entries = FolderBuilder(config).entries
+    assert [(e.case_id, e.patient_id) for e in entries] == [("a", "p1"), ("b", "p1")]
+    assert entries[0].images["hbv"].name == "DWI.nii.gz"
+    assert entries[0].label.name == "label.nii.gz"
+    gland = FolderBuilder(dataclasses.replace(config, target="gland")).entries
+    assert gland[0].label.name == "gland.nii.gz"
+    assert gland[1].label.name == "label.nii.gz"
+
+
+def test_two_files_for_one_modality_are_refused(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case())
+    save(config.path / "a" / "adc.mha", raw_case().images["adc"])
+    save(config.path / "a" / "lesion.mha", raw_case().label)
+    with pytest.raises(DataError) as caught:
+        FolderBuilder(config).prepare()
+    assert "one file for 'adc'; got adc.mha, adc.nii.gz in" in str(caught.value)
+    assert "one file for 'lesion'; got lesion.mha, lesion.nii.gz in" in str(caught.value)
+
+
+def test_faulty_patient_tables_are_refused(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+    table = config.path / "patients.csv"
+    table.write_text("case,patient\na,p1\n")
+    with pytest.raises(DataError, match=r"patient of every case; got none for b. Add the rows"):
+        FolderBuilder(config)
+    table.write_text("name,patient\na,p1\n")
+    with pytest.raises(DataError, match=r"columns case and patient; got name, patient"):
+        FolderBuilder(config)
+
+
+def test_cases_without_a_modality_can_be_allowed(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+    (config.path / "b" / "t2w.nii.gz").unlink()
+    _, cases = build(dataclasses.replace(config, allow_missing=True))
+    assert cases["a"].present.tolist() == [True, True, True]
+    assert cases["b"].present.tolist() == [False, True, True]
+    assert cases["b"].original_shape == (8, 13, 14)
+
+
+def write_nnunet(root, *cases, description=None) -> DataConfig:
+    for case in cases:
+        for number, name in enumerate(("hbv", "t2w", "adc")):
+            save(root / f"imagesTr/{case.case_id}_{number:04d}.nii.gz", case.images[name])
+        save(root / f"labelsTr/{case.case_id}.nii.gz", case.label)
+    content = {"channel_names": {"0": "High_B", "1": "T2W", "2": "ADC"}, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(content if description is None else description))
+    return DataConfig(name="nifti_folder", path=root, cache=root.parent / "cache", preprocess=SMALL)
+
+
+def test_nnunet_layout_gives_the_same_cases(tmp_path):
+    raws = raw_case("p1_s1"), raw_case("p2_s1", seed=1)
+    _, cases = build(write_nnunet(tmp_path / "nnunet", *raws))
+    _, expected = build(write_folder(tmp_path / "folders", *raws))
+    assert list(cases) == ["p1_s1", "p2_s1"]
+    for case_id, case in cases.items():
+        assert_same(case, expected[case_id])
+
+
+def test_nnunet_version_1_and_its_missing_files(tmp_path):
+    description = {"modality": {"0": "dwi", "1": "T2", "2": "Adc"}}
+    config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)
+    assert list(FolderBuilder(config).entries[0].images) == ["t2w", "adc", "hbv"]
+    (config.path / "imagesTr/a_0002.nii.gz").unlink()
+    (config.path / "labelsTr/a.nii.gz").unlink()
+    with pytest.raises(DataError) as caught:
+        FolderBuilder(config).prepare()
+    assert "got no 'adc', looked for a_0002.nii.gz in" in str(caught.value)
+    assert "got none, looked for" in str(caught.value)
+    assert "labelsTr/a.nii.gz" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("description", "text"),
+    [
+        ({}, r'must hold "channel_names", such as .* got None'),
+        ([], r"must hold an object; got \[\]"),
+        ({"channel_names": {"0": "CT"}}, r"a wanted channel \(t2w, adc, hbv\); got CT"),
+        ({"channel_names": {"0": "T2", "1": "t2w"}}, r"once; got 't2w' again as channel 1 \(t2w\)"),
+    ],
+)
+def test_faulty_dataset_json_is_refused(tmp_path, description, text):
+    config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)
+    with pytest.raises(DataError, match=text):
+        FolderBuilder(config)
+
+
+def test_unreadable_dataset_json_is_refused(tmp_path):
+    config = write_nnunet(tmp_path / "data", raw_case("a"))
+    (config.path / "dataset.json").write_text("{")
+    with pytest.raises(DataError, match=r"dataset.json must be JSON"):
+        FolderBuilder(config)
+    (config.path / "dataset.json").unlink()
+    with pytest.raises(MissingDataError, match=r"needs dataset.json, which names the channels"):
+        FolderBuilder(config)
+
+
+@pytest.mark.parametrize(
+    "labels", [{"background": 0, "TZ": 1, "PZ": 2}, {"0": "background", "1": "tz", "2": "pz"}]
+)
+def test_zones_in_another_order_are_refused(tmp_path, labels):
+    description = {"channel_names": {"0": "DWI", "1": "T2W", "2": "ADC"}, "labels": labels}
+    config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)
+    assert FolderBuilder(config).entries  # for one class the order does not matter
+    with pytest.raises(DataError, match=r"number the classes of 'zones' as {'pz': 1, 'tz': 2}"):
+        FolderBuilder(dataclasses.replace(config, target="zones"))
+
+
+PICAI_PATIENTS = ("10000", "10021", "10574", "10795", "11373")
+
+
+@pytest.mark.parametrize(
+    ("target", "volumes_ml"),
+    [
+        ("lesion", (0, 8.73, 0, 0, 0.31)),
+        ("gland", (35.7, 63.9, 41.4, 32.2, 44.3)),
+        ("zones", (36.3, 64.1, 42.9, 33.4, 45.0)),
+    ],
+)
+def test_real_patients(shared_data, tmp_path, target, volumes_ml):
+    config = DataConfig(
+        name="picai", path=shared_data / "picai_mini", target=target, cache=tmp_path
+    )
+    built, cases = build(config, PicaiBuilder)
+    assert tuple(info.patient_id for info in built.infos) == PICAI_PATIENTS
+    assert [info.positive for info in built.infos] == [ml > 0 for ml in volumes_ml]
+    for case, volume in zip(cases.values(), volumes_ml, strict=True):
+        voxel_ml = abs(np.linalg.det(case.original_affine[:3, :3])) / 1000
+        assert (case.original_truth > 0).sum() * voxel_ml == pytest.approx(volume, abs=0.06)
+        on_grid = (case.label > 0).sum() * 3 / 1000
+        assert on_grid == pytest.approx(volume, rel=0.05, abs=0.03)
+        assert case.label.max() <= len(config.classes)
+        assert case.image.shape == (20, 96, 96, 3)
+        assert case.present.all()
+    if target == "zones":  # the peripheral zone lies behind the transition zone
+        for case in cases.values():
+            rows = [np.argwhere(case.label == i)[:, 1].mean() for i in (1, 2)]
+            assert rows[0] < rows[1]
+
+
+def test_labels_of_people_go_before_those_of_an_ai(shared_data, tmp_path):
+    config = DataConfig(name="picai", path=shared_data / "picai_mini", cache=tmp_path / "cache")
+    entry = PicaiBuilder(config).entries[1]
+    assert entry.case_id == "10021_1000021"
+    assert entry.metadata["label_source"] == "csPCa_lesion_delineations/human_expert/resampled"
+    assert entry.metadata["center"] == "RUMC"
+    assert entry.metadata["case_ISUP"] == "3"
+
+
+def test_picai_layout_details(tmp_path):
+    root = tmp_path / "picai"
+    lesions = root / "picai_labels/csPCa_lesion_delineations"
+    for case_id, fold in (("1_100", 0), ("1_101", 3)):
+        raw = raw_case(case_id)
+        for name, volume in raw.images.items():
+            save(root / f"public_images_fold{fold}/1/{case_id}_{name}.mha", volume)
+        save(root / f"public_images_fold{fold}/1/{case_id}_sag.mha", raw.images["t2w"])
+    save(lesions / "AI/Bosma22a/1_100.nii.gz", raw_case().label)
+    save(lesions / "human_expert/original/1_100.nii.gz", raw_case(positive=False).label)
+    config = DataConfig(name="picai", path=root, cache=tmp_path / "cache", preprocess=SMALL)
+    with pytest.raises(DataError) as caught:
+        PicaiBuilder(config).prepare()
+    assert "faults: 1, cases: 2" in str(caught.value)
+    assert "- 1_101: a case must have a label for the target 'lesion'" in str(caught.value)
+    save(lesions / "AI/Bosma22a/1_101.nii.gz", raw_case().label)
+    built, _ = build(config, PicaiBuilder)
+    assert built.infos == (CaseInfo("1_100", "1", False), CaseInfo("1_101", "1", True))
+
+
+def test_duplicate_cases_are_refused(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case("a"))
+    builder = FolderBuilder(config)
+    builder.entries *= 2
+    with pytest.raises(DataError, match=r"- a: a case id must be unique; got it 2 times"):
+        builder.prepare()

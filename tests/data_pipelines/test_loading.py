@@ -1,0 +1,245 @@
+"""Loading on synthetic records, and once through a stored data set."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from data_pipelines import loading
+from data_pipelines.case import STORED_UNIT, Case, DataConfig, DataError
+from data_pipelines.case_builder import encode
+from data_pipelines.loading import CaseSource, build, eval_cases, sampling_plan, train_batches
+from data_pipelines.splits import CaseInfo
+
+SHAPE = (4, 12, 10)
+CROP = (2, 8, 6)
+CASE_BYTES = 4 * 12 * 10 * (2 * 2 + 1) + 2
+
+
+class Records(list):
+    """Stored records that count how often each is read."""
+
+    def __init__(self, records):
+        super().__init__(records)
+        self.num_reads = [0] * len(records)
+
+    def __getitem__(self, index):
+        self.num_reads[index] += 1
+        return super().__getitem__(index)
+
+
+def make_case(index: int) -> Case:
+    """The label is where the first modality is a multiple of 97; every third case has one."""
+    image = np.random.default_rng(index).integers(1, 5000, (*SHAPE, 2)).astype(np.int16)
+    if index % 3 == 0:
+        image[1, 2:5, 3:6, 0] = 97 * np.arange(1, 10).reshape(3, 3)
+    else:
+        image[..., 0] += image[..., 0] % 97 == 0
+    label = (image[..., 0] % 97 == 0).astype(np.uint8)
+    return Case(
+        case_id=f"case{index}",
+        patient_id=f"patient{index}",
+        image=image,
+        label=label,
+        present=np.array([True, index != 1]),
+        affine=np.diag([1.0, 1.0, 3.0, 1.0]),
+        original_shape=SHAPE,
+        original_affine=np.diag([1.0, 1.0, 3.0, 1.0]),
+        truth=label,
+        truth_offset=(0, 0, 0),
+    )
+
+
+def make_source(num_cases=5, **options) -> CaseSource:
+    cases = [make_case(i) for i in range(num_cases)]
+    info = [CaseInfo(case.case_id, case.patient_id, case.positive) for case in cases]
+    return CaseSource(Records([encode(case) for case in cases]), info, "abc", **options)
+
+
+def batches(source=None, case_ids=None, **options):
+    source = source or make_source()
+    settings = {"crop": CROP, "batch_size": 2, "seed": 1, "num_steps": 9}
+    case_ids = source.case_ids if case_ids is None else case_ids
+    return list(train_batches(source, case_ids, **{**settings, **options}))
+
+
+def joined(parts):
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_batch_has_the_documented_arrays():
+    batch = batches()[0]
+    assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+        "image": ((2, *CROP, 2), "float32"),
+        "label": ((2, *CROP), "int32"),
+        "present": ((2, 2), "bool"),
+        "key": ((2, 2), "uint32"),
+        "case_index": ((2,), "int32"),
+    }
+
+
+def test_batches_hold_the_planned_crops_of_image_and_label():
+    source = make_source()
+    plan = sampling_plan(source, source.case_ids, crop=CROP, seed=1)
+    drawn = joined(batches(source))
+    for i in range(18):
+        case, crop = make_case(plan[i].case_index), plan[i]
+        window = tuple(slice(o, o + s) for o, s in zip(crop.offset, CROP, strict=True))
+        np.testing.assert_array_equal(drawn["image"][i], case.image[window] * STORED_UNIT)
+        np.testing.assert_array_equal(drawn["label"][i], case.label[window])
+        np.testing.assert_array_equal(drawn["present"][i], case.present)
+        np.testing.assert_array_equal(drawn["key"][i], crop.key)
+        assert drawn["case_index"][i] == crop.case_index
+        assert drawn["label"][i].any() or not crop.foreground
+
+
+def test_labels_follow_the_image():
+    drawn = joined(batches(num_steps=30))
+    first = np.rint(drawn["image"][..., 0] / STORED_UNIT).astype(int)
+    np.testing.assert_array_equal(drawn["label"], first % 97 == 0)
+    assert drawn["label"].any(axis=(1, 2, 3)).sum() >= 20  # a third of 60 at least
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_number_of_threads_changes_nothing(num_threads):
+    assert_equal(joined(batches(num_threads=num_threads)), joined(batches()))
+
+
+def test_batch_size_only_cuts_the_sequence_elsewhere():
+    assert_equal(joined(batches(batch_size=3, num_steps=6)), joined(batches()))
+
+
+def test_resumed_run_goes_on_with_the_same_batches():
+    resumed = batches(start_step=5)
+    assert len(resumed) == 4
+    assert_equal(joined(resumed), joined(batches()[5:]))
+    assert batches(start_step=9) == []
+
+
+def test_other_seed_gives_other_batches():
+    assert (joined(batches(seed=2))["key"] != joined(batches())["key"]).any()
+
+
+def test_an_epoch_covers_every_case():
+    drawn = joined(batches(foreground_share=0, batch_size=5, num_steps=3))["case_index"]
+    assert np.sort(drawn.reshape(3, 5)).tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_only_the_given_cases_are_drawn_and_read():
+    source = make_source()
+    drawn = joined(batches(source, case_ids=("case3", "case1")))
+    assert set(drawn["case_index"]) == {0, 1}
+    assert drawn["present"][:, 1].tolist() == (drawn["case_index"] == 0).tolist()
+    assert source._records.num_reads[2] == source._records.num_reads[4] == 0
+
+
+@pytest.mark.parametrize("num_kept", [0, 2, 5])
+def test_memory_bound_changes_what_is_read_but_not_the_batches(num_kept):
+    source = make_source(memory_bytes=num_kept * CASE_BYTES)
+    assert_equal(joined(batches(source)), joined(batches()))
+    for case_id in source.case_ids:
+        source.arrays(case_id)
+    before = sum(source._records.num_reads)
+    for case_id in source.case_ids:
+        source.arrays(case_id)
+    assert sum(source._records.num_reads) - before == 5 - num_kept
+
+
+def test_crops_may_be_single_slices():
+    assert batches(crop=(1, 12, 10))[0]["image"].shape == (2, 1, 12, 10, 2)
+
+
+def test_stored_arrays_stay_as_they_are():
+    source = make_source()
+    for batch in batches(source):
+        batch["image"] += 1
+        batch["label"] += 1
+    np.testing.assert_array_equal(source["case0"].image, make_case(0).image)
+    np.testing.assert_array_equal(source["case0"].label, make_case(0).label)
+
+
+def test_evaluation_gives_whole_cases_in_order():
+    source = make_source()
+    order = ("case4", "case0", "case2")
+    cases = list(eval_cases(source, order))
+    assert tuple(case.case_id for case in cases) == order
+    np.testing.assert_array_equal(cases[1].image, make_case(0).image)
+    assert list(eval_cases(source, ())) == []
+
+
+def test_source_says_what_it_holds():
+    source = make_source()
+    assert len(source) == 5
+    assert source.shape == SHAPE
+    assert source.case_ids == tuple(f"case{i}" for i in range(5))
+    assert [info.positive for info in source.info] == [True, False, False, True, False]
+    assert source.fingerprint == "abc"
+
+
+def test_foreground_indices_are_those_of_the_label():
+    source = make_source()
+    expected = np.flatnonzero(make_case(3).label)
+    np.testing.assert_array_equal(source.foreground("case3"), expected)
+    assert source.foreground("case3").dtype == np.int32
+    assert source.foreground("case1").size == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"crop": (6, 12, 10)},
+            r"crop must fit into the volume; got crop \(6, 12, 10\) and volume \(4, 12, 10\)",
+        ),
+        ({"batch_size": 0}, "batch size must be 1 or more; got 0. Use --train.batch-size 2"),
+        ({"case_ids": ()}, "there must be a case to train on; got none"),
+        (
+            {"case_ids": ("case1", "case2")},
+            "foreground crops need a training case with foreground; got 2 cases without any",
+        ),
+        ({"case_ids": ("case9",)}, "cases must be of the data set; got 'case9'"),
+    ],
+)
+def test_impossible_requests_fail_before_the_first_batch(options, message):
+    source = make_source()
+    settings = {"crop": CROP, "batch_size": 2, "seed": 1, "num_steps": 9, **options}
+    case_ids = settings.pop("case_ids", source.case_ids)
+    with pytest.raises(DataError, match=message):
+        train_batches(source, case_ids, **settings)
+
+
+def test_unknown_data_set_is_refused_by_name(tmp_path):
+    message = (
+        r"data set must be one of .*nifti_folder.*; got 'brats'. Use one of these with --data.name"
+    )
+    with pytest.raises(DataError, match=message):
+        build(DataConfig(name="brats", cache=tmp_path))
+
+
+def test_every_builder_is_found():
+    assert {"nifti_folder", "phantom", "picai"} <= set(loading.builder_names())
+
+
+def test_a_built_data_set_gives_batches_and_is_not_built_again(tmp_path):
+    config = DataConfig(name="phantom", num_cases=4, cache=tmp_path)
+    source = build(config)
+    assert len(source) == 4
+    settings = {"crop": (8, 32, 32), "batch_size": 2, "seed": 0, "num_steps": 3}
+    share = 1 / 3 if any(info.positive for info in source.info) else 0
+    settings["foreground_share"] = share
+    first = joined(list(train_batches(source, source.case_ids, **settings)))
+    assert first["image"].shape == (6, 8, 32, 32, 3)
+    assert np.isfinite(first["image"]).all()
+    assert first["image"].std() > 0
+    again = build(config)
+    assert again.fingerprint == source.fingerprint
+    assert_equal(joined(list(train_batches(again, again.case_ids, **settings))), first)
+    pairs = itertools.zip_longest(eval_cases(source, source.case_ids), source.info)
+    for case, info in pairs:
+        assert (case.case_id, case.positive) == (info.case_id, info.positive)

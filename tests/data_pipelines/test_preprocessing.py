@@ -1,0 +1,366 @@
+import dataclasses
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from data_pipelines.case import (
+    STORED_UNIT,
+    DataConfig,
+    DataError,
+    MissingDataError,
+    PreprocessConfig,
+    Volume,
+)
+from data_pipelines.picai.picai_dataset_builder import Builder
+from data_pipelines.preprocessing import (
+    canonical,
+    overlaps,
+    preprocess_case,
+    reference_grid,
+    resample,
+    to_original,
+)
+from data_pipelines.volume_io import read_volume, write_nifti
+from tests.data_pipelines.fabricate import SMALL, affine, raw_case, save
+
+CONFIG = DataConfig(preprocess=SMALL)
+
+
+def with_image(raw, name, **changes):
+    volume = dataclasses.replace(raw.images[name], **changes)
+    return dataclasses.replace(raw, images={**raw.images, name: volume})
+
+
+def with_label(raw, array, matrix=None):
+    matrix = raw.label.affine if matrix is None else matrix
+    return dataclasses.replace(raw, label=Volume(array, matrix))
+
+
+def stored_in(volume: Volume, permutation, flips) -> Volume:
+    """The same image with its file axes ``i j k`` flipped, then permuted."""
+    image = nib.Nifti1Image(volume.array.T, volume.affine)
+    start = nib.orientations.io_orientation(volume.affine)
+    wanted = start[list(permutation)] * [[1, -1 if flip else 1] for flip in flips]
+    image = image.as_reoriented(nib.orientations.ornt_transform(start, wanted))
+    return Volume(np.asarray(image.dataobj).T, image.affine)
+
+
+ORIENTATIONS = list(
+    itertools.product(itertools.permutations(range(3)), itertools.product((0, 1), repeat=3))
+)
+
+
+def test_canonical_axes_point_to_right_anterior_superior():
+    volume = raw_case().images["adc"]
+    for permutation, flips in ORIENTATIONS:
+        result = canonical(stored_in(volume, permutation, flips))
+        np.testing.assert_array_equal(result.array, volume.array)
+        np.testing.assert_allclose(result.affine, volume.affine, atol=1e-9)
+
+
+def test_reference_grid_is_centred_and_keeps_obliqueness():
+    t2w = raw_case().images["t2w"]
+    shape, matrix = reference_grid(t2w, PreprocessConfig(spacing_mm=(4, 2, 1), size=(5, 8, 12)))
+    assert shape == (5, 8, 12)
+    np.testing.assert_allclose(matrix @ [5.5, 3.5, 2, 1], t2w.affine @ [11.5, 11.5, 3.5, 1])
+    np.testing.assert_allclose(matrix[:3, :3] / (1, 2, 4), t2w.affine[:3, :3] / (1, 1, 3))
+
+
+def test_reference_grid_of_equal_spacing_falls_on_voxels():
+    t2w = raw_case().images["t2w"]
+    shape, matrix = reference_grid(t2w, PreprocessConfig(spacing_mm=(3, 1, 1), size=(5, 25, 24)))
+    np.testing.assert_allclose(np.linalg.solve(t2w.affine, matrix)[:3, 3], [0, 0, 2], atol=1e-9)
+    result, _ = resample(t2w, shape, matrix, order=1)
+    np.testing.assert_allclose(result[:, :-1], t2w.array[2:7], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_resampling_to_the_same_grid_changes_nothing(order):
+    volume = raw_case().images["hbv"]
+    result, inside = resample(volume, volume.shape, volume.affine, order=order)
+    np.testing.assert_array_equal(result, volume.array)
+    assert inside.all()
+    shifted = volume.affine.copy()
+    shifted[:3, 3] += volume.affine[:3, 0]
+    result, inside = resample(volume, volume.shape, shifted, order=order, fill=-7)
+    np.testing.assert_allclose(result[..., :-1], volume.array[..., 1:], rtol=1e-5)
+    assert (result[..., -1] == -7).all()
+    assert inside[..., :-1].all()
+    assert not inside[..., -1].any()
+
+
+def test_resampling_by_hand():
+    volume = Volume(np.arange(5.0).reshape(1, 1, 5), np.diag([2.0, 1, 1, 1]))
+    matrix = np.eye(4)
+    matrix[0, 3] = -2
+    result, inside = resample(volume, (1, 1, 13), matrix, order=1, fill=9)
+    expected = [9, 0, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4, 9]
+    np.testing.assert_allclose(result.ravel(), expected)
+    np.testing.assert_array_equal(inside.ravel(), np.array(expected) != 9)
+    nearest, _ = resample(volume, (1, 1, 13), matrix, order=0, fill=9)
+    np.testing.assert_array_equal(nearest.ravel(), [9, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 9])
+
+
+@pytest.mark.parametrize(("order", "method"), [(1, sitk.sitkLinear), (0, sitk.sitkNearestNeighbor)])
+def test_resampling_agrees_with_simpleitk(shared_data, order, method):
+    folder = shared_data / "picai_mini/images/11373"
+    t2w = read_volume(folder / "11373_1001396_t2w.mha")
+    adc = read_volume(folder / "11373_1001396_adc.mha")
+    adc = dataclasses.replace(adc, array=adc.array.astype(np.float32))
+    small = Volume(t2w.array[:, ::4, ::4], t2w.affine @ np.diag([4, 4, 1, 1]))
+    result, inside = resample(adc, small.shape, small.affine, order=order, fill=-1)
+    image = sitk.ReadImage(str(folder / "11373_1001396_t2w.mha"))[::4, ::4, :]
+    moving = sitk.Cast(sitk.ReadImage(str(folder / "11373_1001396_adc.mha")), sitk.sitkFloat32)
+    expected = sitk.GetArrayFromImage(
+        sitk.Resample(moving, image, sitk.Transform(), method, -1.0, sitk.sitkFloat32)
+    )
+    np.testing.assert_array_equal(inside, expected >= 0)
+    np.testing.assert_allclose(result, expected, atol=0.05)
+    assert 0.1 < inside.mean() < 1
+
+
+def test_grids_overlap_also_when_one_is_tiny():
+    big, tiny = affine((1, 1, 1), (0, 0, 0), 0), affine((0.1, 0.1, 0.1), (50.3, 50.3, 50.3), 0)
+    assert overlaps((100, 100, 100), big, (2, 2, 2), tiny)
+    assert overlaps((2, 2, 2), tiny, (100, 100, 100), big)
+    far = affine((1, 1, 1), (200, 0, 0), 0)
+    assert not overlaps((100, 100, 100), big, (100, 100, 100), far)
+
+
+def test_scaled_intensities():
+    raw = raw_case()
+    case = preprocess_case(raw, CONFIG)
+    assert case.image.shape == (6, 16, 16, 3)
+    assert case.image.dtype == np.int16
+    assert case.present.tolist() == [True, True, True]
+    values = case.image * STORED_UNIT
+    np.testing.assert_allclose(values.mean((0, 1, 2)), 0, atol=1e-3)
+    np.testing.assert_allclose(values.std((0, 1, 2)), 1, atol=1e-3)
+    sampled, _ = resample(raw.images["t2w"], (6, 16, 16), case.affine, order=1)
+    clipped = np.clip(sampled, *np.percentile(sampled, (0.5, 99.5)))
+    expected = (clipped - clipped.mean()) / clipped.std()
+    np.testing.assert_allclose(values[..., 0], expected, atol=1e-3)
+    brighter = with_image(raw, "t2w", array=raw.images["t2w"].array.astype(np.float64) * 3 + 50)
+    np.testing.assert_allclose(preprocess_case(brighter, CONFIG).image, case.image, atol=1)
+
+
+def test_outside_the_field_of_view_is_zero():
+    raw = raw_case()
+    half = raw.images["adc"]
+    raw = with_image(raw, "adc", array=half.array[:, :, :7])
+    case = preprocess_case(raw, CONFIG)
+    _, inside = resample(raw.images["adc"], case.label.shape, case.affine, order=1)
+    assert 0.2 < inside.mean() < 0.8
+    assert not case.image[~inside, 1].any()
+    assert abs(case.image[inside, 1].mean() * STORED_UNIT) < 1e-3
+
+
+def test_labels_keep_their_place():
+    case = preprocess_case(raw_case(), CONFIG)
+    # The crop of 6 x 16 x 16 is centred in 8 x 24 x 24: it starts at voxel 1, 4, 4.
+    expected = np.zeros((6, 16, 16), np.uint8)
+    expected[2:4, 6:10, 4:9] = 1
+    np.testing.assert_array_equal(case.label, expected)
+    assert case.truth.shape == (2, 4, 5)
+    assert case.truth_offset == (3, 10, 8)
+    np.testing.assert_array_equal(case.original_truth, raw_case().label.array > 0)
+    assert case.positive
+
+
+def test_a_label_on_another_grid_lands_at_the_same_place():
+    raw = raw_case()
+    label, matrix = raw.label.array, raw.label.affine.copy()
+    matrix[:3, 3] += matrix[:3, :3] @ [2, 5, 1]
+    moved = with_label(raw, label[1:7, 5:20, 2:22], matrix)
+    case, expected = preprocess_case(moved, CONFIG), preprocess_case(raw, CONFIG)
+    np.testing.assert_array_equal(case.label, expected.label)
+    np.testing.assert_array_equal(case.original_truth, expected.original_truth)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float64])
+def test_label_dtype_does_not_matter(dtype):
+    raw = raw_case()
+    case = preprocess_case(with_label(raw, raw.label.array.astype(dtype)), CONFIG)
+    np.testing.assert_array_equal(case.label, preprocess_case(raw, CONFIG).label)
+
+
+def test_zones_keep_their_classes():
+    label = np.zeros((8, 24, 24), np.int32)
+    label[3:5, 8:12, 8:16], label[3:5, 12:16, 8:16] = 1, 2
+    config = dataclasses.replace(CONFIG, target="zones")
+    case = preprocess_case(with_label(raw_case(), label), config)
+    np.testing.assert_array_equal(np.bincount(case.label.ravel()), [6 * 256 - 128, 64, 64])
+    np.testing.assert_array_equal(case.original_truth, label)
+
+
+@pytest.mark.parametrize(("permutation", "flips"), ORIENTATIONS[1::7])
+def test_orientation_on_disk_does_not_matter(permutation, flips):
+    raw = raw_case()
+    turned = dataclasses.replace(
+        raw,
+        images={name: stored_in(v, permutation, flips) for name, v in raw.images.items()},
+        label=stored_in(raw.label, permutation, flips),
+    )
+    expected, case = preprocess_case(raw, CONFIG), preprocess_case(turned, CONFIG)
+    assert case.original_shape == turned.images["t2w"].shape
+    np.testing.assert_allclose(case.affine, expected.affine, atol=1e-9)
+    np.testing.assert_allclose(case.image, expected.image, atol=1)
+    np.testing.assert_array_equal(case.label, expected.label)
+    np.testing.assert_array_equal(case.original_truth, turned.label.array > 0)
+
+
+def test_real_case_in_another_orientation_gives_the_same_label(shared_data):
+    config = DataConfig(name="picai", path=shared_data / "picai_mini", target="gland")
+    builder = Builder(config)
+    raw = builder.read_case(builder.entries[-1])
+    turned = dataclasses.replace(
+        raw,
+        images={name: stored_in(v, (1, 2, 0), (1, 0, 1)) for name, v in raw.images.items()},
+        label=stored_in(raw.label, (2, 0, 1), (0, 1, 1)),
+    )
+    expected, case = preprocess_case(raw, config), preprocess_case(turned, config)
+    np.testing.assert_array_equal(case.label, expected.label)
+    np.testing.assert_allclose(case.image, expected.image, atol=1)
+
+
+def test_absent_modalities_are_marked_and_zero():
+    raw = raw_case()
+    raw = dataclasses.replace(raw, images={k: v for k, v in raw.images.items() if k != "adc"})
+    case = preprocess_case(raw, dataclasses.replace(CONFIG, allow_missing=True))
+    assert case.present.tolist() == [True, False, True]
+    assert not case.image[..., 1].any()
+    with pytest.raises(
+        MissingDataError, match=r"every modality; got none for adc. .*allow-missing"
+    ):
+        preprocess_case(raw, CONFIG)
+    with pytest.raises(MissingDataError, match=r"at least one of the modalities adc; got t2w, hbv"):
+        preprocess_case(raw, dataclasses.replace(CONFIG, modalities=("adc",), allow_missing=True))
+
+
+def test_t2w_sets_the_grid_even_if_it_is_no_input():
+    raw = raw_case()
+    case = preprocess_case(raw, dataclasses.replace(CONFIG, modalities=("hbv", "adc")))
+    both = preprocess_case(raw, CONFIG)
+    np.testing.assert_array_equal(case.image, both.image[..., [2, 1]])
+    assert case.original_shape == (8, 24, 24)
+    without = dataclasses.replace(raw, images={"hbv": raw.images["hbv"]})
+    case = preprocess_case(without, dataclasses.replace(CONFIG, modalities=("hbv",)))
+    assert case.original_shape == (8, 13, 14)
+
+
+def test_negative_and_unlabelled_cases():
+    case = preprocess_case(raw_case(positive=False), CONFIG)
+    assert not case.positive
+    assert case.truth.shape == (0, 0, 0)
+    assert case.original_truth.shape == (8, 24, 24)
+    unlabelled = dataclasses.replace(raw_case(), label=None)
+    with pytest.raises(MissingDataError, match=r"must have a label; got none. .*empty if .*lesion"):
+        preprocess_case(unlabelled, CONFIG)
+    assert not preprocess_case(unlabelled, CONFIG, require_label=False).label.any()
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "text"),
+    [
+        (0.5, "lesion", r"whole numbers from 0 to 255 for the target 'lesion'; got 0.5."),
+        (-1, "lesion", r"got -1. Correct"),
+        (np.nan, "lesion", r"got nan. Correct"),
+        (3000, "gland", r"got 3000. Correct"),
+        (3, "zones", r"whole numbers from 0 to 2 for the target 'zones'; got 3. Correct"),
+    ],
+)
+def test_unexpected_label_values_are_refused(value, target, text):
+    label = np.zeros((8, 24, 24))
+    label[4, 4, 4] = value
+    with pytest.raises(DataError, match=text):
+        preprocess_case(with_label(raw_case(), label), dataclasses.replace(CONFIG, target=target))
+
+
+def test_misplaced_grids_are_refused():
+    raw = raw_case()
+    far = raw.label.affine.copy()
+    far[0, 3] += 1000
+    with pytest.raises(
+        DataError, match=r"'adc' must overlap the reference image; got origins \(990"
+    ):
+        preprocess_case(with_image(raw, "adc", affine=far), CONFIG)
+    with pytest.raises(DataError, match=r"'label' must overlap the reference image"):
+        preprocess_case(with_label(raw, raw.label.array, far), CONFIG)
+    near = raw.label.affine.copy()
+    near[:3, 3] -= 20 * near[:3, 0]
+    with pytest.raises(DataError, match=r"foreground must lie within the reference image"):
+        preprocess_case(with_label(raw, raw.label.array, near), CONFIG)
+    corner = np.zeros_like(raw.label.array)
+    corner[0, :2, :2] = 1
+    with pytest.raises(DataError, match=r"reach into the crop of \(6, 16, 16\) voxels .* Enlarge"):
+        preprocess_case(with_label(raw, corner), CONFIG)
+    edge = raw.images["adc"].affine.copy()
+    edge[:3, 3] -= 11.5 * edge[:3, 0]
+    with pytest.raises(DataError, match=r"'adc' must reach into the crop .* got none of it"):
+        preprocess_case(with_image(raw, "adc", affine=edge), CONFIG)
+
+
+def test_unusable_images_are_refused():
+    raw = raw_case()
+    broken = raw.images["hbv"].array.copy()
+    broken[4, 6, 6] = np.nan
+    with pytest.raises(DataError, match=r"'hbv' must hold finite values; got NaN"):
+        preprocess_case(with_image(raw, "hbv", array=broken), CONFIG)
+    with pytest.raises(DataError, match=r"'hbv' must vary within the crop; got the constant 5"):
+        preprocess_case(with_image(raw, "hbv", array=np.full_like(broken, 5)), CONFIG)
+
+
+def test_results_return_to_the_original_frame():
+    case = preprocess_case(raw_case(), CONFIG)
+    restored = to_original(case.label.astype(np.float32), case)
+    assert restored.dtype == np.float32
+    np.testing.assert_array_equal(restored > 0.5, case.original_truth)
+    classes = np.stack([1.0 - case.label, case.label], axis=-1)
+    assert to_original(classes, case).shape == (8, 24, 24, 2)
+    np.testing.assert_array_equal(to_original(classes, case)[..., 1], restored)
+    assert not to_original(classes, case)[0].any()  # the crop does not reach this slice
+
+
+def test_saved_results_overlay_the_original_files(shared_data, tmp_path):
+    """Affine and shape equal those of the T2W file, and the mask is where the label is."""
+    config = DataConfig(name="picai", path=shared_data / "picai_mini", target="gland")
+    builder = Builder(config)
+    for entry in builder.entries:
+        case = preprocess_case(builder.read_case(entry), config)
+        probability = to_original(case.label.astype(np.float32), case)
+        restored = (probability > 0.5).astype(np.uint8)
+        write_nifti(tmp_path / "out.nii.gz", restored, case.original_affine)
+        saved = nib.load(tmp_path / "out.nii.gz")
+        image = sitk.ReadImage(str(entry.images["t2w"]))
+        assert saved.shape == image.GetSize()
+        corner = [n - 1 for n in saved.shape]
+        for index in ([0, 0, 0], corner):
+            x, y, z = image.TransformIndexToPhysicalPoint(index)
+            np.testing.assert_allclose((saved.affine @ [*index, 1])[:3], (-x, -y, z), atol=1e-3)
+        label = np.asarray(nib.load(entry.label).dataobj) > 0
+        mask = np.asarray(saved.dataobj) > 0
+        dice = 2 * (mask & label).sum() / (mask.sum() + label.sum())
+        assert dice > 0.98
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+def test_saved_affine_equals_that_of_the_t2w_file(tmp_path, ending):
+    t2w = stored_in(raw_case().images["t2w"], (1, 0, 2), (1, 0, 1))
+    save(tmp_path / f"t2w{ending}", t2w)
+    raw = dataclasses.replace(
+        raw_case(), images={**raw_case().images, "t2w": read_volume(tmp_path / f"t2w{ending}")}
+    )
+    case = preprocess_case(raw, CONFIG)
+    restored = to_original(case.label.astype(np.float32), case)
+    write_nifti(tmp_path / "mask.nii.gz", (restored > 0.5).astype(np.uint8), case.original_affine)
+    saved = nib.load(tmp_path / "mask.nii.gz")
+    assert saved.shape == t2w.shape[::-1]
+    if ending == ".nii.gz":
+        original = nib.load(tmp_path / "t2w.nii.gz")
+        np.testing.assert_array_equal(saved.affine, original.affine)
+        assert saved.shape == original.shape
+    np.testing.assert_allclose(saved.affine, t2w.affine, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(saved.dataobj).T, case.original_truth)

@@ -1,0 +1,128 @@
+import json
+
+import pytest
+
+from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.splits import CaseInfo, Folds, check_folds, load_published, make_folds
+
+
+def infos(count: int, *, positive_every: int = 4) -> list[CaseInfo]:
+    return [CaseInfo(f"c{i:03d}", f"p{i:03d}", i % positive_every == 0) for i in range(count)]
+
+
+def test_folds_balance_cases_and_positives():
+    cases = infos(103)
+    positive = {case.case_id for case in cases if case.positive}
+    folds = make_folds(cases, num_folds=5)
+    sizes = [len(ids) for ids in folds.validation]
+    counts = [len(positive & set(ids)) for ids in folds.validation]
+    assert sorted(sizes) == [20, 20, 21, 21, 21]
+    assert sorted(counts) == [5, 5, 5, 5, 6]
+    assert sorted(i for ids in folds.validation for i in ids) == [c.case_id for c in cases]
+    assert set(folds.training(2)) == {c.case_id for c in cases} - set(folds.validation[2])
+
+
+def test_a_patient_stays_in_one_fold():
+    cases = [CaseInfo(f"c{i}", f"p{i // 3}", i % 2 == 0) for i in range(30)]
+    folds = make_folds(cases, num_folds=4)
+    check_folds(folds, cases, source="made")
+    fold_of = {case_id: i for i, ids in enumerate(folds.validation) for case_id in ids}
+    for patient in range(10):
+        assert len({fold_of[f"c{3 * patient + i}"] for i in range(3)}) == 1
+
+
+def test_folds_depend_on_seed_but_not_on_order():
+    cases = infos(40)
+    assert make_folds(cases) == make_folds(reversed(cases))
+    assert make_folds(cases).sha256 == make_folds(cases).sha256
+    assert make_folds(cases, seed=1) != make_folds(cases, seed=0)
+
+
+def test_folds_come_back_from_their_file(tmp_path):
+    folds = make_folds(infos(12), num_folds=3)
+    path = tmp_path / "new" / "folds.json"
+    folds.save(path)
+    assert Folds.load(path) == folds
+    assert load_published(path, infos(12)) == folds
+    assert [p.name for p in path.parent.iterdir()] == ["folds.json"]
+
+
+def test_a_changed_fold_file_is_refused(tmp_path):
+    path = tmp_path / "folds.json"
+    make_folds(infos(12), num_folds=3).save(path)
+    content = json.loads(path.read_text())
+    content["folds"][0]["val"].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"must hold the folds that its sha256 was taken of"):
+        Folds.load(path)
+    path.write_text(json.dumps(content["folds"]))
+    with pytest.raises(DataError, match=r"must be a fold file written by this project"):
+        Folds.load(path)
+
+
+def test_impossible_folds_are_refused():
+    with pytest.raises(DataError, match=r"got 4 patients and 5 folds. Ask for 4 folds or fewer"):
+        make_folds(infos(4), num_folds=5)
+    with pytest.raises(DataError, match=r"at least 2 folds; got 1"):
+        make_folds(infos(4), num_folds=1)
+    with pytest.raises(DataError, match=r"case ids must be unique; got c000 twice"):
+        make_folds([*infos(4), infos(1)[0]], num_folds=2)
+
+
+def publish(path, *validation, train=None):
+    everything = {i for ids in validation for i in ids}
+    folds = [
+        {"train": sorted(everything - set(ids)) if train is None else train, "val": list(ids)}
+        for ids in validation
+    ]
+    path.write_text(json.dumps(folds))
+    return path
+
+
+def test_published_folds_keep_the_cases_at_hand(tmp_path):
+    path = publish(tmp_path / "f.json", ["c000", "c009"], ["c001", "c002"])
+    assert load_published(path, infos(3)).validation == (("c000",), ("c001", "c002"))
+
+
+def test_faulty_published_folds_are_refused(tmp_path):
+    path = tmp_path / "f.json"
+    with pytest.raises(MissingDataError, match=r"no fold file at .*f.json"):
+        load_published(path, infos(3))
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"must be JSON"):
+        load_published(path, infos(3))
+    path.write_text('[{"train": [1], "val": []}]')
+    with pytest.raises(DataError, match=r"must be a list of folds"):
+        load_published(path, infos(3))
+    publish(path, ["c000"], ["c001"])
+    with pytest.raises(
+        DataError, match=r"every case must be in a fold; .* lacks 2 of 4: c002, c003"
+    ):
+        load_published(path, infos(4))
+    publish(path, ["c000", "c001"], ["c001", "c002"])
+    with pytest.raises(DataError, match=r"has c001 in folds 0 and 1"):
+        load_published(path, infos(3))
+    publish(path, ["c000", "c001", "c002"], ["other"])
+    with pytest.raises(DataError, match=r"fold 1 of .* has none of this data set"):
+        load_published(path, infos(3))
+    publish(path, ["c000"], ["c001", "c002"], train=["c000"])
+    with pytest.raises(DataError, match=r"in fold 0 of .* this fails for c000, c001, c002"):
+        load_published(path, infos(3))
+    same_patient = [CaseInfo("c000", "p", True), CaseInfo("c001", "p", False)]
+    publish(path, ["c000"], ["c001"])
+    with pytest.raises(DataError, match=r"must share a fold; .* patient p in folds 0 and 1"):
+        load_published(path, same_patient)
+
+
+def test_folds_of_another_data_set_are_refused():
+    with pytest.raises(DataError, match=r"folds names the unknown case c003"):
+        check_folds(make_folds(infos(4), num_folds=2), infos(3), source="folds")
+
+
+def test_official_picai_folds_hold_no_leak(shared_data):
+    path = shared_data / "splits" / "picai.json"
+    ids = {i for fold in json.loads(path.read_text()) for i in fold["val"]}
+    cases = [CaseInfo(i, i.partition("_")[0], False) for i in sorted(ids)]
+    folds = load_published(path, cases)
+    assert len(cases) == 1500
+    assert sorted(i for ids in folds.validation for i in ids) == sorted(ids)
