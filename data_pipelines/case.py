@@ -132,9 +132,9 @@ class Case:
 class PreprocessConfig:
     """The reference grid and the intensity scaling. Saved with the data set and each checkpoint."""
 
-    spacing_mm: tuple[float, float, float] = (3.0, 1.0, 1.0)
+    spacing_mm: tuple[float, float, float] = (3.0, 2.0, 2.0)
     """Voxel size of the reference grid, d h w."""
-    size: tuple[int, int, int] = (20, 96, 96)
+    size: tuple[int, int, int] = (20, 48, 48)
     """Voxels of the reference grid, d h w, centred on the image centre of the T2W volume."""
     clip_percentiles: tuple[float, float] = (0.5, 99.5)
     """Intensities are clipped to these percentiles of the crop before they are scaled."""

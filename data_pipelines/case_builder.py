@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,13 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         digest = hashlib.sha256()
         entries = sorted(self.entries, key=lambda entry: entry.case_id)
         for index, entry in enumerate(
-            tqdm(entries, desc=f"Building {self.name}", unit="case", leave=False)
+            tqdm(
+                entries,
+                desc=f"Building {self.name}",
+                unit="case",
+                leave=False,
+                disable=not sys.stderr.isatty(),
+            )
         ):
             try:
                 raw = self.read_case(entry)

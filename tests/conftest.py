@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+# Tests compile much and compute little. Set before JAX starts its backend; subprocesses inherit it.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
 SHARED_DATA = Path(os.environ.get("CMSAD_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
 
 

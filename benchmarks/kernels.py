@@ -1,0 +1,215 @@
+"""How fast the kernels are: attention distillation, correlation, convolution.
+
+``python -m benchmarks.kernels --quick`` times the small preset's shapes in some minutes;
+without ``--quick`` the shapes of every preset are timed, longer and beside a copy that no cache
+holds. ``--json FILE`` keeps the rows. A row is printed only if the implementation agreed with the
+reference, in its value and its gradients.
+"""
+
+import argparse
+import functools
+import itertools
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from benchmarks import pytorch, timing
+from benchmarks.shapes import Convolution, Stage, convolutions, stages
+from benchmarks.timing import Foreign, Operation
+from cmsad_jax import kernels
+from cmsad_jax.losses.distillation import AttentionConfig, cross_modal_distillation_loss
+from experiments.config import PRESETS
+
+MODALITIES = ("t2w", "adc", "hbv")
+NUM_STAGES = 3
+
+Other = Callable[[Any], Foreign]
+"""From the cotangent (None for forward alone) to the operation in PyTorch."""
+
+
+def random(shape: Sequence[int], dtype: str, *names: object) -> jax.Array:
+    """Normal numbers that depend on ``names`` alone."""
+    seed = sum((i + 1) * ord(letter) for i, letter in enumerate(repr(names)))
+    return jax.random.normal(jax.random.key(seed), tuple(shape)).astype(dtype)
+
+
+def num_bytes(*trees: Any) -> int:
+    """Bytes of all arrays in ``trees``."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+
+
+def both_modes(
+    op: str,
+    shape: str,
+    dtype: str,
+    arguments: tuple[Any, ...],
+    implementations: dict[str, Callable[..., Any]],
+    reference: str,
+    reduction: int,
+    other: Other,
+) -> Iterator[Operation]:
+    """The operation forward, and forward with its vector-Jacobian product.
+
+    Forward must read the arguments and write the result. The gradient reads the arguments again
+    and the cotangent, and writes one gradient for each argument.
+    """
+    result = jax.eval_shape(implementations[reference], *arguments)
+    result_bytes = result.size * result.dtype.itemsize
+    forward = num_bytes(arguments) + result_bytes
+    common = (op, shape, dtype)
+    yield Operation(
+        *common,
+        "forward",
+        arguments,
+        implementations,
+        reference,
+        forward,
+        reduction,
+        other(None) if pytorch.available() else None,
+    )
+    cotangent = random(result.shape, result.dtype.name, op, shape)
+    yield Operation(
+        *common,
+        "forward+vjp",
+        (*arguments, cotangent),
+        {name: timing.with_vjp(function) for name, function in implementations.items()},
+        reference,
+        forward + 2 * num_bytes(arguments) + result_bytes,
+        reduction,
+        other(cotangent) if pytorch.available() else None,
+    )
+
+
+def plain_distillation(features: dict[str, list[jax.Array]]) -> jax.Array:
+    """Mutual cross-modal distillation as its formula reads, without the library."""
+
+    def attention(feature):
+        energy = (feature.astype(jnp.float32) ** 2).mean(-1).reshape(feature.shape[0], -1)
+        return energy / jnp.linalg.norm(energy, axis=-1, keepdims=True)
+
+    maps = {name: [attention(f) for f in stages_] for name, stages_ in features.items()}
+    terms = [
+        ((jax.lax.stop_gradient(teacher) - student) ** 2).sum(-1)
+        for t, u in itertools.permutations(maps, 2)
+        for teacher, student in zip(maps[t], maps[u], strict=True)
+    ]
+    return jnp.stack(terms).mean(0)
+
+
+def distillation(name: str, chosen: Sequence[Stage], dtype: str) -> Iterator[Operation]:
+    """Attention maps of three modalities and some stages, and their mutual distillation."""
+    features = {
+        modality: [random(stage.shape, dtype, modality, stage.name) for stage in chosen]
+        for modality in MODALITIES
+    }
+    loss = functools.partial(
+        cross_modal_distillation_loss,
+        attention=AttentionConfig(),
+        stages=tuple(range(len(chosen))),
+        pairs="mutual",
+        distance="l2",
+        present=None,
+    )
+    return both_modes(
+        "attention-distillation",
+        f"{name} {len(MODALITIES)}x{len(chosen)}",
+        dtype,
+        (features,),
+        {"plain": plain_distillation, "library": loss},
+        "plain",
+        max(stage.shape[-1] for stage in chosen),
+        lambda cotangent: pytorch.distillation(features, cotangent),
+    )
+
+
+def correlation(stage: Stage, dtype: str) -> Iterator[Operation]:
+    """Correlation of three modalities in the fusion of one stage."""
+    batch, channels, count = stage.shape[0], stage.shape[-1], len(MODALITIES)
+    g = [random(stage.shape, dtype, modality, stage.name) for modality in MODALITIES]
+    alpha, beta, gamma = (
+        random((batch, count, count, channels), "float32", name, stage.name)
+        for name in ("alpha", "beta", "gamma")
+    )
+    return both_modes(
+        "correlation",
+        f"{stage.name} {count}x{'x'.join(map(str, stage.shape))}",
+        dtype,
+        (g, alpha, beta, gamma),
+        {"reference": functools.partial(kernels.correlation, implementation="reference")},
+        "reference",
+        stage.shape[-1],
+        lambda cotangent: pytorch.correlation(g, alpha, beta, gamma, cotangent),
+    )
+
+
+def convolution(shape: Convolution, dtype: str) -> Iterator[Operation]:
+    """One convolution of an encoder, native and folded."""
+    x = random(shape.input, dtype, "x", shape.name)
+    kernel = random(shape.kernel, dtype, "kernel", shape.name)
+    names = ("native", "folded") if x.ndim == 5 else ("native",)
+    *space, channels, _ = shape.kernel
+    taps = functools.reduce(lambda a, b: a * b, space, 1)
+    return both_modes(
+        "convolution",
+        shape.name,
+        dtype,
+        (x, kernel),
+        {
+            name: functools.partial(kernels.convolution, strides=shape.strides, implementation=name)
+            for name in names
+        },
+        "native",
+        # the kernel's gradient sums over all voxels
+        max(taps * channels, x.size // channels),
+        lambda cotangent: pytorch.convolution(x, kernel, shape.strides, cotangent),
+    )
+
+
+def operations(preset: str, dtype: str) -> Iterator[Operation]:
+    """Everything that is timed at a preset's shapes, one at a time to spare memory."""
+    features = stages(preset)
+    yield from distillation(f"{preset}/deepest", features[-NUM_STAGES:], dtype)
+    if len(features) > NUM_STAGES:
+        yield from distillation(f"{preset}/shallowest", features[:NUM_STAGES], dtype)
+    for stage in (features[0], features[-1]):
+        yield from correlation(stage, dtype)
+    for shape in convolutions(preset):
+        yield from convolution(shape, dtype)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time, print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small shapes, few calls")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
+    parser.add_argument(
+        "--presets", nargs="+", choices=list(PRESETS), help="whose shapes; all, or small if quick"
+    )
+    options = parser.parse_args(arguments)
+    presets = options.presets or (["small"] if options.quick else list(PRESETS))
+    effort = timing.QUICK if options.quick else timing.Effort()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = f"python -m benchmarks.kernels {shlex.join(arguments)}".strip()
+
+    copy = timing.copy_bandwidth(quick=options.quick, effort=effort)
+    print(f"{timing.device()}; {timing.versions()}\n`{command}`\ncopy: {copy / 1e9:.1f} GB/s\n")
+    rows = []
+    for preset in presets:
+        for dtype in dict.fromkeys(("float32", PRESETS[preset].network.dtype)):
+            for operation in tqdm(
+                operations(preset, dtype), f"{preset} {dtype}", unit="op", leave=False, disable=None
+            ):
+                rows += timing.compare(operation, copy_bytes_per_s=copy, effort=effort)
+    print(timing.table(rows))
+    if options.json:
+        timing.save_json(options.json, rows, command=command, copy_gb_per_s=copy / 1e9)
+
+
+if __name__ == "__main__":
+    main()

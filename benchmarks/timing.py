@@ -1,0 +1,338 @@
+"""Time compiled functions, beside the copy bandwidth of the same machine in the same run.
+
+A result is timed only after it was compared with the reference's. Times are medians of calls that
+end in ``block_until_ready``, of programs compiled ahead, on random inputs.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CACHE_MULTIPLE = 8
+"""Arrays of the copy are this many times the last-level cache, so that memory is what is timed."""
+
+ACCELERATOR_CACHE_BYTES = 128 * 2**20
+"""Upper bound of the last-level cache of present accelerators, which do not report theirs."""
+
+QUICK_COPY_BYTES = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long each program is timed: until ``seconds`` have passed, within the bounds of calls."""
+
+    seconds: float = 2.0
+    min_calls: int = 7
+    max_calls: int = 200
+    warm_up_calls: int = 2
+
+    def __post_init__(self):
+        if not 1 <= self.min_calls <= self.max_calls:
+            raise ValueError(
+                "min_calls must be from 1 to max_calls; "
+                f"got {self.min_calls} and {self.max_calls}. Use min_calls=7, max_calls=200."
+            )
+
+
+QUICK = Effort(seconds=0.2, min_calls=3, max_calls=20, warm_up_calls=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Times of one program.
+
+    Attributes:
+        median_s: median of the calls.
+        iqr_s: third minus first quartile.
+        temporary_bytes: peak of the temporary buffers, from XLA's memory analysis; None elsewhere.
+        num_calls: how many calls were timed.
+    """
+
+    median_s: float
+    iqr_s: float
+    temporary_bytes: int | None
+    num_calls: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """The same operation in another framework.
+
+    Attributes:
+        call: does what is timed, and returns when it is done.
+        value: the forward result, laid out as the reference's.
+    """
+
+    call: Callable[[], Any]
+    value: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One thing to compute, and several ways to do so.
+
+    Attributes:
+        op, shape, dtype, mode: what is computed, as printed.
+        arguments: random inputs, a pytree for each parameter.
+        implementations: name to function of the arguments. All must return the same structure.
+        reference: name of the one that defines the result and the speed-up.
+        moved_bytes: least traffic to memory: each input read once, each result written once, and
+            what the backward pass has to read again.
+        reduction: length of the longest sum behind one result, which sets the tolerance.
+        pytorch: the same in PyTorch, or None.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    arguments: tuple[Any, ...]
+    implementations: Mapping[str, Callable[..., Any]]
+    reference: str
+    moved_bytes: int
+    reduction: int
+    pytorch: Foreign | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; ``None`` where something could not be had."""
+
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    implementation: str
+    median_ms: float
+    iqr_ms: float
+    temporary_mb: float | None
+    moved_gb: float
+    copy_share: float
+    """Copy time of as many bytes over the median; above 1 the data did not leave the cache."""
+    speedup_reference: float
+    speedup_pytorch: float | None
+    device: str
+    versions: str
+
+
+def measure(function: Callable[..., Any], *arguments: Any, effort: Effort = QUICK) -> Measurement:
+    """Compile ``function`` for ``arguments`` ahead of time and time the program."""
+    program = jax.jit(function).lower(*arguments).compile()
+    memory = program.memory_analysis()
+    return measure_calls(
+        lambda: jax.block_until_ready(program(*arguments)),
+        effort=effort,
+        temporary_bytes=None if memory is None else int(memory.temp_size_in_bytes),
+    )
+
+
+def measure_calls(
+    call: Callable[[], Any], *, effort: Effort = QUICK, temporary_bytes: int | None = None
+) -> Measurement:
+    """Time a call that returns when its work is done."""
+    for _ in range(effort.warm_up_calls):
+        call()
+    times: list[float] = []
+    end = time.perf_counter() + effort.seconds
+    while len(times) < effort.min_calls or (
+        time.perf_counter() < end and len(times) < effort.max_calls
+    ):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    first, median, third = np.percentile(times, [25, 50, 75])
+    return Measurement(float(median), float(third - first), temporary_bytes, len(times))
+
+
+def check_agreement(operation: Operation) -> None:
+    """Compare every implementation, its gradients included, with the reference.
+
+    The tolerance, relative to the largest value of each result: rounding of the result to its
+    type, and float32 rounding that grows with the root of the length of the sums. Accelerators
+    multiply float32 in fewer bits (TF32, 10 of them) unless told otherwise.
+
+    Raises:
+        ArithmeticError: if one differs, or is not finite.
+    """
+    product = float(jnp.finfo(jnp.float32).eps) if jax.default_backend() == "cpu" else 2.0**-10
+    rounding = float(jnp.finfo(operation.dtype).eps)
+    tolerance = 4 * (rounding + product * math.sqrt(operation.reduction))
+
+    def leaves(name):
+        result = jax.jit(operation.implementations[name])(*operation.arguments)
+        return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(result)]
+
+    expected = leaves(operation.reference)
+    found = [
+        (name, expected, leaves(name))
+        for name in operation.implementations
+        if name != operation.reference
+    ]
+    if operation.pytorch is not None:
+        found.append(("pytorch", expected[:1], [operation.pytorch.value()]))
+    for name, wanted, results in found:
+        for want, got in zip(wanted, results, strict=True):
+            scale = np.abs(want).max(initial=np.finfo(np.float32).tiny)
+            error = np.abs(want - got).max(initial=0.0) / scale
+            if not error <= tolerance:  # also where the error is not a number
+                raise ArithmeticError(
+                    "an implementation must agree with the reference before it is timed; "
+                    f"got {error:.2e} of the largest value, allowed {tolerance:.2e}, for "
+                    f"{operation.op} {operation.shape} {operation.dtype} {operation.mode} "
+                    f"by {name!r}. Repair it or leave it out."
+                )
+
+
+def compare(operation: Operation, *, copy_bytes_per_s: float, effort: Effort = QUICK) -> list[Row]:
+    """One row for each implementation of ``operation``, PyTorch's last, checked before timing."""
+    check_agreement(operation)
+    measured = {
+        name: measure(function, *operation.arguments, effort=effort)
+        for name, function in operation.implementations.items()
+    }
+    if operation.pytorch is not None:
+        measured["pytorch"] = measure_calls(operation.pytorch.call, effort=effort)
+    pytorch = measured.get("pytorch")
+    return [
+        Row(
+            op=operation.op,
+            shape=operation.shape,
+            dtype=operation.dtype,
+            mode=operation.mode,
+            implementation=name,
+            median_ms=1e3 * one.median_s,
+            iqr_ms=1e3 * one.iqr_s,
+            temporary_mb=None if one.temporary_bytes is None else one.temporary_bytes / 1e6,
+            moved_gb=operation.moved_bytes / 1e9,
+            copy_share=operation.moved_bytes / one.median_s / copy_bytes_per_s,
+            speedup_reference=measured[operation.reference].median_s / one.median_s,
+            speedup_pytorch=None if pytorch is None else pytorch.median_s / one.median_s,
+            device=device(),
+            versions=versions(),
+        )
+        for name, one in measured.items()
+    ]
+
+
+def with_vjp(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with a cotangent as its last argument, returning its value and its gradients."""
+
+    def value_and_vjp(*arguments):
+        *primals, cotangent = arguments
+        value, pull_back = jax.vjp(function, *primals)
+        return value, pull_back(cotangent)
+
+    return value_and_vjp
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache of this CPU, as Linux reports it; 32 MiB where it does not."""
+    sizes = [
+        int(file.read_text().strip().removesuffix("K")) * 1024
+        for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    return max(sizes, default=32 * 2**20)
+
+
+def copy_bandwidth(*, quick: bool = False, effort: Effort = QUICK) -> float:
+    """Bytes per second, read plus written, of copying into a donated buffer touched before.
+
+    Copying into a fresh output would also pay for its pages, and make the machine look slow.
+    """
+    cache = last_level_cache_bytes() if jax.default_backend() == "cpu" else ACCELERATOR_CACHE_BYTES
+    num_bytes = QUICK_COPY_BYTES if quick else CACHE_MULTIPLE * cache
+    source = jax.random.normal(jax.random.key(0), (num_bytes // 4,))
+    target = jnp.ones_like(source)
+    program = (
+        jax.jit(lambda old, new: old.at[:].set(new), donate_argnums=0, keep_unused=True)
+        .lower(target, source)
+        .compile()
+    )
+
+    def call():
+        nonlocal target
+        target = jax.block_until_ready(program(target, source))
+
+    return 2 * source.nbytes / measure_calls(call, effort=effort).median_s
+
+
+def device() -> str:
+    """What computes: the accelerator's kind, or the CPU's name and number of threads."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() != "cpu":
+        return kind
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} threads" if names else platform.machine()
+
+
+def versions() -> str:
+    """Versions of what was measured."""
+    found = [f"Python {platform.python_version()}"]
+    for name in ("jax", "jaxlib", "flax", "torch"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def number(value: float | None, pattern: str) -> str:
+    """``value`` as text, empty for None."""
+    return "" if value is None else format(value, pattern)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, aligned; the first line is the header."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    header = (
+        "op", "shape", "dtype", "mode", "implementation", "median ms", "IQR ms", "temp MB",
+        "GB moved", "share of copy", "vs reference", "vs PyTorch",
+    )  # fmt: skip
+    cells = [
+        (
+            row.op,
+            row.shape,
+            row.dtype,
+            row.mode,
+            row.implementation,
+            number(row.median_ms, ".2f"),
+            number(row.iqr_ms, ".2f"),
+            number(row.temporary_mb, ".1f"),
+            number(row.moved_gb, ".4f"),
+            number(row.copy_share, ".0%"),
+            number(row.speedup_reference, ".2f"),
+            number(row.speedup_pytorch, ".2f"),
+        )
+        for row in rows
+    ]
+    return markdown([header, *cells])
+
+
+def save_json(file: Path, rows: Sequence[Any], *, command: str, **facts: Any) -> None:
+    """Write the rows (dataclasses) with what is needed to read them later."""
+    content = {"command": command, **facts, "rows": [dataclasses.asdict(row) for row in rows]}
+    file.write_text(json.dumps(content, indent=2) + "\n")

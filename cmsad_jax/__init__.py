@@ -1,0 +1,98 @@
+"""Cross-modal self-attention distillation (CMSAD) in JAX and Flax.
+
+The names below are resolved when they are first used (PEP 562), so that one submodule can be used
+without loading the rest: the losses, for instance, need no network.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmsad_jax.augmentation import AugmentationConfig, augment
+    from cmsad_jax.inference import sliding_window
+    from cmsad_jax.kernels import attention_map, convolution, correlation
+    from cmsad_jax.losses.distillation import (
+        AttentionConfig,
+        cross_modal_distillation_loss,
+        self_distillation_loss,
+    )
+    from cmsad_jax.losses.segmentation import (
+        cross_entropy_loss,
+        dice_loss,
+        focal_loss,
+        tversky_loss,
+    )
+    from cmsad_jax.modules.decoder import Decoder
+    from cmsad_jax.modules.encoder import Encoder, EncoderConfig
+    from cmsad_jax.modules.fusion import Fusion, FusionConfig
+    from cmsad_jax.modules.network import CMSAD, NetworkConfig, NetworkOutput
+    from cmsad_jax.training import TrainState, train_step
+    from cmsad_jax.types import ConfigError
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CMSAD": "modules.network",
+    "AttentionConfig": "losses.distillation",
+    "AugmentationConfig": "augmentation",
+    "ConfigError": "types",
+    "Decoder": "modules.decoder",
+    "Encoder": "modules.encoder",
+    "EncoderConfig": "modules.encoder",
+    "Fusion": "modules.fusion",
+    "FusionConfig": "modules.fusion",
+    "NetworkConfig": "modules.network",
+    "NetworkOutput": "modules.network",
+    "TrainState": "training",
+    "attention_map": "kernels",
+    "augment": "augmentation",
+    "convolution": "kernels",
+    "correlation": "kernels",
+    "cross_entropy_loss": "losses.segmentation",
+    "cross_modal_distillation_loss": "losses.distillation",
+    "dice_loss": "losses.segmentation",
+    "focal_loss": "losses.segmentation",
+    "self_distillation_loss": "losses.distillation",
+    "sliding_window": "inference",
+    "train_step": "training",
+    "tversky_loss": "losses.segmentation",
+}
+
+__all__ = [
+    "CMSAD",
+    "AttentionConfig",
+    "AugmentationConfig",
+    "ConfigError",
+    "Decoder",
+    "Encoder",
+    "EncoderConfig",
+    "Fusion",
+    "FusionConfig",
+    "NetworkConfig",
+    "NetworkOutput",
+    "TrainState",
+    "attention_map",
+    "augment",
+    "convolution",
+    "correlation",
+    "cross_entropy_loss",
+    "cross_modal_distillation_loss",
+    "dice_loss",
+    "focal_loss",
+    "self_distillation_loss",
+    "sliding_window",
+    "train_step",
+    "tversky_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

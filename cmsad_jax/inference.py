@@ -1,0 +1,112 @@
+"""Whole volumes through a network that sees windows: Gaussian-weighted sliding window, flips."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from cmsad_jax.types import ConfigError
+
+Predict = Callable[[Float[np.ndarray, "b *window m"], Bool[np.ndarray, "b m"]], Array]
+"""From windows to probabilities ``b *window k``; jitted by the caller, one shape throughout."""
+
+
+def window_starts(size: int, window: int, overlap: float) -> list[int]:
+    """First voxels of windows that cover an axis evenly, overlapping by at least ``overlap``."""
+    if size <= window:
+        return [0]
+    count = int(np.ceil((size - window) / max(1, int(window * (1 - overlap))))) + 1
+    return [round(i * (size - window) / (count - 1)) for i in range(count)]
+
+
+def importance(window: Sequence[int], *, sigma: float = 0.125) -> Float[np.ndarray, "*window"]:
+    """Gaussian weight of each voxel of a window: 1 at the centre, positive everywhere.
+
+    ``sigma`` is in units of the window's size along each axis.
+    """
+    weight = np.ones(tuple(window), np.float32)
+    for axis, n in enumerate(window):
+        position = (np.arange(n) - (n - 1) / 2) / max(n * sigma, 1e-6)
+        shape = [1] * len(window)
+        shape[axis] = n
+        weight = weight * np.exp(-0.5 * position**2).reshape(shape).astype(np.float32)
+    return np.maximum(weight, 1e-3)
+
+
+def sliding_window(
+    predict: Predict,
+    image: Float[np.ndarray, "*space m"],
+    present: Bool[np.ndarray, " m"],
+    *,
+    window: Sequence[int],
+    num_classes: int,
+    overlap: float = 0.5,
+    batch_size: int = 1,
+    flip_axes: Sequence[int] = (),
+) -> Float[np.ndarray, "*space k"]:
+    """Probabilities of a whole image, from windows weighted by their distance from the centre.
+
+    The image may be a volume for a network of slices: ``window`` then has two entries and every
+    slice is an image of its own. Volumes smaller than the window are padded with 0 and the result
+    is cut back. The loop runs on the host, so device memory does not grow with the volume.
+
+    Args:
+        predict: probabilities of a batch of windows; always called with ``batch_size`` of them.
+        image: one case.
+        present: its modalities.
+        window: spatial size the network takes.
+        num_classes: ``k``.
+        overlap: least share of a window that its neighbour sees as well, in [0, 1).
+        batch_size: windows for each call.
+        flip_axes: axes of ``window``; the result is the mean over all combinations of flips.
+
+    Raises:
+        ConfigError: for an overlap outside [0, 1).
+    """
+    if not 0 <= overlap < 1:
+        raise ConfigError(f"overlap must be in [0, 1); got {overlap}. Use 0.5.")
+    window = tuple(window)
+    if len(window) == image.ndim - 2:
+        return sliding_window(
+            lambda slices, mask: np.asarray(predict(slices[:, 0], mask))[:, None],
+            image,
+            present,
+            window=(1, *window),
+            num_classes=num_classes,
+            overlap=overlap,
+            batch_size=batch_size,
+            flip_axes=[axis + 1 for axis in flip_axes],
+        )
+    space = image.shape[:-1]
+    missing = [max(0, n - size) for n, size in zip(window, space, strict=True)]
+    padding = [(gap // 2, gap - gap // 2) for gap in missing]
+    padded = np.pad(image, [*padding, (0, 0)])
+    weight = importance(window)[..., None]
+    total = np.zeros((*padded.shape[:-1], num_classes), np.float32)
+    mass = np.zeros((*padded.shape[:-1], 1), np.float32)
+    starts = [
+        window_starts(size, n, overlap) for size, n in zip(padded.shape[:-1], window, strict=True)
+    ]
+    corners = [
+        tuple(slice(start, start + n) for start, n in zip(corner, window, strict=True))
+        for corner in itertools.product(*starts)
+    ]
+    flips = [
+        axes
+        for count in range(len(flip_axes) + 1)
+        for axes in itertools.combinations(flip_axes, count)
+    ]
+    jobs = [(corner, axes) for corner in corners for axes in flips]
+    for first in range(0, len(jobs), batch_size):
+        chunk = jobs[first : first + batch_size]
+        windows = np.stack([np.flip(padded[corner], axes) for corner, axes in chunk])
+        filled = np.concatenate([windows, np.repeat(windows[:1], batch_size - len(chunk), 0)])
+        result = np.asarray(predict(filled, np.tile(present, (batch_size, 1))), np.float32)
+        for (corner, axes), values in zip(chunk, result, strict=False):
+            total[corner] += weight * np.flip(values, axes)
+            mass[corner] += weight
+    inner = tuple(
+        slice(before, before + size) for (before, _), size in zip(padding, space, strict=True)
+    )
+    return (total / mass)[inner]

@@ -1,0 +1,19 @@
+"""Operations with a choice of implementations; see :mod:`cmsad_jax.kernels.api`."""
+
+from cmsad_jax.kernels.api import (
+    attention_energy,
+    attention_map,
+    convolution,
+    correlation,
+    normalize_map,
+    resize_map,
+)
+
+__all__ = [
+    "attention_energy",
+    "attention_map",
+    "convolution",
+    "correlation",
+    "normalize_map",
+    "resize_map",
+]

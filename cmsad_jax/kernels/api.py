@@ -1,0 +1,215 @@
+"""Public operations: each checks its arguments and chooses an implementation.
+
+``implementation=None`` takes the fastest that works on the platform the program is compiled for; a
+name takes that one or raises ``NotImplementedError``.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import jax
+from jaxtyping import Array, Float
+
+from cmsad_jax.kernels import reference
+from cmsad_jax.kernels.convolution import folded_convolution
+from cmsad_jax.types import AttentionMap, ConfigError, Feature
+
+T = TypeVar("T")
+
+KINDS = ("mean", "sum", "max")
+NORMALIZATIONS = ("l2", "softmax")
+
+
+def attention_energy(
+    features: Feature, *, kind: str = "mean", exponent: float = 2.0
+) -> AttentionMap:
+    """How strongly the channels of each voxel respond, before any normalisation.
+
+    ``mean_c abs(F)^p``, or its ``sum`` or ``max`` (METHOD section 2; Zagoruyko & Komodakis, ICLR
+    2017). Computed in float32 whatever the features are in.
+
+    Args:
+        features: activations of one stage of one modality.
+        kind: ``mean``, ``sum`` or ``max`` over the channels.
+        exponent: ``p``, at least 1; larger favours the strongest channels.
+
+    Raises:
+        ConfigError: if ``kind`` is unknown or ``exponent`` below 1.
+    """
+    check_energy(kind, exponent)
+    return reference.attention_energy(features, kind=kind, exponent=exponent)
+
+
+def resize_map(energy: AttentionMap, space: Sequence[int]) -> Float[Array, "b *out_space"]:
+    """Attention on another grid: linear, half-pixel centres, antialiased where it shrinks.
+
+    Resize the raw energy and normalise afterwards. Returns ``energy`` itself at equal shapes.
+    """
+    if energy.shape[1:] == tuple(space):
+        return energy
+    return jax.image.resize(energy, (energy.shape[0], *space), "linear", antialias=True)
+
+
+def normalize_map(
+    energy: AttentionMap, *, normalization: str = "l2", temperature: float = 1.0
+) -> AttentionMap:
+    """Attention energy made comparable between stages and modalities, per example.
+
+    ``l2``: ``q / norm2(q)`` over the voxels of one example; 0 with gradient 0 where the squared
+    norm is below 1e-12. ``softmax``: ``softmax(q / temperature)`` over them. In float32.
+
+    Raises:
+        ConfigError: if ``normalization`` is unknown or ``temperature`` not positive.
+    """
+    check_normalization(normalization, temperature)
+    return reference.normalize_map(energy, normalization=normalization, temperature=temperature)
+
+
+def attention_map(
+    features: Feature,
+    *,
+    kind: str = "mean",
+    exponent: float = 2.0,
+    normalization: str = "l2",
+    temperature: float = 1.0,
+    implementation: str | None = None,
+) -> AttentionMap:
+    """Spatial attention of one stage: ``normalize_map(attention_energy(features))``, float32.
+
+    Plain jnp, ``reference``, is the only implementation: XLA fuses it to the speed of memory.
+
+    Raises:
+        ConfigError: as the two steps.
+        NotImplementedError: if ``implementation`` is unknown.
+    """
+    check_energy(kind, exponent)
+    check_normalization(normalization, temperature)
+    function = _choose(implementation or "reference", {"reference": reference.attention_map})
+    return function(
+        features,
+        kind=kind,
+        exponent=exponent,
+        normalization=normalization,
+        temperature=temperature,
+    )
+
+
+def correlation(
+    features: Sequence[Feature],
+    alpha: Float[Array, "b m m c"],
+    beta: Float[Array, "b m m c"],
+    gamma: Float[Array, "b m m c"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "b *space m m"]:
+    """How well each modality is expressed by each other one, voxel by voxel (METHOD section 4).
+
+    ``r_ij = cos(g_i, alpha_ij g_j^2 + beta_ij g_j + gamma_ij)`` over the channels: in [-1, 1] up
+    to rounding, float32. The diagonal is 0. Value and gradient are 0 where either squared norm is
+    below 1e-12.
+
+    Args:
+        features: ``g``, one for each modality ``m``, of equal shapes.
+        alpha: of the square, for each example, pair ``(i, j)`` and channel.
+        beta: of the linear term.
+        gamma: of the constant.
+        implementation: ``reference`` or None.
+
+    Raises:
+        ConfigError: if shapes disagree.
+        NotImplementedError: if ``implementation`` is unknown.
+    """
+    shapes = {feature.shape for feature in features}
+    if len(shapes) != 1:
+        raise ConfigError(
+            f"correlated features must have one shape; got {sorted(shapes)}. "
+            "Project all modalities to a common width on a common grid."
+        )
+    shape = features[0].shape
+    wanted = (shape[0], len(features), len(features), shape[-1])
+    for name, coefficients in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+        if coefficients.shape != wanted:
+            raise ConfigError(
+                f"{name} must hold one coefficient for each example, pair and channel; "
+                f"got shape {coefficients.shape}. Use shape {wanted}."
+            )
+    function = _choose(implementation or "reference", {"reference": reference.correlation})
+    return function(tuple(features), alpha, beta, gamma)
+
+
+def convolution(
+    x: Feature,
+    kernel: Float[Array, "*k c o"],
+    *,
+    strides: Sequence[int],
+    implementation: str | None = None,
+) -> Float[Array, "b *out_space o"]:
+    """Convolution of slices (2D) or volumes (3D) with ``k // 2`` zeros on both sides.
+
+    A stride ``s`` maps ``n`` positions to ``ceil(n / s)``. Computes in the type of its arguments.
+
+    Args:
+        x: features, ``b h w c`` or ``b d h w c``.
+        kernel: weights, ``kh kw c o`` or ``kd kh kw c o``; odd sizes.
+        strides: step along each axis of space.
+        implementation: ``native``: XLA's convolution of that dimension. ``folded`` (volumes):
+            one 2D convolution of all slices, see :mod:`cmsad_jax.kernels.convolution`. None:
+            ``folded`` for volumes on a CPU, else ``native``, chosen when the program is lowered.
+
+    Raises:
+        ConfigError: if the numbers of axes disagree, or a kernel size is even.
+        NotImplementedError: if ``implementation`` is unknown, or ``folded`` is asked for slices.
+    """
+    rank, strides = x.ndim - 2, tuple(strides)
+    if not kernel.ndim - 2 == len(strides) == rank or rank not in (2, 3):
+        raise ConfigError(
+            "kernel and strides must have one entry for each of 2 or 3 axes of space; "
+            f"got x {x.shape}, kernel {kernel.shape} and strides {strides}. "
+            "Use 2 for slices, 3 for volumes."
+        )
+    if any(size % 2 == 0 for size in kernel.shape[:-2]):
+        raise ConfigError(
+            f"kernel sizes must be odd; got {kernel.shape[:-2]}. Use 1, 3 or 5 along each axis."
+        )
+    known = {"native": functools.partial(reference.convolution, strides=strides)}
+    if rank == 3:
+        known["folded"] = functools.partial(folded_convolution, strides=strides)
+    if implementation is None and rank == 3:
+        return jax.lax.platform_dependent(x, kernel, cpu=known["folded"], default=known["native"])
+    return _choose(implementation or "native", known)(x, kernel)
+
+
+def check_energy(kind: str, exponent: float) -> None:
+    """Raise ``ConfigError`` if no attention energy is defined by ``kind`` and ``exponent``."""
+    if kind not in KINDS:
+        raise ConfigError(
+            f"attention kind must be one of {', '.join(KINDS)}; got {kind!r}. Use 'mean'."
+        )
+    if not exponent >= 1:
+        raise ConfigError(
+            f"attention exponent must be at least 1; got {exponent}. "
+            "Use 2: below 1 the gradient at 0 is infinite."
+        )
+
+
+def check_normalization(normalization: str, temperature: float) -> None:
+    """Raise ``ConfigError`` if no normalisation is defined by the two settings."""
+    if normalization not in NORMALIZATIONS:
+        raise ConfigError(
+            f"attention normalization must be one of {', '.join(NORMALIZATIONS)}; "
+            f"got {normalization!r}. Use 'l2'."
+        )
+    if not temperature > 0:
+        raise ConfigError(
+            f"attention temperature must be above 0; got {temperature}. Use 1 or more."
+        )
+
+
+def _choose(name: str, known: Mapping[str, T]) -> T:
+    if name not in known:
+        raise NotImplementedError(
+            f"implementation must be one of {', '.join(known)} here; got {name!r}. "
+            "Pass implementation=None for the fastest one."
+        )
+    return known[name]

@@ -1,0 +1,229 @@
+"""Attention distillation between modalities and between stages (METHOD sections 2 and 3).
+
+In every term the teacher's map is under a stop-gradient. Each loss is a value per example: the mean
+over its valid (stage, pair) terms, so that a weight means the same for any number of modalities.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from cmsad_jax import kernels
+from cmsad_jax.kernels.api import check_energy, check_normalization
+from cmsad_jax.types import AttentionMap, ConfigError, Features, PerExample, Present
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """How the attention map of a stage is made from its features (METHOD section 2)."""
+
+    kind: Literal["mean", "sum", "max"] = "mean"
+    """Reduction of ``abs(features) ** exponent`` over the channels."""
+    exponent: float = 2.0
+    """At least 1; larger favours the strongest channels."""
+    normalization: Literal["l2", "softmax"] = "l2"
+    """Unit norm, or softmax, over the voxels of one example."""
+    temperature: float = 1.0
+    """Of the softmax; raise it where a softmax of raw squares saturates."""
+
+    def __post_init__(self):
+        check_energy(self.kind, self.exponent)
+        check_normalization(self.normalization, self.temperature)
+
+
+def cross_modal_distillation_loss(
+    features: Features,
+    *,
+    attention: AttentionConfig = AttentionConfig(),
+    stages: Sequence[int],
+    pairs: str | Sequence[str] = "mutual",
+    distance: str = "l2",
+    present: Present | None = None,
+    modalities: Sequence[str] | None = None,
+) -> PerExample:
+    """Attention of one modality teaches that of another at the same stage, float32.
+
+    ``distance(stop_gradient(Q[teacher][s]), Q[student][s])`` averaged over ``stages`` and over
+    the pairs of which both are present; 0 where there are none.
+
+    Args:
+        features: activations of each modality and stage.
+        attention: how maps are made.
+        stages: which stages, from 0.
+        pairs: see :func:`parse_pairs`.
+        distance: ``l2``: squared differences summed over voxels, for unit maps ``2 - 2 cos``.
+            ``kl``: ``temperature^2 KL(teacher || student)`` of softmax maps. Neither shrinks as
+            maps grow.
+        present: which modalities each example has; None is all.
+        modalities: names of the columns of ``present``; by default the keys of ``features`` as
+            they come. Name them where ``features`` went through a JAX transformation (the output
+            of a jitted function, ``jax.tree.map``): JAX returns dictionaries sorted by key.
+
+    Raises:
+        ConfigError: if stages, pairs, distance, or ``present`` and its columns do not fit.
+    """
+    _check_distance(distance, attention)
+    _check_stages(stages, features)
+    there = _presence(features, present, modalities)
+    attention_of = _attention(features, attention, distance)
+    terms = []
+    for (teacher, student), stage in itertools.product(parse_pairs(pairs, tuple(features)), stages):
+        space = features[student][stage].shape[1:-1]
+        target, q = (attention_of(name, stage, space) for name in (teacher, student))
+        value = _distance(target, q, attention, distance)
+        terms.append((there[teacher] & there[student], value))
+    return _mean_of_valid(terms, there)
+
+
+def self_distillation_loss(
+    features: Features,
+    *,
+    attention: AttentionConfig = AttentionConfig(),
+    stages: Sequence[int],
+    distance: str = "l2",
+    present: Present | None = None,
+    modalities: Sequence[str] | None = None,
+) -> PerExample:
+    """Within each modality, the attention of a stage is taught by that of the next deeper one.
+
+    ``distance(stop_gradient(resize(Q[m][s + 1])), Q[m][s])`` averaged over the modalities present
+    and over those ``stages`` that have a deeper one; 0 where there are none (Hou et al., ICCV
+    2019). Arguments and errors as in :func:`cross_modal_distillation_loss`.
+    """
+    _check_distance(distance, attention)
+    _check_stages(stages, features)
+    there = _presence(features, present, modalities)
+    attention_of = _attention(features, attention, distance)
+    terms = []
+    for name, stage in itertools.product(features, stages):
+        if stage + 1 < len(features[name]):
+            space = features[name][stage].shape[1:-1]
+            target, q = (attention_of(name, s, space) for s in (stage + 1, stage))
+            terms.append((there[name], _distance(target, q, attention, distance)))
+    return _mean_of_valid(terms, there)
+
+
+def parse_pairs(
+    pairs: str | Sequence[str], modalities: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    """Names of (teacher, student): of each ``teacher->student``, or every ordered pair.
+
+    Args:
+        pairs: ``mutual`` for every ordered pair (none if there is one modality), or a list such
+            as ``("adc->t2w", "hbv->t2w")``.
+        modalities: names that exist.
+
+    Raises:
+        ConfigError: if an entry is malformed, names an unknown modality or the same one twice, is
+            repeated, or if there is none.
+    """
+    if pairs == "mutual":
+        return tuple(itertools.permutations(modalities, 2))
+    if isinstance(pairs, str) or not pairs:
+        raise ConfigError(
+            "pairs must be 'mutual' or a list of teacher->student; "
+            f"got {pairs!r}. Use for example ('adc->t2w',), or weight 0 for no distillation."
+        )
+    parsed = []
+    for entry in pairs:
+        names = tuple(name.strip() for name in entry.split("->"))
+        if len(names) != 2 or not set(names) <= set(modalities) or names[0] == names[1]:
+            raise ConfigError(
+                "each pair must be teacher->student with two different modalities of "
+                f"{', '.join(modalities)}; got {entry!r}. Use 'mutual' for every ordered pair."
+            )
+        parsed.append(names)
+    if len(set(parsed)) != len(parsed):
+        raise ConfigError(f"pairs must differ; got {tuple(pairs)}. Name each pair once.")
+    return tuple(parsed)
+
+
+def _attention(
+    features: Features, attention: AttentionConfig, distance: str
+) -> Callable[[str, int, tuple[int, ...]], AttentionMap]:
+    """Attention by modality, stage and grid, each computed once; its logarithm for ``kl``."""
+
+    @functools.cache
+    def attention_of(name, stage, space):
+        energy = kernels.attention_energy(
+            features[name][stage], kind=attention.kind, exponent=attention.exponent
+        )
+        energy = kernels.resize_map(energy, space)
+        if distance == "kl":
+            scaled = energy / attention.temperature
+            return jax.nn.log_softmax(scaled, axis=tuple(range(1, scaled.ndim)))
+        return kernels.normalize_map(
+            energy, normalization=attention.normalization, temperature=attention.temperature
+        )
+
+    return attention_of
+
+
+def _distance(
+    teacher: AttentionMap, student: AttentionMap, attention: AttentionConfig, distance: str
+) -> PerExample:
+    """Distance of what ``_attention`` gives, summed over voxels; no gradient for the teacher."""
+    teacher, space = jax.lax.stop_gradient(teacher), tuple(range(1, student.ndim))
+    if distance == "kl":
+        divergence = (jnp.exp(teacher) * (teacher - student)).sum(space)
+        return attention.temperature**2 * divergence
+    return jnp.square(teacher - student).sum(space)
+
+
+def _mean_of_valid(
+    terms: Sequence[tuple[Bool[Array, " b"], PerExample]], there: dict[str, Bool[Array, " b"]]
+) -> PerExample:
+    """Mean of each example's valid terms; 0, with gradient 0, where there is none."""
+    batch = next(iter(there.values())).shape
+    total, count = jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.float32)
+    for valid, value in terms:
+        total += jnp.where(valid, value, 0.0)
+        count += valid
+    return total / jnp.maximum(count, 1.0)
+
+
+def _presence(
+    features: Features, present: Present | None, modalities: Sequence[str] | None
+) -> dict[str, Bool[Array, " b"]]:
+    """Which examples have each modality."""
+    names = tuple(features) if modalities is None else tuple(modalities)
+    if set(names) != set(features):
+        raise ConfigError(
+            "modalities must name those of the features; "
+            f"got {names} and {tuple(features)}. Give the columns of present, in order."
+        )
+    shape = (next(iter(features.values()))[0].shape[0], len(names))
+    if present is None:
+        present = jnp.ones(shape, bool)
+    if present.shape != shape:
+        raise ConfigError(
+            "present must have one row for each example and one column for each modality; "
+            f"got shape {present.shape}. Use shape {shape}."
+        )
+    return {name: present[:, m] for m, name in enumerate(names)}
+
+
+def _check_distance(distance: str, attention: AttentionConfig) -> None:
+    if distance not in ("l2", "kl"):
+        raise ConfigError(f"distance must be one of l2, kl; got {distance!r}. Use 'l2'.")
+    if distance == "kl" and attention.normalization != "softmax":
+        raise ConfigError(
+            "distance kl compares softmax maps; "
+            f"got attention normalization {attention.normalization!r}. "
+            "Set it to 'softmax', or use distance 'l2'."
+        )
+
+
+def _check_stages(stages: Sequence[int], features: Features) -> None:
+    num_stages = min(len(of_stage) for of_stage in features.values())
+    if any(not 0 <= stage < num_stages for stage in stages):
+        raise ConfigError(
+            f"stages must be among the encoder's 0 to {num_stages - 1}; got {tuple(stages)}. "
+            "Name existing stages."
+        )

@@ -1,0 +1,130 @@
+"""Segmentation losses per example (METHOD section 6).
+
+One logit means sigmoid, and foreground where ``labels > 0``; several mean softmax over classes,
+background first. All compute in float32 and are finite, with finite gradients, on empty labels.
+They raise ``ConfigError`` where the shapes of logits and labels disagree.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cmsad_jax.types import ConfigError, Labels, Logits, PerExample
+
+
+def dice_loss(
+    logits: Logits, labels: Labels, *, smooth: float = 1e-5, include_background: bool = False
+) -> PerExample:
+    """Soft Dice: ``1 - (2 |p y| + smooth) / (|p| + |y| + smooth)``, averaged over the classes.
+
+    Equals MONAI's ``DiceLoss`` at its defaults. An example without foreground has the loss
+    ``1 - smooth / (|p| + smooth)``: its gradient matters where the predicted volume ``|p|`` is of
+    the order of ``smooth``, so raise ``smooth`` to give such examples a say.
+
+    Args:
+        logits: network output.
+        labels: classes.
+        smooth: in voxels, added to numerator and denominator.
+        include_background: count the background of several classes as a class.
+    """
+    p, y = _foreground(logits, labels, include_background)
+    score = (2 * _sum(p * y) + smooth) / (_sum(p) + _sum(y) + smooth)
+    return (1 - score).mean(-1)
+
+
+def tversky_loss(
+    logits: Logits,
+    labels: Labels,
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    smooth: float = 1e-5,
+    include_background: bool = False,
+) -> PerExample:
+    """``1 - (tp + smooth) / (tp + alpha fp + beta fn + smooth)``, averaged over the classes.
+
+    Salehi et al., MLMI 2017; equals MONAI's ``TverskyLoss``. ``beta > alpha`` favours sensitivity.
+    With 0.5 and 0.5 it is the Dice loss of twice the ``smooth``.
+
+    Args:
+        logits: network output.
+        labels: classes.
+        alpha: weight of false positives.
+        beta: weight of false negatives.
+        smooth: in voxels, added to numerator and denominator.
+        include_background: count the background of several classes as a class.
+    """
+    p, y = _foreground(logits, labels, include_background)
+    hit = _sum(p * y)
+    wrong = alpha * _sum(p * (1 - y)) + beta * _sum((1 - p) * y)
+    return (1 - (hit + smooth) / (hit + wrong + smooth)).mean(-1)
+
+
+def cross_entropy_loss(logits: Logits, labels: Labels) -> PerExample:
+    """Mean over voxels of ``-log p`` of the true class, from the logits.
+
+    Equals the cross-entropy term of MONAI's ``DiceCELoss``.
+    """
+    return _mean(jax.nn.softplus(-_margin(logits, labels)))
+
+
+def focal_loss(
+    logits: Logits, labels: Labels, *, gamma: float = 2.0, alpha: float | None = None
+) -> PerExample:
+    """Mean over voxels of ``-(1 - p)^gamma log p`` of the true class.
+
+    Lin et al., ICCV 2017; equals MONAI's ``FocalLoss`` for one logit.
+
+    Args:
+        logits: network output.
+        labels: classes.
+        gamma: 0 is cross-entropy; larger dwells on voxels that are wrong.
+        alpha: weight of foreground voxels, those of background weigh ``1 - alpha``; None weighs
+            all by 1.
+    """
+    margin = _margin(logits, labels)
+    # From log(1 - p), as 1 - p would lose its digits and its gradient where p is close to 1.
+    loss = jnp.exp(gamma * jax.nn.log_sigmoid(-margin)) * jax.nn.softplus(-margin)
+    if alpha is not None:
+        loss *= jnp.where(labels > 0, alpha, 1 - alpha)
+    return _mean(loss)
+
+
+def _margin(logits: Logits, labels: Labels) -> Float[Array, "b *space"]:
+    """Logit of the true class against all others: its probability is the sigmoid of this."""
+    _check_shapes(logits.shape, labels.shape)
+    logits = logits.astype(jnp.float32)
+    if logits.shape[-1] == 1:
+        return jnp.where(labels > 0, logits[..., 0], -logits[..., 0])
+    true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    others = jax.nn.logsumexp(logits, axis=-1, where=~true)
+    return jnp.where(true, logits, 0).sum(-1) - others
+
+
+def _foreground(
+    logits: Logits, labels: Labels, include_background: bool
+) -> tuple[Float[Array, "b *space classes"], Float[Array, "b *space classes"]]:
+    """Probability and truth (0 or 1) of each class that counts."""
+    _check_shapes(logits.shape, labels.shape)
+    logits = logits.astype(jnp.float32)
+    if logits.shape[-1] == 1:
+        return jax.nn.sigmoid(logits), (labels > 0).astype(jnp.float32)[..., None]
+    first = 0 if include_background else 1
+    truth = jax.nn.one_hot(labels, logits.shape[-1])
+    return jax.nn.softmax(logits)[..., first:], truth[..., first:]
+
+
+def _sum(x: Float[Array, "b *space classes"]) -> Float[Array, "b classes"]:
+    return x.sum(tuple(range(1, x.ndim - 1)))
+
+
+def _mean(x: Float[Array, "b *space"]) -> PerExample:
+    return x.mean(tuple(range(1, x.ndim)))
+
+
+def _check_shapes(logits: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    if logits[:-1] != labels:
+        raise ConfigError(
+            "logits must have the shape of the labels and one more axis, of classes; "
+            f"got logits {logits} and labels {labels}. Resize one to the other's grid."
+        )

@@ -1,0 +1,41 @@
+"""Overlap of a prediction with the truth: jit-able, per example, nan where it is undefined.
+
+Average with ``jnp.nanmean``: an example without foreground has no Dice, and must not lend it one.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cmsad_jax.types import PerExample
+
+Classes = Int[Array, "b *space"] | Bool[Array, "b *space"]
+"""Class of each voxel; a mask counts as class 1."""
+
+
+def dice_score(prediction: Classes, labels: Classes, *, class_index: int = 1) -> PerExample:
+    """``2 |T & P| / (|T| + |P|)`` of one class; nan where the truth ``T`` is empty."""
+    both, predicted, true = _counts(prediction, labels, class_index)
+    return _where(true > 0, 2 * both, true + predicted)
+
+
+def sensitivity(prediction: Classes, labels: Classes, *, class_index: int = 1) -> PerExample:
+    """``|T & P| / |T|`` of one class; nan where the truth ``T`` is empty."""
+    both, _, true = _counts(prediction, labels, class_index)
+    return _where(true > 0, both, true)
+
+
+def precision(prediction: Classes, labels: Classes, *, class_index: int = 1) -> PerExample:
+    """``|T & P| / |P|`` of one class; nan where the truth or the prediction is empty."""
+    both, predicted, true = _counts(prediction, labels, class_index)
+    return _where((true > 0) & (predicted > 0), both, predicted)
+
+
+def _counts(prediction: Classes, labels: Classes, class_index: int) -> Float[Array, "3 b"]:
+    """Number of voxels in both, in the prediction, in the truth; exact to 2^24."""
+    space = tuple(range(1, labels.ndim))
+    p, t = prediction == class_index, labels == class_index
+    return jnp.stack([x.sum(space) for x in (p & t, p, t)]).astype(jnp.float32)
+
+
+def _where(defined: Bool[Array, " b"], over: PerExample, under: PerExample) -> PerExample:
+    return jnp.where(defined, over / jnp.where(defined, under, 1.0), jnp.nan)

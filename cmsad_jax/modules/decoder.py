@@ -1,0 +1,56 @@
+"""U-Net decoder over the fused features, with deep supervision (METHOD section 5)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from cmsad_jax.modules.blocks import Conv, Norm, ResidualBlock, resize
+
+
+class Decoder(nn.Module):
+    """From the fused feature of every stage to logits.
+
+    Each step resizes linearly to the next shallower stage (a transposed 3D convolution's gradient
+    is slow under XLA), convolves, joins the skip and applies a residual block.
+
+    Attributes:
+        num_classes: ``k``.
+        kernels: kernel of each stage, as in the encoder.
+        num_deep: number of coarser stages that give logits of their own, for deep supervision.
+        norm: normalisation of the blocks.
+        head_bias: initial bias of the logits; below 0 where the foreground is rare.
+        dtype: in which the convolutions compute; logits are float32.
+    """
+
+    num_classes: int
+    kernels: tuple[tuple[int, ...], ...]
+    num_deep: int = 0
+    norm: Norm = "instance"
+    head_bias: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, fused: Sequence[Float[Array, "b ..."]]
+    ) -> tuple[Float[Array, "b *space k"], tuple[Float[Array, "b ..."], ...]]:
+        """Logits at the finest stage, and those of the ``num_deep`` coarser ones, finest first."""
+        x = fused[-1]
+        pointwise = (1,) * (x.ndim - 2)
+        deep = []
+        for stage in reversed(range(len(fused) - 1)):
+            skip = fused[stage]
+            channels = skip.shape[-1]
+            if stage < self.num_deep:
+                deep.append(self._head(f"head{stage + 1}", pointwise)(x))
+            x = Conv(channels, pointwise, dtype=self.dtype, name=f"reduce{stage}")(x)
+            x = jnp.concatenate([resize(x, skip.shape[1:-1]), skip], -1)
+            x = ResidualBlock(
+                channels, self.kernels[stage], None, self.norm, self.dtype, name=f"block{stage}"
+            )(x)
+        return self._head("head0", pointwise)(x), tuple(reversed(deep))
+
+    def _head(self, name: str, pointwise: tuple[int, ...]) -> nn.Module:
+        return Conv(self.num_classes, pointwise, bias=self.head_bias, name=name)

@@ -1,0 +1,116 @@
+"""Residual encoder of one modality (METHOD section 1): one feature for each stage."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from cmsad_jax.modules.blocks import Norm, ResidualBlock
+from cmsad_jax.types import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Stages of an encoder; the length of a kernel tuple makes it 2D (``h w``) or 3D (``d h w``).
+
+    Prostate MRI is anisotropic, so kernels and strides are given for each stage and axis: early
+    stages work in plane, later ones in all directions.
+    """
+
+    channels: tuple[int, ...] = (8, 16, 32)
+    """Output channels of each stage."""
+    kernels: tuple[tuple[int, ...], ...] = ((1, 3, 3), (1, 3, 3), (3, 3, 3))
+    """Kernel size of each stage, odd."""
+    strides: tuple[tuple[int, ...], ...] = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
+    """Down-sampling at the entry of each stage."""
+    blocks: tuple[int, ...] = (1, 1, 1)
+    """Residual blocks of each stage."""
+    norm: Norm = "instance"
+    """Normalisation over one example: each channel, or groups of 8 channels."""
+
+    def __post_init__(self):
+        lengths = {
+            name: len(getattr(self, name)) for name in ("channels", "kernels", "strides", "blocks")
+        }
+        if len(set(lengths.values())) != 1:
+            raise ConfigError(
+                "channels, kernels, strides and blocks must have one entry for each encoder stage; "
+                f"got {', '.join(f'{n} {name}' for name, n in lengths.items())}. "
+                "Give all four the same length."
+            )
+        if len({len(entry) for entry in (*self.kernels, *self.strides)}) != 1:
+            raise ConfigError(
+                "kernels and strides must all have one entry for each axis of space; "
+                f"got kernels {self.kernels} and strides {self.strides}. "
+                "Use 2 entries throughout for slices, 3 for volumes."
+            )
+        if any(size % 2 == 0 for kernel in self.kernels for size in kernel):
+            raise ConfigError(
+                f"kernel sizes must be odd; got {self.kernels}. Use 1, 3 or 5 along each axis."
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages ``s``."""
+        return len(self.channels)
+
+    @property
+    def rank(self) -> int:
+        """Axes of space: 2 for slices, 3 for volumes."""
+        return len(self.kernels[0])
+
+    def stage_shapes(self, space: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Spatial shape of each stage for an input of shape ``space``.
+
+        Raises:
+            ConfigError: if ``space`` has the wrong number of axes, or a stage has a single voxel,
+                where normalisation over an example's voxels leaves nothing.
+        """
+        if len(space) != self.rank:
+            raise ConfigError(
+                f"a {self.rank}D encoder takes images with {self.rank} axes of space; "
+                f"got {tuple(space)}. Use a preset of the other dimension or reshape the input."
+            )
+        shapes = []
+        for stage, strides in enumerate(self.strides):
+            space = tuple(-(-n // step) for n, step in zip(space, strides, strict=True))
+            if math.prod(space) == 1:
+                raise ConfigError(
+                    "every encoder stage must keep more than one voxel; "
+                    f"stage {stage} of strides {self.strides} shrinks to {space}. "
+                    "Use fewer stages, smaller strides or a larger crop."
+                )
+            shapes.append(space)
+        return tuple(shapes)
+
+
+class Encoder(nn.Module):
+    """Residual encoder: stage ``s`` strides, then applies its residual blocks.
+
+    Returns the output of every stage, shallowest first: ``b d_s h_s w_s c_s``, in ``dtype``.
+    """
+
+    config: EncoderConfig = EncoderConfig()
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> tuple[Float[Array, "b ..."], ...]:
+        """Encode; raises ``ConfigError`` as ``EncoderConfig.stage_shapes`` does."""
+        config = self.config
+        config.stage_shapes(x.shape[1:-1])
+        features = []
+        for stage in range(config.num_stages):
+            for block in range(config.blocks[stage]):
+                x = ResidualBlock(
+                    config.channels[stage],
+                    config.kernels[stage],
+                    config.strides[stage] if block == 0 else None,
+                    config.norm,
+                    self.dtype,
+                    name=f"stage{stage}_block{block}",
+                )(x)
+            features.append(x)
+        return tuple(features)

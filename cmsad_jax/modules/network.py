@@ -1,0 +1,139 @@
+"""CMSAD assembled: encoders, fusion at every stage, decoder. The whole network on one page."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from cmsad_jax.modules.decoder import Decoder
+from cmsad_jax.modules.encoder import Encoder, EncoderConfig
+from cmsad_jax.modules.fusion import Fusion, FusionConfig
+from cmsad_jax.types import ConfigError, Image, Logits, Present
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Everything that fixes the architecture."""
+
+    modalities: tuple[str, ...] = ("t2w", "adc", "hbv")
+    """Names of the input channels ``m``, one encoder each; any number from 1 up."""
+    num_classes: int = 1
+    """Logits ``k``: 1 for one foreground class (sigmoid), else classes with background."""
+    encoder: EncoderConfig = EncoderConfig()
+    fusion: FusionConfig = FusionConfig()
+    share_encoders: bool = False
+    """One set of encoder weights for all modalities."""
+    deep_supervision: int = 1
+    """Coarser decoder stages that are supervised as well."""
+    head_bias: float = -4.0
+    """Initial bias of the logits when ``num_classes`` is 1: foreground is rare."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; weights, norms' statistics, attention maps, losses and logits are float32."""
+
+    def __post_init__(self):
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ConfigError(
+                f"modalities must be one or more distinct names; got {self.modalities}. "
+                "Name each input channel once."
+            )
+        if self.num_classes < 1:
+            raise ConfigError(
+                f"num_classes must be at least 1; got {self.num_classes}. "
+                "Use 1 for one foreground class."
+            )
+        if not 0 <= self.deep_supervision < self.encoder.num_stages:
+            raise ConfigError(
+                "deep_supervision must be less than the number of stages; "
+                f"got {self.deep_supervision} and {self.encoder.num_stages} stages. "
+                f"Use 0 to {self.encoder.num_stages - 1}."
+            )
+
+
+@struct.dataclass
+class NetworkOutput:
+    """What the network returns: its result and the intermediates that losses and figures use.
+
+    Attributes:
+        logits: ``b *space k``, float32.
+        deep_logits: logits of coarser decoder stages, finest first.
+        features: ``features[modality][stage]``; those of an absent modality are 0.
+        fused: fused feature of each stage.
+        gates: SCFF's spatial gates ``b *space m`` of each stage; None where there are none.
+        correlation_loss: mean over the stages of SCFF's correlation loss; 0 for other fusions.
+    """
+
+    logits: Float[Array, "b *space k"]
+    deep_logits: tuple[Float[Array, "b ..."], ...]
+    features: dict[str, tuple[Float[Array, "b ..."], ...]]
+    fused: tuple[Float[Array, "b ..."], ...]
+    gates: tuple[Float[Array, "b ..."] | None, ...]
+    correlation_loss: Float[Array, " b"]
+
+
+class CMSAD(nn.Module):
+    """The segmentation network of METHOD sections 1, 4 and 5.
+
+    It is a pure function of its inputs, the same in training and prediction: dropping modalities
+    is a change of ``present``, made by the caller.
+    """
+
+    config: NetworkConfig = NetworkConfig()
+
+    @nn.compact
+    def __call__(self, image: Image, present: Present | None = None) -> NetworkOutput:
+        """Segment a batch.
+
+        Args:
+            image: scaled intensities; 0 where there is nothing.
+            present: which modalities each example has; None means all.
+
+        Raises:
+            ConfigError: if the channels are not the configured modalities, or a stage would shrink
+                to one voxel.
+        """
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        names = config.modalities
+        if image.shape[-1] != len(names):
+            raise ConfigError(
+                f"the image must have one channel for each modality {names}; "
+                f"got {image.shape[-1]} channels. Stack the modalities on the last axis."
+            )
+        if present is None:
+            present = jnp.ones((image.shape[0], len(names)), bool)
+        shared = Encoder(config.encoder, dtype, name="encoder") if config.share_encoders else None
+        features = {}
+        for m, name in enumerate(names):
+            encoder = shared or Encoder(config.encoder, dtype, name=f"encoder_{name}")
+            mask = present[:, m].reshape(-1, *(1,) * (image.ndim - 1))
+            stages = encoder(jnp.where(mask, image[..., m : m + 1], 0))
+            features[name] = tuple(jnp.where(mask, feature, 0) for feature in stages)
+
+        fused, gates, losses = [], [], []
+        for stage, channels in enumerate(config.encoder.channels):
+            output = Fusion(channels, config.fusion, dtype, name=f"fusion{stage}")(
+                [features[name][stage] for name in names], present
+            )
+            fused.append(output.fused)
+            gates.append(output.gates)
+            losses.append(output.correlation_loss)
+        logits, deep_logits = Decoder(
+            config.num_classes,
+            config.encoder.kernels,
+            config.deep_supervision,
+            config.encoder.norm,
+            config.head_bias if config.num_classes == 1 else 0.0,
+            dtype,
+            name="decoder",
+        )(fused)
+        return NetworkOutput(
+            logits, deep_logits, features, tuple(fused), tuple(gates), sum(losses) / len(losses)
+        )
+
+
+def probabilities(logits: Logits) -> Float[Array, "b *space k"]:
+    """Sigmoid of one logit, softmax of several."""
+    return nn.sigmoid(logits) if logits.shape[-1] == 1 else nn.softmax(logits)

@@ -1,0 +1,316 @@
+"""The objective and the train step: pure functions, undecorated (METHOD sections 3, 6 and 7).
+
+:mod:`cmsad_jax.parallel` compiles the step for one device or many. Every random choice comes from
+``batch["key"]``, one key for each example, so results do not depend on batch size or sharding.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
+
+from cmsad_jax.augmentation import AugmentationConfig, augment
+from cmsad_jax.losses import distillation, segmentation
+from cmsad_jax.losses.distillation import AttentionConfig
+from cmsad_jax.modules.blocks import resize
+from cmsad_jax.modules.network import CMSAD, NetworkConfig, NetworkOutput
+from cmsad_jax.types import ConfigError, Labels, Present
+
+Batch = Mapping[str, Shaped[Array, "b ..."]]
+"""``image: b *space m``, ``label: b *space``, ``present: b m``, ``key: b 2`` (uint32)."""
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The terms of the objective. A term of weight 0 is not computed."""
+
+    region: Literal["dice", "tversky"] = "dice"
+    """Overlap term."""
+    voxel: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """Voxel-wise term."""
+    region_weight: float = 1.0
+    voxel_weight: float = 1.0
+    smooth: float = 1.0
+    """Added to numerator and denominator of the overlap, in voxels; keeps lesion-free crops
+    finite and their gradient useful."""
+    cross_modal_weight: float = 0.1
+    """Attention distillation between modalities; 0 switches it off."""
+    self_weight: float = 0.1
+    """Attention distillation from deeper to shallower stages; 0 switches it off."""
+    correlation_weight: float = 0.0
+    """SCFF's correlation loss, an option of METHOD section 4; 0 switches it off."""
+    attention: AttentionConfig = AttentionConfig()
+    stages: tuple[int, ...] | None = None
+    """Encoder stages that are distilled; None is the three deepest."""
+    pairs: tuple[str, ...] | Literal["mutual"] = "mutual"
+    """Who teaches whom: every ordered pair, or a list such as ``adc->t2w``."""
+    distance: Literal["l2", "kl"] = "l2"
+    """Between maps; ``kl`` needs softmax-normalised attention."""
+    warmup_steps: int = 100
+    """Steps over which the distillation and correlation weights rise from 0."""
+    deep_weight: float = 0.5
+    """Weight of each coarser output relative to the next finer one."""
+
+    def distilled_stages(self, num_stages: int) -> tuple[int, ...]:
+        """The stages that are distilled, checked against the encoder's."""
+        stages = tuple(range(num_stages))[-3:] if self.stages is None else self.stages
+        if any(not 0 <= stage < num_stages for stage in stages):
+            raise ConfigError(
+                f"distilled stages must be among the encoder's 0 to {num_stages - 1}; "
+                f"got {stages}. Set loss.stages to existing stages."
+            )
+        return stages
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW under a warm-up and cosine schedule, with clipped gradients."""
+
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-4
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def schedule(self, num_steps: int) -> optax.Schedule:
+        """Learning rate at each of ``num_steps`` steps."""
+        warmup = max(1, round(self.warmup_fraction * num_steps))
+        return optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, warmup, max(num_steps, warmup + 1)
+        )
+
+    def optimizer(self, num_steps: int) -> optax.GradientTransformation:
+        """The Optax transformation for a run of ``num_steps`` steps."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.adamw(self.schedule(num_steps), weight_decay=self.weight_decay),
+        )
+
+
+@struct.dataclass
+class TrainState:
+    """What a training run carries from step to step.
+
+    Attributes:
+        step: number of updates made.
+        params: float32 master weights.
+        average: their exponential moving average; equal to ``params`` where the decay is 0.
+        opt_state: Optax state.
+    """
+
+    step: Array
+    params: PyTree
+    average: PyTree
+    opt_state: PyTree
+
+
+# The program of all random draws runs once a fold. Optimising it took a CPU longer than compiling
+# the train step.
+@partial(
+    jax.jit,
+    static_argnums=(0, 1),
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+def _draw_params(network: CMSAD, image_shape: tuple[int, ...], key: Array) -> PyTree:
+    return network.init(key, jnp.zeros(image_shape))["params"]
+
+
+def init_state(
+    network: CMSAD,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    *,
+    key: Array,
+) -> TrainState:
+    """Fresh state for images of ``image_shape`` (``b *space m``); equal keys give equal weights.
+
+    Call it outside ``jit``: it compiles a program of its own, once for each network and shape.
+    """
+    params = _draw_params(network, tuple(image_shape), key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        average=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def drop_modalities(
+    present: Present, *, keys: Shaped[Array, " b"], rate: float
+) -> Bool[Array, "b m"]:
+    """Mark each present modality absent with probability ``rate``, always keeping one.
+
+    The one that is kept is drawn uniformly from those present.
+    """
+
+    def one(mask, key):
+        drop_key, keep_key = jax.random.split(key)
+        kept = mask & ~jax.random.bernoulli(drop_key, rate, mask.shape)
+        score = jnp.where(mask, jax.random.uniform(keep_key, mask.shape), -1.0)
+        survivor = jnp.arange(mask.size) == jnp.argmax(score)
+        return jnp.where(kept.any(), kept, mask & survivor)
+
+    return jax.vmap(one)(present, keys)
+
+
+def segmentation_terms(
+    output: NetworkOutput, labels: Labels, config: LossConfig
+) -> dict[str, Float[Array, " b"]]:
+    """Overlap and voxel-wise loss per example, averaged over the supervised outputs.
+
+    Coarser logits are resized to the labels' grid, so that small lesions are not lost.
+    """
+    region = {"dice": segmentation.dice_loss, "tversky": segmentation.tversky_loss}[config.region]
+    voxel = {
+        "cross_entropy": segmentation.cross_entropy_loss,
+        "focal": segmentation.focal_loss,
+    }[config.voxel]
+    outputs = [output.logits, *(resize(deep, labels.shape[1:]) for deep in output.deep_logits)]
+    weights = [config.deep_weight**i for i in range(len(outputs))]
+    terms = {f"{config.region}_loss": 0.0, f"{config.voxel}_loss": 0.0}
+    for weight, logits in zip(weights, outputs, strict=True):
+        share = weight / sum(weights)
+        terms[f"{config.region}_loss"] += share * region(logits, labels, smooth=config.smooth)
+        terms[f"{config.voxel}_loss"] += share * voxel(logits, labels)
+    return terms
+
+
+def loss_terms(
+    output: NetworkOutput,
+    labels: Labels,
+    present: Present,
+    *,
+    config: LossConfig,
+    modalities: tuple[str, ...],
+) -> dict[str, tuple[float, bool, Float[Array, " b"]]]:
+    """Every term that is switched on: name to (weight, whether it warms up, value per example).
+
+    ``modalities`` names the columns of ``present``.
+    """
+    terms: dict[str, tuple[float, bool, Array]] = {}
+    weights = (config.region_weight, config.voxel_weight)
+    for weight, (name, value) in zip(
+        weights, segmentation_terms(output, labels, config).items(), strict=True
+    ):
+        terms[name] = (weight, False, value)
+    num_stages = len(output.fused)
+    common = {
+        "attention": config.attention,
+        "stages": config.distilled_stages(num_stages),
+        "distance": config.distance,
+        "present": present,
+        "modalities": modalities,
+    }
+    if config.cross_modal_weight and len(output.features) > 1:
+        value = distillation.cross_modal_distillation_loss(
+            output.features, pairs=config.pairs, **common
+        )
+        terms["cross_modal_distillation_loss"] = (config.cross_modal_weight, True, value)
+    if config.self_weight:
+        value = distillation.self_distillation_loss(output.features, **common)
+        terms["self_distillation_loss"] = (config.self_weight, True, value)
+    if config.correlation_weight and output.gates[0] is not None:
+        terms["correlation_loss"] = (config.correlation_weight, True, output.correlation_loss)
+    return terms
+
+
+def loss_fn(
+    params: PyTree,
+    batch: Batch,
+    step: Array,
+    *,
+    network: CMSAD,
+    config: LossConfig,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean objective of a batch, and the mean of every term under its own name (unweighted).
+
+    ``step`` sets the warm-up of the distillation terms.
+    """
+    output = network.apply({"params": params}, batch["image"], batch["present"])
+    ramp = jnp.clip(step / max(config.warmup_steps, 1), 0.0, 1.0)
+    total, metrics = jnp.zeros(()), {}
+    for name, (weight, warms_up, value) in loss_terms(
+        output,
+        batch["label"],
+        batch["present"],
+        config=config,
+        modalities=network.config.modalities,
+    ).items():
+        metrics[name] = value.mean()
+        total += weight * (ramp if warms_up else 1.0) * metrics[name]
+    return total, {"loss": total, **metrics}
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    network: CMSAD,
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    augmentation: AugmentationConfig | None = None,
+    modality_dropout: float = 0.0,
+    average_decay: float = 0.0,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update: augment, differentiate, clip, step, average.
+
+    Args:
+        state: before the step.
+        batch: one key for each example under ``key``.
+        network: the model.
+        optimizer: as made by ``OptimizerConfig.optimizer``.
+        loss: terms and weights.
+        augmentation: random changes of image and label, or None.
+        modality_dropout: probability with which each modality is withheld from an example.
+        average_decay: of the moving average of the weights, ramped up over the first steps; 0
+            keeps no average.
+        axis_name: the mapped axis over which gradients are averaged (under ``pmap``).
+
+    Returns:
+        The next state, and the mean of the loss and of each term, with ``gradient_norm``.
+    """
+    batch = dict(batch)
+    keys = jax.vmap(jax.random.wrap_key_data)(batch.pop("key"))
+    keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+    if augmentation is not None:
+        batch["image"], batch["label"] = augment(
+            batch["image"],
+            batch["label"],
+            present=batch["present"],
+            keys=keys[:, 0],
+            config=augmentation,
+        )
+    if modality_dropout:
+        batch["present"] = drop_modalities(batch["present"], keys=keys[:, 1], rate=modality_dropout)
+    gradient, metrics = jax.grad(loss_fn, has_aux=True)(
+        state.params, batch, state.step, network=network, config=loss
+    )
+    if axis_name is not None:
+        gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = params
+    if average_decay:
+        # Early averages would remember the random start: begin short, lengthen.
+        decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
+        average = optax.incremental_update(params, state.average, 1 - decay)
+    metrics["gradient_norm"] = optax.global_norm(gradient)
+    return TrainState(state.step + 1, params, average, opt_state), metrics
+
+
+def make_network(config: NetworkConfig) -> CMSAD:
+    """The network of a configuration."""
+    return CMSAD(config)

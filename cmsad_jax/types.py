@@ -1,0 +1,41 @@
+"""Axis legend, array aliases and the one error type of the library.
+
+Axes are lower case: ``b`` batch, ``d h w`` slice, row and column, ``c`` channels, ``m``
+modalities, ``s`` encoder stages, ``k`` classes, ``p`` ordered pairs of modalities. Channels come
+last and depth comes before rows and columns. ``*space`` stands for ``d h w`` (volumes) or ``h w``
+(slices): every module and every function of the library runs on both, so axis 0 is always the
+batch, the last axis the channels, and whatever lies between them is space.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+Image = Float[Array | np.ndarray, "b *space m"]
+"""Modalities of one patient on a common grid, scaled; an absent modality is all zeros."""
+
+Labels = Int[Array | np.ndarray, "b *space"]
+"""Class of each voxel; 0 is background."""
+
+Logits = Float[Array, "b *space k"]
+"""Network output before the sigmoid (``k = 1``) or the softmax (``k > 1``, background first)."""
+
+Present = Bool[Array | np.ndarray, "b m"]
+"""Which modalities each example has."""
+
+Feature = Float[Array, "b *space c"]
+"""Activation of one encoder stage of one modality."""
+
+Features = Mapping[str, Sequence[Float[Array, "b ..."]]]
+"""``features[modality][stage]``, each a ``Feature`` of its stage's size; stage 0 is shallowest."""
+
+AttentionMap = Float[Array, "b *space"]
+"""Spatial attention of one stage, float32."""
+
+PerExample = Float[Array, " b"]
+"""One value for each example of the batch: what every loss and metric returns."""
+
+
+class ConfigError(ValueError):
+    """A setting or a shape that cannot work; the message holds the rule, what came, the remedy."""

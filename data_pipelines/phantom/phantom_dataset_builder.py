@@ -1,0 +1,39 @@
+"""The built-in data set: as many drawn patients as are asked for. See README.md of this folder."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from data_pipelines.case import DataError, RawCase
+from data_pipelines.case_builder import CaseBuilder
+from data_pipelines.phantom.phantom import case_id_of, make_case
+
+
+@dataclasses.dataclass(frozen=True)
+class PhantomCase:
+    """One case to draw."""
+
+    case_id: str
+    index: int
+
+
+class Builder(CaseBuilder):
+    """Cases 0 to ``num_cases - 1`` of the population ``seed``."""
+
+    hashed_fields = ("seed",)
+
+    def find_cases(self) -> Sequence[PhantomCase]:
+        """One entry for each case; a case is the same however many there are."""
+        config = self.data_config
+        if config.num_cases < 1:
+            raise DataError(
+                f"the phantom must have at least one case; got {config.num_cases}. "
+                "Use --data.num-cases=100."
+            )
+        if config.seed < 0:
+            raise DataError(f"the phantom's seed must not be negative; got {config.seed}. Use 0.")
+        return [PhantomCase(case_id_of(index), index) for index in range(config.num_cases)]
+
+    def read_case(self, entry: PhantomCase) -> RawCase:
+        """Draw the case."""
+        config = self.data_config
+        return make_case(entry.index, seed=config.seed, target=config.target)

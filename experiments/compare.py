@@ -1,0 +1,237 @@
+"""Is one run better than another? Dice of two runs, paired on the same positive cases.
+
+``python -m experiments.compare RUN_A RUN_B [RUN_C ...]`` compares the first run with each other one
+by their ``metrics.json``. The difference is ``A - B``: an interval above 0 favours the first run.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from scipy import stats
+
+from data_pipelines.case import DataError
+from experiments.evaluate import Row, read_metrics, write_text
+from experiments.runtime import run_main
+
+Rows = Mapping[tuple[str, str], Row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Dice of one class in two runs, over the cases that hold this class.
+
+    Attributes:
+        name: the class.
+        run_a, run_b: folders of the two runs.
+        num_cases, num_patients: positive cases and the patients they come from.
+        mean_a, mean_b: mean Dice over cases.
+        difference: mean over cases of ``A - B``.
+        interval: ends of the 95 % bootstrap interval of ``difference``; None below two patients.
+        p_value: Wilcoxon signed-rank test, two-sided; None below two patients.
+        same_folds: whether each case was validated in the same fold of both runs.
+    """
+
+    name: str
+    run_a: str
+    run_b: str
+    num_cases: int
+    num_patients: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    interval: tuple[float, float] | None
+    p_value: float | None
+    same_folds: bool
+
+
+def bootstrap_interval(
+    differences: np.ndarray,
+    patients: Sequence[str],
+    *,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap 95 % interval of the mean of ``differences``.
+
+    Patients are drawn with replacement, each with all of its cases, since the cases of one patient
+    are not independent. The mean is over the cases drawn. Deterministic in ``seed``.
+    """
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    sums = np.bincount(owner, weights=differences, minlength=len(names))
+    counts = np.bincount(owner, minlength=len(names))
+    drawn = np.random.default_rng(seed).integers(len(names), size=(num_resamples, len(names)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def wilcoxon_p_value(differences: np.ndarray, patients: Sequence[str]) -> float:
+    """Two-sided Wilcoxon signed-rank p of the patients' mean differences; 1 if all are 0."""
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    counts = np.bincount(owner, minlength=len(names))
+    means = np.bincount(owner, weights=differences, minlength=len(names)) / counts
+    if not means.any():
+        return 1.0
+    return float(stats.wilcoxon(means).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def compare(
+    run_a: Path, run_b: Path, *, num_resamples: int = 10_000, seed: int = 0
+) -> list[Comparison]:
+    """One comparison per class (that any case holds) of two run folders.
+
+    Raises:
+        MissingDataError: a folder without ``metrics.json``.
+        DataError: other classes, other cases, other truth, or no positive case in the runs.
+    """
+    metrics_a, metrics_b = read_metrics(run_a), read_metrics(run_b)
+    rows_a, rows_b = _rows(metrics_a), _rows(metrics_b)
+    if metrics_a["mean"].keys() != metrics_b["mean"].keys():
+        raise DataError(
+            "runs must have the same classes; got "
+            f"{list(metrics_a['mean'])} in {run_a} and {list(metrics_b['mean'])} in {run_b}. "
+            "Compare runs of one target."
+        )
+    cases_a, cases_b = ({case for case, _ in rows} for rows in (rows_a, rows_b))
+    if cases_a != cases_b:
+        raise DataError(
+            "runs must have evaluated the same cases; got "
+            f"{_few(cases_a - cases_b)} only in {run_a} and {_few(cases_b - cases_a)} only in "
+            f"{run_b}. Finish both runs on the same data and folds."
+        )
+    pairs = {name: _pairs(name, rows_a, rows_b) for name in metrics_a["mean"]}
+    if not any(pairs.values()):
+        raise DataError(
+            f"a comparison needs a positive case; got none in {run_a}. "
+            "Dice is undefined without foreground: evaluate on data that hold some."
+        )
+    return [
+        _compare_class(name, run_a, run_b, paired, num_resamples=num_resamples, seed=seed)
+        for name, paired in pairs.items()
+        if paired
+    ]
+
+
+def _rows(metrics: Mapping[str, Any]) -> Rows:
+    """Rows by case id and class."""
+    return {(row["case_id"], row["class"]): row for row in metrics["metric_per_case"]}
+
+
+def _few(cases: set[str]) -> str:
+    listed = ", ".join(sorted(cases)[:3])
+    return f"{len(cases)} ({listed}{', ...' if len(cases) > 3 else ''})" if cases else "none"
+
+
+def _pairs(name: str, rows_a: Rows, rows_b: Rows) -> list[tuple[Row, Row]]:
+    """Rows of both runs of the cases that hold class ``name``, by case id."""
+    pairs = [(rows_a[key], rows_b[key]) for key in sorted(rows_a) if key[1] == name]
+    if differing := {a["case_id"] for a, b in pairs if (a["dice"] is None) != (b["dice"] is None)}:
+        raise DataError(
+            f"runs must have the same truth; got {_few(differing)} with {name} in one of them "
+            "only. Evaluate both against the same labels."
+        )
+    return [(a, b) for a, b in pairs if a["dice"] is not None]
+
+
+def _compare_class(
+    name: str,
+    run_a: Path,
+    run_b: Path,
+    pairs: Sequence[tuple[Row, Row]],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> Comparison:
+    a, b = (np.array([pair[run]["dice"] for pair in pairs], np.float64) for run in (0, 1))
+    patients = [row["patient_id"] for row, _ in pairs]
+    interval, p_value = None, None
+    if len(set(patients)) > 1:
+        interval = bootstrap_interval(a - b, patients, num_resamples=num_resamples, seed=seed)
+        p_value = wilcoxon_p_value(a - b, patients)
+    return Comparison(
+        name=name,
+        run_a=str(run_a),
+        run_b=str(run_b),
+        num_cases=len(pairs),
+        num_patients=len(set(patients)),
+        mean_a=float(a.mean()),
+        mean_b=float(b.mean()),
+        difference=float((a - b).mean()),
+        interval=interval,
+        p_value=p_value,
+        same_folds=all(row_a["fold"] == row_b["fold"] for row_a, row_b in pairs),
+    )
+
+
+def format_comparisons(comparisons: Sequence[Comparison]) -> str:
+    """Text table: one line per pair of runs and class, then what the columns mean."""
+    width = max(len(_label(row)) for row in comparisons)
+    lines = [
+        f"{'A against B':<{width}}  {'cases':>5}  {'Dice A':>7}  {'Dice B':>7}  {'A - B':>7}  "
+        f"{'95 % interval':>18}  {'p':>7}"
+    ]
+    for row in comparisons:
+        interval = "needs 2 patients"
+        if row.interval is not None:
+            interval = f"{row.interval[0]:+.4f} to {row.interval[1]:+.4f}"
+        p_value = "" if row.p_value is None else f"{row.p_value:.2g}"
+        lines.append(
+            f"{_label(row):<{width}}  {row.num_cases:>5}  {row.mean_a:>7.4f}  {row.mean_b:>7.4f}  "
+            f"{row.difference:>+7.4f}  {interval:>18}  {p_value:>7}"
+        )
+    lines.append(
+        "Positive cases only, paired. Interval: percentile bootstrap over patients. "
+        "p: Wilcoxon signed-rank, two-sided, not corrected for several comparisons."
+    )
+    lines += [
+        f"Note: {_label(row)}: folds differ, so the models saw other training cases."
+        for row in comparisons
+        if not row.same_folds
+    ]
+    return "\n".join(lines)
+
+
+def _label(row: Comparison) -> str:
+    return f"{Path(row.run_a).name} - {Path(row.run_b).name} ({row.name})"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Compare the Dice of the first run with each other run, paired on the same cases."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, at least two; the first is compared with each other one."""
+    json: Path | None = None
+    """Also write the comparisons to this file."""
+    num_resamples: int = 10_000
+    """Bootstrap resamples."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of this module."""
+    config = tyro.cli(CompareConfig, args=argv)
+    if len(config.runs) < 2:
+        raise DataError(
+            f"a comparison needs at least two runs; got {len(config.runs)}. Name another one."
+        )
+    first, *others = config.runs
+    comparisons = [
+        row
+        for other in others
+        for row in compare(first, other, num_resamples=config.num_resamples, seed=config.seed)
+    ]
+    print(format_comparisons(comparisons))
+    if config.json is not None:
+        rows = [dataclasses.asdict(row) for row in comparisons]
+        write_text(config.json, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,243 @@
+"""The configuration of a run: what each package configures, composed; presets; the command line.
+
+``python -m experiments.cv --help`` lists every field. A preset gives the defaults, an option
+overrides one field, and the whole is written into the run folder.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from cmsad_jax.augmentation import AugmentationConfig
+from cmsad_jax.modules.encoder import EncoderConfig
+from cmsad_jax.modules.network import NetworkConfig
+from cmsad_jax.training import LossConfig, OptimizerConfig
+from cmsad_jax.types import ConfigError
+from data_pipelines.case import DataConfig, PreprocessConfig
+
+Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How the network is trained."""
+
+    steps: int = 220
+    """Updates for each fold."""
+    batch_size: int = 2
+    """Examples for each update, over all devices."""
+    crop: tuple[int, int, int] = (12, 48, 48)
+    """Voxels d h w of a training crop and of the sliding window; depth 1 for networks of slices."""
+    foreground_share: float = 1 / 3
+    """Share of the crops that hold foreground, balanced over the positive cases."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    modality_dropout: float = 0.0
+    """Probability with which each modality is withheld, to make the network ready for its lack."""
+    average_decay: float = 0.98
+    """Of the exponential moving average of the weights that is evaluated; 0 evaluates the last."""
+    validations: int = 2
+    """How often the validation fold is looked at, at even distances, to choose ``best``."""
+    read_threads: int = 2
+    """Threads that read cases; does not change the batches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """How whole volumes are predicted and turned into masks; fixed before anything is trained."""
+
+    overlap: float = 0.5
+    """Least share of a window that its neighbour sees as well."""
+    batch_size: int = 1
+    """Windows for each call."""
+    flip: bool = False
+    """Average over the left-right mirror image."""
+    threshold: float = 0.5
+    """Probability above which a voxel belongs to the target."""
+    figures: int = 4
+    """Cases of each fold that are kept for the report's pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One cross-validation run."""
+
+    preset: str = "small"
+    """Defaults to start from: small, volume3d or slice2d."""
+    accelerator: Accelerator = "auto"
+    """Where to compute; auto takes the best there is."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How a step is spread over the devices."""
+    output: Path | None = None
+    """Run folder; by default named after preset, data, target and modalities under runs/."""
+    num_folds: int = 5
+    """Folds over patients, stratified by presence of the target."""
+    folds: tuple[int, ...] | None = None
+    """Folds to run now; a later run completes the rest. All by default."""
+    folds_file: Path | None = None
+    """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
+    seed: int = 0
+    """Of folds, weights, sampling and augmentation."""
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+_VOLUME_STAGES = EncoderConfig(
+    channels=(32, 64, 128, 256, 320, 320),
+    kernels=((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+    strides=((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2)),
+    blocks=(1, 1, 2, 2, 2, 2),
+)
+_SLICE_STAGES = EncoderConfig(
+    channels=(32, 64, 128, 256, 320, 320),
+    kernels=((3, 3),) * 6,
+    strides=((1, 1), (2, 2), (2, 2), (2, 2), (2, 2), (2, 2)),
+    blocks=(1, 1, 2, 2, 2, 2),
+)
+_FINE_GRID = PreprocessConfig(spacing_mm=(3.0, 0.5, 0.5), size=(20, 256, 256))
+
+PRESETS: dict[str, Config] = {
+    "small": Config(preset="small"),
+    "volume3d": Config(
+        preset="volume3d",
+        data=DataConfig(preprocess=_FINE_GRID),
+        network=NetworkConfig(encoder=_VOLUME_STAGES, deep_supervision=3, dtype="bfloat16"),
+        loss=LossConfig(warmup_steps=1000),
+        train=TrainConfig(
+            steps=20_000,
+            batch_size=2,
+            crop=(20, 160, 160),
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+            average_decay=0.999,
+            validations=20,
+        ),
+        predict=PredictConfig(flip=True),
+    ),
+    "slice2d": Config(
+        preset="slice2d",
+        data=DataConfig(preprocess=_FINE_GRID),
+        network=NetworkConfig(encoder=_SLICE_STAGES, deep_supervision=3, dtype="bfloat16"),
+        loss=LossConfig(warmup_steps=1000),
+        train=TrainConfig(
+            steps=20_000,
+            batch_size=16,
+            crop=(1, 192, 192),
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+            average_decay=0.999,
+            validations=20,
+        ),
+        predict=PredictConfig(flip=True, batch_size=8),
+    ),
+}
+"""Named starting points: a small one for CPUs, and two for accelerators in the style of nnU-Net."""
+
+# Fields that say where and how much of a run is done, not what it is.
+_NOT_IDENTITY = ("accelerator", "output", "folds", "parallel", "data.cache", "train.read_threads")
+
+
+def parse(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
+    """Configuration from command-line arguments: preset first, then each option."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = "small"
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    if name not in PRESETS:
+        raise ConfigError(
+            f"preset must be one of {', '.join(PRESETS)}; got {name!r}. Use --preset=small."
+        )
+    config = tyro.cli(
+        Config,
+        prog=prog,
+        description="Five-fold cross-validation of CMSAD, from files to a report.",
+        args=arguments,
+        default=PRESETS[name],
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    return complete(config)
+
+
+def complete(config: Config) -> Config:
+    """The configuration with what follows from the data filled in, and checked.
+
+    The network's inputs and outputs are the data's modalities and classes.
+    """
+    data, train = config.data, config.train
+    network = dataclasses.replace(
+        config.network, modalities=data.modalities, num_classes=data.num_classes
+    )
+    for field, value in (("train.steps", train.steps), ("train.batch-size", train.batch_size)):
+        if value < 1:
+            raise ConfigError(f"{field} must be at least 1; got {value}. Use --{field}=1 or more.")
+    size = data.preprocess.size
+    if any(n > limit for n, limit in zip(train.crop, size, strict=True)):
+        raise ConfigError(
+            f"the crop must fit into the volume; got crop {train.crop} and volume {size}. "
+            f"Use --train.crop {' '.join(map(str, size))} or less, "
+            "or a larger --data.preprocess.size."
+        )
+    if network.encoder.rank == 2 and train.crop[0] != 1:
+        raise ConfigError(
+            f"a network of slices takes crops of depth 1; got {train.crop}. "
+            f"Use --train.crop 1 {train.crop[1]} {train.crop[2]}."
+        )
+    network.encoder.stage_shapes(window(config))
+    config.loss.distilled_stages(network.encoder.num_stages)
+    folds = config.folds
+    if folds is not None and any(not 0 <= fold < config.num_folds for fold in folds):
+        raise ConfigError(
+            f"folds must be among 0 to {config.num_folds - 1}; got {folds}. "
+            "Name existing folds after --folds."
+        )
+    if not 0 < config.predict.threshold < 1:
+        raise ConfigError(
+            f"the threshold must lie between 0 and 1; got {config.predict.threshold}. "
+            "Use --predict.threshold=0.5."
+        )
+    config = dataclasses.replace(config, network=network)
+    if config.output is None:
+        parts = [config.preset, data.name, data.target]
+        if data.modalities != DataConfig().modalities:
+            parts.append("+".join(data.modalities))
+        config = dataclasses.replace(config, output=Path("runs") / "-".join(parts))
+    return config
+
+
+def window(config: Config) -> tuple[int, ...]:
+    """Spatial shape that the network sees: the crop, without depth for a network of slices."""
+    return config.train.crop[-config.network.encoder.rank :]
+
+
+def to_json(config: Any) -> Any:
+    """A configuration as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines ``field: old -> new`` for what makes two runs different (JSON configurations)."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{field}: {before.get(field)} -> {after.get(field)}"
+        for field in sorted(before.keys() | after.keys())
+        if field not in _NOT_IDENTITY and before.get(field) != after.get(field)
+    ]

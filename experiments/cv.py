@@ -1,0 +1,306 @@
+"""Cross-validation of CMSAD over patients, from files to a report.
+
+``python -m experiments.cv`` trains every fold, predicts its validation patients in the frame of
+their own T2W files, measures, and writes the report. Folds that are done are not done again.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmsad_jax.types import ConfigError
+from data_pipelines import loading, preprocessing, splits, volume_io
+from data_pipelines.case import Case, DataError, spacing_of
+from experiments import evaluate, report
+from experiments.config import Config, differences, parse, to_json
+from experiments.runtime import environment, progress, run_main, select_accelerator
+from experiments.train import (
+    Programs,
+    compile_programs,
+    log,
+    predict_case,
+    scaled_image,
+    to_mask,
+    train_fold,
+)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run the folds asked for and report on all that are done; returns what ``metrics.json`` holds.
+
+    Raises:
+        ConfigError: for settings that cannot work, or a run folder of another configuration.
+        DataError: for faults of the data.
+    """
+    devices = select_accelerator(config.accelerator)
+    programs = compile_programs(config, devices)
+    output = config.output
+    assert output is not None, "complete() names the run folder"
+    refuse_other_run(output, config)
+    source = loading.build(config.data)
+    folds = make_folds(config, source)
+    open_run(output, config, source, folds)
+    positive = sum(info.positive for info in source.info)
+    log(
+        f"{len(source)} cases, {positive} with {config.data.target}, "
+        f"{config.num_folds} folds over patients; {devices[0].device_kind} x {len(devices)}; "
+        f"run folder {output}"
+    )
+    baseline = mean_shape_baseline(config, source, folds)
+    selected = range(config.num_folds) if config.folds is None else config.folds
+    for fold in selected:
+        if (output / f"fold_{fold}" / "metrics.json").exists():
+            log(f"fold {fold + 1}/{config.num_folds}: done before")
+            continue
+        run_fold(config, programs, source, folds, fold, output / f"fold_{fold}")
+    return finish(config, output, baseline)
+
+
+def refuse_other_run(output: Path, config: Config) -> None:
+    """Raise ``ConfigError`` if the folder holds something that is not this run."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    file = output / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"the run folder must be new or hold a run; {output} holds other files. "
+            "Name another folder with --output."
+        )
+    changed = differences(json.loads(file.read_text())["config"], to_json(config))
+    if changed:
+        raise ConfigError(
+            "a run folder holds one configuration; "
+            f"{output} differs from what is asked for:\n  " + "\n  ".join(changed) + "\n"
+            "Name another folder with --output, or remove that one."
+        )
+
+
+def make_folds(config: Config, source: loading.CaseSource) -> splits.Folds:
+    """Folds of the cases: published ones, or drawn; refuses a data set without any foreground."""
+    if not any(info.positive for info in source.info):
+        raise DataError(
+            f"at least one case must hold the target; got {len(source)} cases without any "
+            f"{config.data.target}. Check the labels, or choose another --data.target."
+        )
+    if config.folds_file is not None:
+        folds = splits.load_published(config.folds_file, source.info)
+        if len(folds.validation) != config.num_folds:
+            raise ConfigError(
+                "the number of folds must be that of the folds file; "
+                f"got {config.num_folds} and {len(folds.validation)}. "
+                f"Use --num-folds={len(folds.validation)}."
+            )
+        return folds
+    return splits.make_folds(source.info, num_folds=config.num_folds, seed=config.seed)
+
+
+def open_run(output: Path, config: Config, source: loading.CaseSource, folds: splits.Folds) -> None:
+    """Create the run folder, or check that it was made from the same data and folds."""
+    record = {"config": to_json(config), "data_fingerprint": source.fingerprint}
+    if (output / "config.json").exists():
+        old = json.loads((output / "config.json").read_text())
+        if (
+            old["data_fingerprint"] != source.fingerprint
+            or splits.Folds.load(output / "folds.json").sha256 != folds.sha256
+        ):
+            raise ConfigError(
+                f"a run continues on the data and folds it began with; those of {output} have "
+                "changed since. Name another folder with --output, or restore the data."
+            )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    folds.save(output / "folds.json")
+    write_json(output / "environment.json", environment())
+    write_json(output / "config.json", record)
+
+
+def run_fold(
+    config: Config,
+    programs: Programs,
+    source: loading.CaseSource,
+    folds: splits.Folds,
+    fold: int,
+    directory: Path,
+) -> None:
+    """Train, predict and measure one fold; ``metrics.json``, written last, marks it as done."""
+    if directory.exists():
+        shutil.rmtree(directory)  # left by an interrupted run
+    directory.mkdir()
+    title = f"fold {fold + 1}/{config.num_folds}"
+    validation = folds.validation[fold]
+    params, summary = train_fold(
+        config,
+        programs,
+        source,
+        fold=fold,
+        training=folds.training(fold),
+        validation=validation,
+        directory=directory,
+    )
+    started = time.perf_counter()
+    rows = []
+    for case in progress(
+        loading.eval_cases(source, validation),
+        description=f"{title} predicting",
+        total=len(validation),
+    ):
+        rows += predict_and_measure(config, programs, params, case, fold, directory)
+    for case_id in cases_to_show(rows, config.predict.figures):
+        save_figure(config, programs, params, source[case_id], directory)
+    summary["predict_s"] = round(time.perf_counter() - started, 2)
+    write_json(directory / "metrics.json", {"metric_per_case": rows, "summary": summary})
+    dice = [row["dice"] for row in rows if row["dice"] is not None]
+    result = f"Dice {np.mean(dice):.3f} over {len(dice)}" if dice else "no positive case, no Dice"
+    log(
+        f"{title}: {config.train.steps} steps in {summary['train_s']:.0f} s "
+        f"({summary['examples_per_s']:.1f} examples/s, first step {summary['first_step_s']:.0f} s)"
+        f", loss {summary['loss']:.3f}; {len(validation)} cases predicted in "
+        f"{summary['predict_s']:.0f} s; {result}"
+    )
+
+
+def predict_and_measure(
+    config: Config, programs: Programs, params: Any, case: Case, fold: int, directory: Path
+) -> list[dict[str, Any]]:
+    """Predict a case, save mask and probabilities in its T2W frame, and measure them there."""
+    classes = config.data.classes
+    probability = preprocessing.to_original(
+        predict_case(programs.predict, params, case, config, config.network.num_classes), case
+    )
+    mask = to_mask(probability, config.predict.threshold)
+    affine = case.original_affine
+    volume_io.write_nifti(directory / "masks" / f"{case.case_id}.nii.gz", mask, affine)
+    foreground = probability if len(classes) == 1 else probability[..., 1:]
+    for index, name in enumerate(classes):
+        suffix = "" if len(classes) == 1 else f"_{name}"
+        volume_io.write_nifti(
+            directory / "probabilities" / f"{case.case_id}{suffix}.nii.gz",
+            foreground[..., index],
+            affine,
+        )
+    measured = evaluate.case_metrics(
+        mask, case.original_truth, spacing_of(affine), classes=classes
+    )
+    identity = {"case_id": case.case_id, "patient_id": case.patient_id, "fold": fold}
+    return [identity | {"class": name} | values for name, values in measured.items()]
+
+
+def cases_to_show(rows: Sequence[dict[str, Any]], count: int) -> list[str]:
+    """Best, median and worst case by Dice, and the lesion-free one with most false positives."""
+    ranked = sorted((row["dice"], row["case_id"]) for row in rows if row["dice"] is not None)
+    negatives = sorted(
+        (row["false_positive_volume_ml"], row["case_id"]) for row in rows if row["dice"] is None
+    )
+    chosen = [ranked[i][1] for i in (-1, len(ranked) // 2, 0)] if ranked else []
+    chosen += [case_id for _, case_id in reversed(negatives)]
+    return list(dict.fromkeys(chosen))[:count]
+
+
+def save_figure(
+    config: Config, programs: Programs, params: Any, case: Case, directory: Path
+) -> None:
+    """Keep a case's images, truth, probability and attention maps for the report's pictures."""
+    (directory / "figures").mkdir(exist_ok=True)
+    modalities = config.data.modalities
+    attention = predict_case(programs.attention, params, case, config, len(modalities))
+    probability = predict_case(programs.predict, params, case, config, config.network.num_classes)
+    np.savez_compressed(
+        directory / "figures" / f"{case.case_id}.npz",
+        image=scaled_image(case).astype(np.float16),
+        modalities=np.array(modalities),
+        truth=case.label,
+        probability=probability.astype(np.float16),
+        attention=(attention / np.maximum(attention.max((0, 1, 2)), 1e-12)).astype(np.float16),
+        spacing_mm=np.array(spacing_of(case.affine)),
+    )
+
+
+def mean_shape_baseline(
+    config: Config, source: loading.CaseSource, folds: splits.Folds
+) -> dict[str, Any]:
+    """What can be had without looking at the image: the training patients' mean label.
+
+    For each fold, voxels whose label frequency over the training cases exceeds the threshold that
+    gives the training cases the best mean Dice; measured like a prediction, in the T2W frame.
+    """
+    classes = config.data.classes
+    labels = {case.case_id: case.label for case in loading.eval_cases(source, source.case_ids)}
+    scores = []
+    for fold, validation in enumerate(folds.validation):
+        known = np.stack([labels[case_id] for case_id in folds.training(fold)])
+        for index in range(1, len(classes) + 1):
+            training = known == index
+            frequency = training.mean(0)
+            candidates = (
+                np.unique(np.quantile(frequency[frequency > 0], np.linspace(0, 0.99, 34)))
+                if frequency.any()
+                else [1.0]
+            )
+            best = max(candidates, key=lambda t: _mean_dice(training, frequency >= t))
+            for case_id in validation:
+                case = source[case_id]
+                shape = (frequency >= best).astype(np.float32)[..., None]
+                mask = preprocessing.to_original(shape, case)[..., 0] > 0.5
+                truth = case.original_truth == index
+                if truth.any():
+                    scores.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+    return {"mean_dice": float(np.mean(scores)) if scores else None, "num_cases": len(scores)}
+
+
+def _mean_dice(truths: np.ndarray, mask: np.ndarray) -> float:
+    """Mean Dice of one mask against many, over those that are not empty."""
+    volumes = truths.sum((1, 2, 3))
+    overlap = (truths & mask).sum((1, 2, 3))
+    filled = volumes > 0
+    return float(np.mean(2 * overlap[filled] / (volumes[filled] + mask.sum())))
+
+
+def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, Any]:
+    """Gather the folds that are done into ``metrics.json``, the CSV and the report; print them."""
+    done = {}
+    for fold in range(config.num_folds):
+        file = output / f"fold_{fold}" / "metrics.json"
+        if file.exists():
+            done[fold] = json.loads(file.read_text())
+    rows = [row for record in done.values() for row in record["metric_per_case"]]
+    metrics = evaluate.summarise(rows, folds=list(done)) | {
+        "target": config.data.target,
+        "classes": list(config.data.classes),
+        "threshold": config.predict.threshold,
+        "checkpoint": "ema" if config.train.average_decay else "last",
+        "num_folds": config.num_folds,
+        "folds_done": list(done),
+        "baseline_mean_shape": baseline,
+        "best_checkpoint": {fold: record["summary"]["best"] for fold, record in done.items()},
+        "fold_summaries": {fold: record["summary"] for fold, record in done.items()},
+    }
+    evaluate.write_metrics(metrics, output / "metrics.json", output / "metrics.csv")
+    page = report.write_report(output)
+    log(evaluate.format_summary(metrics))
+    shape = baseline["mean_dice"]
+    if shape is not None:
+        log(f"baseline that ignores the image (mean training shape): Dice {shape:.3f}")
+    missing = [str(fold) for fold in range(config.num_folds) if fold not in done]
+    if missing:
+        log(f"folds still to run: {' '.join(missing)} (the same command with --folds, or without)")
+    log(f"report: {page}")
+    return metrics
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    evaluate.write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    run(parse(prog="python -m experiments.cv"))
+
+
+if __name__ == "__main__":
+    run_main(main)

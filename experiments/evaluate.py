@@ -1,0 +1,489 @@
+"""Metrics of predicted masks: per case, summed up over cases and folds, written to JSON and CSV.
+
+``python -m experiments.evaluate PREDICTIONS LABELS`` compares two folders of NIfTI files of equal
+names. Every metric is measured in the frame of the original T2W volume, never on a resampled grid.
+
+Definitions, per class (``T`` truth, ``P`` prediction, ``|.|`` number of voxels):
+
+=============================  ===============================================  ===============
+metric                         value                                            undefined where
+=============================  ===============================================  ===============
+``dice``                       ``2 |T & P| / (|T| + |P|)``                      ``T`` is empty
+``sensitivity``                ``|T & P| / |T|``                                ``T`` is empty
+``precision``                  ``|T & P| / |P|``                                either is empty
+``hd95_mm``                    see :func:`surface_distances_mm`                 either is empty
+``assd_mm``                    see :func:`surface_distances_mm`                 either is empty
+``false_positive_volume_ml``   volume of ``P`` outside ``T``                    never
+``volume_truth_ml``            volume of ``T``                                  never
+``volume_predicted_ml``        volume of ``P``                                  never
+=============================  ===============================================  ===============
+
+Undefined is None in Python, ``null`` in JSON and an empty cell in CSV, and is left out of every
+mean; no mean goes without the number of cases behind it. A positive case with an empty prediction
+has Dice and sensitivity 0 and is counted in ``num_missed``, because its surface distances do not
+exist and would otherwise vanish.
+"""
+
+import collections
+import csv
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import surface_distance
+import tyro
+
+from data_pipelines.case import TARGET_CLASSES, DataError, MissingDataError
+from data_pipelines.volume_io import read_volume
+from experiments.runtime import run_main
+
+METRICS = (
+    "dice",
+    "sensitivity",
+    "precision",
+    "hd95_mm",
+    "assd_mm",
+    "false_positive_volume_ml",
+    "volume_truth_ml",
+    "volume_predicted_ml",
+)
+"""Names of the metrics of one class of one case, in the order of the tables."""
+
+Metrics = dict[str, float | None]
+Row = Mapping[str, Any]
+"""``{"case_id", "patient_id", "fold", "class", **Metrics}``: one class of one case."""
+
+
+def case_metrics(
+    probability_or_mask: np.ndarray,
+    truth: np.ndarray,
+    spacing_mm: Sequence[float],
+    classes: Sequence[str],
+    threshold: float = 0.5,
+) -> dict[str, Metrics]:
+    """Metrics of one case, per class; the module docstring defines each.
+
+    Args:
+        probability_or_mask: ``d h w`` in the frame of ``truth``. Floating point: probability of
+            the only class, foreground where it *exceeds* ``threshold``. Integer or bool: a mask
+            in which class ``i`` is ``i + 1`` (required if there are several classes).
+        truth: integer or bool ``d h w``, class ``i`` stored as ``i + 1``.
+        spacing_mm: voxel size, ``d h w``.
+        classes: names of the foreground classes in label order.
+        threshold: for probabilities only; fixed before the run, never tuned on these cases.
+
+    Returns:
+        ``{class: {metric: value}}`` with every name of ``METRICS``; None where undefined.
+
+    Raises:
+        DataError: shapes differ, values are not finite, unexpected labels, or probabilities given
+            for several classes.
+    """
+    if probability_or_mask.shape != truth.shape:
+        raise DataError(
+            "prediction and truth must have one shape; got "
+            f"{probability_or_mask.shape} and {truth.shape}. "
+            "Bring the prediction back onto the original T2W grid first."
+        )
+    mask = _as_mask(probability_or_mask, num_classes=len(classes), threshold=threshold)
+    for name, labels in (("prediction", mask), ("truth", truth)):
+        if labels.size and not 0 <= labels.min() <= labels.max() <= len(classes):
+            raise DataError(
+                f"values of the {name} must lie in 0..{len(classes)} for classes "
+                f"{tuple(classes)}; got {labels.min()}..{labels.max()}. "
+                "Map the labels to these classes, or choose another target."
+            )
+    box = _bounding_box((mask != 0) | (truth != 0))
+    mask, truth = mask[box], truth[box]
+    spacing = tuple(float(step) for step in spacing_mm)
+    return {
+        name: _mask_metrics(mask == label, truth == label, spacing)
+        for label, name in enumerate(classes, start=1)
+    }
+
+
+def surface_distances_mm(
+    prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]
+) -> tuple[float, float]:
+    """HD95 and ASSD in millimetres of two non-empty bool masks ``d h w``.
+
+    The convention is that of DeepMind's ``surface-distance``: surfaces run through the voxel
+    corners and each surface element is weighted by its area. HD95 is the larger of the two
+    directed 95th percentiles; ASSD is the mean of the two directed average distances. MONAI and
+    MedPy measure between voxel centres without areas and give other numbers for the same masks.
+    Mirroring the grid or permuting its axes with the spacing changes nothing beyond rounding.
+    """
+    distances = surface_distance.compute_surface_distances(truth, prediction, spacing_mm)
+    hd95 = surface_distance.compute_robust_hausdorff(distances, 95)
+    to_prediction, to_truth = surface_distance.compute_average_surface_distance(distances)
+    return float(hd95), float((to_prediction + to_truth) / 2)
+
+
+def _as_mask(array: np.ndarray, *, num_classes: int, threshold: float) -> np.ndarray:
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    if num_classes > 1:
+        raise DataError(
+            f"several classes need an integer mask; got {array.dtype} for {num_classes} classes. "
+            "Take the argmax over the class probabilities first."
+        )
+    if not np.isfinite(array).all():
+        raise DataError(
+            "probabilities must be finite; got NaN or infinity. Look for a diverged training run."
+        )
+    return array > threshold
+
+
+def _bounding_box(foreground: np.ndarray) -> tuple[slice, ...]:
+    """Smallest box that holds all foreground; the first voxel where there is none."""
+    box = []
+    for axis in range(foreground.ndim):
+        others = tuple(other for other in range(foreground.ndim) if other != axis)
+        (used,) = np.nonzero(foreground.any(axis=others))
+        box.append(slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 1))
+    return tuple(box)
+
+
+def _mask_metrics(
+    prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...]
+) -> Metrics:
+    voxel_ml = float(np.prod(spacing_mm)) / 1000.0
+    num_truth, num_predicted = int(truth.sum()), int(prediction.sum())
+    num_both = int((truth & prediction).sum())
+    hd95, assd = None, None
+    if num_truth and num_predicted:
+        hd95, assd = surface_distances_mm(prediction, truth, spacing_mm)
+    return {
+        "dice": 2 * num_both / (num_truth + num_predicted) if num_truth else None,
+        "sensitivity": num_both / num_truth if num_truth else None,
+        "precision": num_both / num_predicted if num_truth and num_predicted else None,
+        "hd95_mm": hd95,
+        "assd_mm": assd,
+        "false_positive_volume_ml": (num_predicted - num_both) * voxel_ml,
+        "volume_truth_ml": num_truth * voxel_ml,
+        "volume_predicted_ml": num_predicted * voxel_ml,
+    }
+
+
+def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
+    """Metrics over cases and folds, ready for ``json.dump``.
+
+    Args:
+        rows: one per case and class: ``{"case_id", "patient_id", "fold", "class", **metrics}``
+            with the metrics of ``case_metrics``. Further keys are kept.
+        folds: the folds that are evaluated; others are missing, not empty. Empty where there are
+            no folds (then each ``fold`` may be None).
+
+    Returns:
+        * ``metric_per_case``: the rows by fold, case and class.
+        * ``mean``, ``sd``, ``median``, ``num_defined``: ``{class: {metric: value}}`` over the
+          cases for which the metric is defined. ``sd`` is the sample standard deviation (n - 1)
+          over cases, ``sd_of_fold_means`` that over the means of the folds; None below two.
+          Neither is a standard error.
+        * ``per_fold``: each fold's ``num_cases``, ``num_positive``, ``num_missed``, ``mean`` and
+          ``note`` (None, or that a class is in no case).
+        * ``num_cases``, and ``folds_without_positives``: no case with any foreground.
+        * per class: ``num_positive``, ``num_negatives``, ``num_missed`` (truth but no prediction
+          at all), ``num_no_overlap`` (positives with Dice 0, the missed ones among them) and
+          ``false_positives_on_negatives``: ``num_cases`` with any, mean, median, sd, max in ml.
+
+    Raises:
+        DataError: no rows, a row twice, or a row of a fold that ``folds`` lacks.
+    """
+    _check_rows(rows, folds)
+    rows = sorted(rows, key=lambda row: (_fold_key(row), row["case_id"]))
+    by_class = {
+        name: [row for row in rows if row["class"] == name]
+        for name in dict.fromkeys(row["class"] for row in rows)
+    }
+    per_fold = [_fold_summary(fold, by_class) for fold in sorted(folds)]
+    negatives = {name: _negatives(members) for name, members in by_class.items()}
+    return {
+        "mean": _table(by_class, _mean),
+        "sd": _table(by_class, _sample_sd),
+        "sd_of_fold_means": {
+            name: {
+                metric: _sample_sd(_defined([fold["mean"][name] for fold in per_fold], metric))
+                for metric in METRICS
+            }
+            for name in by_class
+        },
+        "median": _table(by_class, _median),
+        "num_defined": _table(by_class, len),
+        "num_cases": len({row["case_id"] for row in rows}),
+        **_counts(by_class),
+        "num_no_overlap": {
+            name: sum(row["dice"] == 0 for row in members) for name, members in by_class.items()
+        },
+        "num_negatives": {name: len(members) for name, members in negatives.items()},
+        "false_positives_on_negatives": {
+            name: _false_positives(members) for name, members in negatives.items()
+        },
+        "folds_without_positives": [
+            fold["fold"] for fold in per_fold if not any(fold["num_positive"].values())
+        ],
+        "per_fold": per_fold,
+        "metric_per_case": [dict(row) for row in rows],
+    }
+
+
+def _check_rows(rows: Sequence[Row], folds: Sequence[int]) -> None:
+    if not rows:
+        raise DataError("at least one case must be evaluated; got none. Check the prediction step.")
+    count = collections.Counter((row["case_id"], row["class"]) for row in rows)
+    if twice := sorted(row for row, times in count.items() if times > 1):
+        raise DataError(
+            f"each case must be evaluated once per class; got {twice} twice. Drop the copies."
+        )
+    strays = [row for row in rows if folds and row.get("fold") not in folds]
+    if strays:
+        raise DataError(
+            f"each case must belong to an evaluated fold; got case {strays[0]['case_id']} of "
+            f"fold {strays[0].get('fold')} and folds {sorted(folds)}. Name its fold too."
+        )
+
+
+def _fold_key(row: Row) -> int:
+    fold = row.get("fold")
+    return -1 if fold is None else fold
+
+
+def _fold_summary(fold: int, by_class: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    members = {
+        name: [row for row in rows if row["fold"] == fold] for name, rows in by_class.items()
+    }
+    counts = _counts(members)
+    absent = [name for name, num in counts["num_positive"].items() if not num]
+    return {
+        "fold": fold,
+        "num_cases": len({row["case_id"] for rows in members.values() for row in rows}),
+        **counts,
+        "mean": _table(members, _mean),
+        "note": f"no case with {' or '.join(absent)}: Dice undefined" if absent else None,
+    }
+
+
+def _counts(by_class: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, int]]:
+    positives = {name: [row for row in rows if _positive(row)] for name, rows in by_class.items()}
+    return {
+        "num_positive": {name: len(rows) for name, rows in positives.items()},
+        "num_missed": {
+            name: sum(row["volume_predicted_ml"] == 0 for row in rows)
+            for name, rows in positives.items()
+        },
+    }
+
+
+def _positive(row: Row) -> bool:
+    return row["volume_truth_ml"] > 0
+
+
+def _negatives(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if not _positive(row)]
+
+
+def _table(
+    by_class: Mapping[str, Sequence[Row]], statistic: Callable[[np.ndarray], float | None]
+) -> dict[str, dict[str, float | None]]:
+    """``statistic`` of the defined values of every class and metric."""
+    return {
+        name: {metric: statistic(_defined(rows, metric)) for metric in METRICS}
+        for name, rows in by_class.items()
+    }
+
+
+def _defined(rows: Sequence[Row], metric: str) -> np.ndarray:
+    return np.array([row[metric] for row in rows if row[metric] is not None], np.float64)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.mean(values)) if values.size else None
+
+
+def _median(values: np.ndarray) -> float | None:
+    return float(np.median(values)) if values.size else None
+
+
+def _sample_sd(values: np.ndarray) -> float | None:
+    return float(np.std(values, ddof=1)) if values.size > 1 else None
+
+
+def _false_positives(negatives: Sequence[Row]) -> dict[str, float | int | None]:
+    volumes = _defined(negatives, "false_positive_volume_ml")
+    return {
+        "num_cases": int((volumes > 0).sum()),
+        "mean_ml": _mean(volumes),
+        "median_ml": _median(volumes),
+        "sd_ml": _sample_sd(volumes),
+        "max_ml": float(volumes.max()) if volumes.size else None,
+    }
+
+
+def write_metrics(summary: Mapping[str, Any], json_path: Path, csv_path: Path) -> None:
+    """Write a summary: all of it as JSON, its rows (one per case and class) as CSV.
+
+    Each file appears whole or not at all. Further keys of ``summary`` go into the JSON too; NaN and
+    infinity anywhere in it (a diverged loss) become ``null``.
+    """
+    table = io.StringIO()
+    names = ("case_id", "patient_id", "fold", "class", *METRICS)
+    writer = csv.DictWriter(table, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(summary["metric_per_case"])
+    write_text(csv_path, table.getvalue())
+    write_text(json_path, json.dumps(_without_nan(summary), indent=1, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that the file appears whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """The ``metrics.json`` of a run folder."""
+    path = Path(run) / "metrics.json"
+    if not path.is_file():
+        raise MissingDataError(
+            f"a run folder must hold metrics.json; got none in {run}. "
+            "Finish the run with python -m experiments.cv, or name another folder."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Compare predicted masks or probabilities with labels: two folders of equal file names."""
+
+    predictions: tyro.conf.Positional[Path]
+    """Folder of predictions, *.nii.gz or *.nii."""
+    labels: tyro.conf.Positional[Path]
+    """Folder of labels with the same names and the same grids."""
+    target: Literal["lesion", "gland", "zones"] = "lesion"
+    """What the labels mean; of a target with one class every label above 0 is foreground."""
+    threshold: float = 0.5
+    """Probabilities above this are foreground."""
+    output: Path | None = None
+    """Folder for metrics.json and metrics.csv; by default nothing is written."""
+
+
+def evaluate_folders(config: EvaluateConfig) -> dict[str, Any]:
+    """Summary (without folds) of all files of ``config.predictions``, read one after the other."""
+    names = _paired_names(config.predictions, config.labels)
+    return summarise([row for name in names for row in _evaluate_file(config, name)])
+
+
+def _paired_names(predictions: Path, labels: Path) -> list[str]:
+    for folder in (predictions, labels):
+        if not folder.is_dir():
+            raise MissingDataError(
+                f"predictions and labels must be folders; got {folder}. Check the path."
+            )
+    predicted, labelled = (
+        {path.name for path in folder.iterdir() if path.name.endswith((".nii.gz", ".nii"))}
+        for folder in (predictions, labels)
+    )
+    if not predicted:
+        raise MissingDataError(
+            f"predictions must hold *.nii.gz or *.nii files; got none in {predictions}. "
+            "Check the path."
+        )
+    if predicted != labelled:
+        raise MissingDataError(
+            "predictions and labels must have equal names; got "
+            f"{sorted(predicted - labelled)} without label and {sorted(labelled - predicted)} "
+            "without prediction. Add or remove these files."
+        )
+    return sorted(predicted)
+
+
+def _evaluate_file(config: EvaluateConfig, name: str) -> list[Row]:
+    prediction, label = read_volume(config.predictions / name), read_volume(config.labels / name)
+    if not np.allclose(prediction.affine, label.affine, atol=1e-3):
+        raise DataError(
+            f"prediction and label must lie on one grid; got different affines for {name}. "
+            "Resample the prediction onto the label's grid."
+        )
+    classes = TARGET_CLASSES[config.target]
+    predicted, truth = prediction.array, label.array
+    if len(classes) == 1:
+        truth = (truth > 0).astype(np.uint8)
+        if not np.issubdtype(predicted.dtype, np.floating):
+            predicted = (predicted > 0).astype(np.uint8)
+    else:
+        predicted, truth = _as_labels(predicted, name), _as_labels(truth, name)
+    try:
+        metrics = case_metrics(predicted, truth, label.spacing_mm, classes, config.threshold)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    case_id = name.removesuffix(".gz").removesuffix(".nii")
+    identity = {"case_id": case_id, "patient_id": case_id, "fold": None}
+    return [{**identity, "class": name, **values} for name, values in metrics.items()]
+
+
+def _as_labels(array: np.ndarray, name: str) -> np.ndarray:
+    if np.any(array != np.rint(array)):
+        raise DataError(
+            f"a mask of several classes must hold whole numbers; got fractions in {name}. "
+            "Take the argmax over the class probabilities first."
+        )
+    return array.astype(np.int64)
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The summary as a small text table: one line per class and metric."""
+    lines = [
+        f"{'class':<10} {'metric':<26} {'mean':>9} {'sd':>9} {'median':>9} {'cases':>6}",
+        *(
+            f"{name:<10} {metric:<26} "
+            + " ".join(f"{_number(summary[key][name][metric]):>9}" for key in ("mean", "sd"))
+            + f" {_number(summary['median'][name][metric]):>9}"
+            + f" {summary['num_defined'][name][metric]:>6}"
+            for name in summary["mean"]
+            for metric in METRICS
+        ),
+    ]
+    for name in summary["mean"]:
+        false = summary["false_positives_on_negatives"][name]
+        lines.append(
+            f"{name}: {summary['num_positive'][name]} of {summary['num_cases']} cases positive, "
+            f"{summary['num_missed'][name]} missed; false positives on {false['num_cases']} of "
+            f"{summary['num_negatives'][name]} negatives. Means leave undefined values out."
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of this module."""
+    config = tyro.cli(EvaluateConfig, args=argv)
+    summary = evaluate_folders(config)
+    if config.output is not None:
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_metrics(summary, config.output / "metrics.json", config.output / "metrics.csv")
+    print(format_summary(summary))
+
+
+if __name__ == "__main__":
+    run_main(main)

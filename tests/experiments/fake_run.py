@@ -1,0 +1,155 @@
+"""A run folder as ``experiments.cv`` leaves it, made of simple shapes, for the report's tests."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.splits import Folds
+from experiments.evaluate import case_metrics, summarise, write_metrics
+
+SPACING_MM = (3.0, 1.0, 1.0)
+SHAPE = (8, 40, 48)
+LOSS_TERMS = (
+    "dice_loss",
+    "cross_entropy_loss",
+    "cross_modal_distillation_loss",
+    "self_distillation_loss",
+    "correlation_loss",
+)
+
+
+def ellipsoid(centre: Sequence[float], radius_mm: Sequence[float]) -> np.ndarray:
+    grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
+    offset_mm = (grid - centre) * SPACING_MM
+    return ((offset_mm / radius_mm) ** 2).sum(-1) <= 1
+
+
+def make_run(
+    folder: Path,
+    *,
+    classes: tuple[str, ...] = ("lesion",),
+    modalities: tuple[str, ...] = ("t2w", "adc", "hbv"),
+    num_folds: int = 5,
+    done: Sequence[int] | None = None,
+    cases_per_fold: int = 6,
+    positive_share: float = 0.5,
+    history: bool = True,
+    figures: bool = True,
+    extras: bool = True,
+) -> Path:
+    """Write a run; ``extras`` are the files and keys that a run may lack."""
+    rng = np.random.default_rng(0)
+    done = range(num_folds) if done is None else done
+    ids = [[f"case_{f}{i:02d}" for i in range(cases_per_fold)] for f in range(num_folds)]
+    folds = Folds(tuple(tuple(cases) for cases in ids))
+    folds.save(folder / "folds.json")
+    rows: list[dict[str, Any]] = []
+    for fold in done:
+        directory = folder / f"fold_{fold}"
+        (directory / "figures").mkdir(parents=True)
+        if history:
+            write_history(directory / "history.csv", rng)
+        for number, case_id in enumerate(ids[fold]):
+            positive = number < round(positive_share * cases_per_fold)
+            truth, probability = make_masks(rng, positive, len(classes), miss=number == 0)
+            mask = (
+                (probability > 0.5).astype(np.uint8)
+                if len(classes) == 1
+                else probability.argmax(-1).astype(np.uint8)
+            )
+            measured = case_metrics(mask, truth, SPACING_MM, classes)
+            identity = {"case_id": case_id, "patient_id": case_id, "fold": fold}
+            rows += [{**identity, "class": name, **values} for name, values in measured.items()]
+            if figures and number in (1, 2, cases_per_fold - 1):
+                image = rng.normal(size=(*SHAPE, len(modalities))) - 2.0 * truth[..., None]
+                image *= ellipsoid((4, 20, 24), (12, 18, 22))[..., None]
+                attention = np.stack(
+                    [probability.reshape(*SHAPE, -1)[..., -1]] * len(modalities), -1
+                )
+                np.savez_compressed(
+                    directory / "figures" / f"{case_id}.npz",
+                    image=image.astype(np.float16),
+                    modalities=np.array(modalities),
+                    truth=truth,
+                    probability=probability.astype(np.float16),
+                    attention=attention.astype(np.float16),
+                    spacing_mm=np.array(SPACING_MM),
+                )
+    metrics = summarise(rows, list(done)) | {
+        "target": "lesion" if len(classes) == 1 else "zones",
+        "classes": list(classes),
+        "threshold": 0.5,
+        "checkpoint": "last",
+    }
+    if extras:
+        metrics |= {
+            "num_folds": num_folds,
+            "baseline_mean_shape": {"mean_dice": 0.123, "num_cases": 7},
+            "best_checkpoint": {str(f): {"step": 200, "validation_dice": 0.71} for f in done},
+            "fold_summaries": {
+                str(f): {
+                    "first_step_s": 9.1,
+                    "train_s": 71.5,
+                    "predict_s": 6.0,
+                    "examples_per_s": 25.0,
+                }
+                for f in done
+            },
+        }
+        config = {"seed": 0, "data": {"name": "phantom", "modalities": list(modalities)}}
+        record = {"config": config, "data_fingerprint": "0123abcd"}
+        (folder / "config.json").write_text(json.dumps(record))
+        environment = {
+            "started": "2030-01-02T03:04:05+00:00",
+            "device": "1 x cpu",
+            "git_commit": "abc123",
+            "versions": {"jax": "1.2.3", "orbax-checkpoint": None},
+            "wall_s": {"build": 3.5, "training": 400.0},
+        }
+        (folder / "environment.json").write_text(json.dumps(environment))
+    write_metrics(metrics, folder / "metrics.json", folder / "metrics.csv")
+    return folder
+
+
+def make_masks(
+    rng: np.random.Generator, positive: bool, num_classes: int, *, miss: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Truth, and probability with a shifted blob: ``d h w``, or ``d h w k`` for several classes."""
+    centre = np.array([4.0, 20.0, 24.0])
+    if num_classes > 1:
+        outer, inner = ellipsoid(centre, (9, 14, 18)), ellipsoid((4, 23, 24), (7, 7, 10))
+        truth = np.where(inner, 2, outer).astype(np.uint8)
+        soft = np.eye(3)[np.roll(truth, 1, 1)] * 0.8 + 0.1
+        return truth, soft / soft.sum(-1, keepdims=True)
+    centre += rng.uniform(-1, 1, 3) * (1, 8, 10)
+    radius = rng.uniform(4, 9)
+    truth = ellipsoid(centre, (radius, radius, radius)) * np.uint8(positive)
+    shifted = np.roll(ellipsoid(centre, (radius, radius, radius)), int(rng.integers(0, 4)), 2)
+    strength = 0.1 if miss or (not positive and rng.random() < 0.6) else 0.9
+    return truth, np.clip(strength * shifted + rng.uniform(0, 0.05, SHAPE), 0, 1)
+
+
+def write_history(path: Path, rng: np.random.Generator) -> None:
+    steps = np.arange(5, 305, 5)
+    with path.open("w", newline="") as file:
+        names = ("step", "loss", *LOSS_TERMS, "learning_rate", "gradient_norm", "examples_per_s")
+        writer = csv.DictWriter(file, (*names, "validation_dice"))
+        writer.writeheader()
+        for step in steps:
+            decay = float(np.exp(-step / 100)) + rng.normal() * 0.03
+            terms = dict.fromkeys(LOSS_TERMS, 0.2 + decay * 0.4) | {"correlation_loss": 0.0}
+            writer.writerow(
+                {
+                    "step": step,
+                    "loss": sum(terms.values()),
+                    **terms,
+                    "learning_rate": 1e-3 * (1 - step / 400),
+                    "gradient_norm": 1 + abs(rng.normal()),
+                    "examples_per_s": 25 + rng.normal(),
+                    "validation_dice": 0.7 - decay / 2 if step % 100 == 0 else "",
+                }
+            )

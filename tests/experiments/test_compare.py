@@ -1,0 +1,137 @@
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from data_pipelines.case import DataError, MissingDataError
+from experiments.compare import bootstrap_interval, compare, main, wilcoxon_p_value
+from experiments.evaluate import METRICS, summarise, write_metrics
+
+
+def save_run(folder, dice, *, name="lesion", patients=None, fold=0):
+    """A run with the given Dice per case; None marks a negative case."""
+    folder.mkdir()
+    rows = []
+    for case_id, score in dice.items():
+        metrics = dict.fromkeys(METRICS) | {
+            "dice": score,
+            "false_positive_volume_ml": 0.0,
+            "volume_truth_ml": 0.0 if score is None else 1.0,
+            "volume_predicted_ml": 1.0,
+        }
+        identity = {"case_id": case_id, "patient_id": (patients or {}).get(case_id, case_id)}
+        rows.append({**identity, "fold": fold, "class": name, **metrics})
+    write_metrics(summarise(rows, [fold]), folder / "metrics.json", folder / "metrics.csv")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    a = save_run(tmp_path / "a", {"p": 0.9, "q": 0.7, "r": 0.5, "n": None})
+    b = save_run(tmp_path / "b", {"p": 0.6, "q": 0.5, "r": 0.4, "n": None})
+    return a, b
+
+
+def test_means_and_difference_are_over_the_positive_cases(runs):
+    (row,) = compare(*runs)
+    assert row.num_cases == row.num_patients == 3
+    assert row.mean_a == pytest.approx(0.7)
+    assert row.mean_b == pytest.approx(0.5)
+    assert row.difference == pytest.approx(0.2)
+    assert row.interval == pytest.approx((0.1, 0.3))
+    assert row.p_value == 0.25  # 2 / 2 ** 3: all three signs alike
+    assert row.same_folds
+
+
+def test_swapping_the_runs_mirrors_the_result(runs):
+    (forward,), (backward,) = compare(*runs), compare(*runs[::-1])
+    assert backward.difference == pytest.approx(-forward.difference)
+    assert backward.interval == pytest.approx([-end for end in forward.interval[::-1]])
+    assert backward.p_value == forward.p_value
+
+
+def test_missed_case_counts_as_zero(tmp_path):
+    a = save_run(tmp_path / "a", {"p": 0.0, "q": 0.8})
+    b = save_run(tmp_path / "b", {"p": 0.5, "q": 0.8})
+    (row,) = compare(a, b)
+    assert row.num_cases == 2
+    assert row.difference == pytest.approx(-0.25)
+
+
+def test_interval_agrees_with_the_normal_one_and_is_reproducible():
+    differences = np.random.default_rng(1).normal(0.1, 0.2, 400)
+    patients = [str(i) for i in range(400)]
+    low, high = bootstrap_interval(differences, patients)
+    half = 1.96 * differences.std(ddof=1) / 20
+    assert low == pytest.approx(differences.mean() - half, abs=0.002)
+    assert high == pytest.approx(differences.mean() + half, abs=0.002)
+    assert bootstrap_interval(differences, patients) == (low, high)
+    assert bootstrap_interval(differences, patients, seed=1) != (low, high)
+
+
+def test_cases_of_one_patient_are_drawn_together():
+    # Ten copies of each patient's value say nothing more than one.
+    values = np.random.default_rng(2).normal(size=30)
+    patients = [str(i) for i in range(30)]
+    single = bootstrap_interval(values, patients)
+    copies = bootstrap_interval(np.repeat(values, 10), np.repeat(patients, 10).tolist())
+    assert copies == pytest.approx(single)
+    apart = bootstrap_interval(np.repeat(values, 10), [str(i) for i in range(300)])
+    assert apart[1] - apart[0] < 0.5 * (single[1] - single[0])
+
+
+def test_unequal_patients_give_the_mean_over_drawn_cases():
+    low, high = bootstrap_interval(np.array([0.0, 0.0, 0.0, 1.0]), ["a", "a", "a", "b"])
+    assert (low, high) == (0.0, 1.0)
+
+
+def test_wilcoxon_uses_one_value_per_patient():
+    values = np.random.default_rng(4).normal(0.3, 1, 12)
+    patients = [str(i) for i in range(12)]
+    expected = stats.wilcoxon(values).pvalue
+    assert wilcoxon_p_value(values, patients) == pytest.approx(expected)
+    copied = wilcoxon_p_value(np.repeat(values, 3), np.repeat(patients, 3).tolist())
+    assert copied == pytest.approx(expected)
+    assert wilcoxon_p_value(np.zeros(5), list("abcde")) == 1.0
+
+
+def test_one_patient_gives_no_interval(tmp_path, capsys):
+    a = save_run(tmp_path / "a", {"p": 0.9, "n": None})
+    b = save_run(tmp_path / "b", {"p": 0.6, "n": None})
+    (row,) = compare(a, b)
+    assert row.interval is row.p_value is None
+    main([str(a), str(b)])
+    assert "needs 2 patients" in capsys.readouterr().out
+
+
+def test_command_prints_a_line_per_run_and_writes_json(runs, tmp_path, capsys):
+    c = save_run(tmp_path / "c", {"p": 0.9, "q": 0.7, "r": 0.5, "n": None}, fold=1)
+    main([*map(str, runs), str(c), "--json", str(tmp_path / "out.json")])
+    out = capsys.readouterr().out
+    assert "a - b (lesion)" in out
+    assert "+0.2000" in out
+    assert "a - c (lesion): folds differ" in out
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["difference"] for row in rows] == pytest.approx([0.2, 0.0])
+    assert rows[1]["p_value"] == 1.0
+
+
+def test_runs_that_cannot_be_paired_are_refused(runs, tmp_path):
+    a, _ = runs
+    with pytest.raises(MissingDataError, match=r"must hold metrics\.json"):
+        compare(a, tmp_path / "nowhere")
+    fewer = save_run(tmp_path / "fewer", {"p": 0.6, "q": 0.5, "n": None})
+    with pytest.raises(DataError, match=r"same cases; got 1 \(r\) only in .*a and none only in"):
+        compare(a, fewer)
+    gland = save_run(tmp_path / "gland", {"p": 0.6, "q": 0.5, "r": 0.4, "n": None}, name="gland")
+    with pytest.raises(DataError, match=r"same classes; got \['lesion'\] in .*\['gland'\]"):
+        compare(a, gland)
+    other = save_run(tmp_path / "other", {"p": 0.6, "q": 0.5, "r": None, "n": None})
+    with pytest.raises(DataError, match=r"same truth; got 1 \(r\) with lesion in one of them"):
+        compare(a, other)
+    negative = save_run(tmp_path / "negative", {"n": None})
+    with pytest.raises(DataError, match="needs a positive case; got none"):
+        compare(negative, negative)
+    with pytest.raises(DataError, match="at least two runs; got 1"):
+        main([str(a)])

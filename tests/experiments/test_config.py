@@ -1,0 +1,123 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from cmsad_jax.types import ConfigError
+from data_pipelines.case import DataConfig, PreprocessConfig
+from experiments import runtime
+from experiments.config import PRESETS, TrainConfig, complete, differences, parse, to_json
+
+
+def test_presets_are_consistent_and_become_json():
+    for preset in PRESETS.values():
+        json.dumps(to_json(complete(preset)))
+
+
+def test_options_override_the_preset():
+    config = parse(
+        ["--preset=slice2d", "--train.steps=7", "--data.modalities", "t2w", "adc", "--folds", "0"]
+    )
+    assert config.preset == "slice2d"
+    assert config.network.encoder.rank == 2
+    assert config.train.steps == 7
+    assert config.folds == (0,)
+    assert config.network.modalities == ("t2w", "adc")
+    assert config.output == Path("runs/slice2d-phantom-lesion-t2w+adc")
+
+
+def test_zones_need_three_outputs():
+    assert parse(["--data.target=zones"]).network.num_classes == 3
+    assert parse(["--data.target=gland"]).network.num_classes == 1
+
+
+def test_differences_name_fields_and_pass_over_where_it_runs():
+    old = complete(PRESETS["small"])
+    new = dataclasses.replace(
+        old, accelerator="cpu", folds=(1,), train=dataclasses.replace(old.train, steps=9)
+    )
+    assert differences(to_json(old), to_json(new)) == [f"train.steps: {old.train.steps} -> 9"]
+
+
+def test_unknown_option_ends_with_status_2_and_says_which(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--train.stepz=5"])
+    assert stopped.value.code == 2
+    assert "stepz" in capsys.readouterr().err
+
+
+SMALL = PRESETS["small"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: parse(["--preset", "huge"]), "preset must be one of small, volume3d, slice2d"),
+        (
+            lambda: complete(
+                dataclasses.replace(
+                    SMALL, train=dataclasses.replace(SMALL.train, crop=(24, 96, 96))
+                )
+            ),
+            r"got crop \(24, 96, 96\) and volume \(20, 96, 96\)",
+        ),
+        (
+            lambda: complete(
+                dataclasses.replace(
+                    PRESETS["slice2d"],
+                    train=dataclasses.replace(PRESETS["slice2d"].train, crop=(4, 64, 64)),
+                )
+            ),
+            "crops of depth 1",
+        ),
+        (
+            lambda: complete(
+                dataclasses.replace(
+                    SMALL,
+                    data=DataConfig(preprocess=PreprocessConfig(size=(4, 8, 8))),
+                    train=TrainConfig(crop=(1, 4, 4)),
+                )
+            ),
+            "must keep more than one voxel",
+        ),
+        (lambda: complete(dataclasses.replace(SMALL, folds=(5,))), "folds must be among 0 to 4"),
+        (
+            lambda: complete(
+                dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, steps=0))
+            ),
+            "train.steps must be at least 1",
+        ),
+        (
+            lambda: complete(
+                dataclasses.replace(
+                    SMALL, predict=dataclasses.replace(SMALL.predict, threshold=1.0)
+                )
+            ),
+            "threshold must lie between 0 and 1",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_missing_accelerator_is_named_with_a_remedy(monkeypatch):
+    def none_found():
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(runtime.jax, "devices", none_found)
+    monkeypatch.setattr(runtime.jax.config, "update", lambda name, value: None)
+    with pytest.raises(ConfigError, match=r"got --accelerator=tpu.*Use --accelerator=auto"):
+        runtime.select_accelerator("tpu")
+
+
+def test_user_mistake_ends_without_traceback(capsys):
+    def main():
+        raise ConfigError("rule; got x. Do y.")
+
+    with pytest.raises(SystemExit) as stopped:
+        runtime.run_main(main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: rule; got x. Do y.\n"

@@ -1,0 +1,224 @@
+import csv
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cmsad_jax.modules import EncoderConfig
+from cmsad_jax.types import ConfigError
+from data_pipelines import loading
+from data_pipelines.case import DataConfig, DataError, PreprocessConfig
+from experiments import cv
+from experiments.config import Config, PredictConfig, TrainConfig, complete
+from experiments.train import Checkpoints, compile_programs, to_mask
+
+ENCODER = EncoderConfig(
+    channels=(4, 6),
+    kernels=((1, 3, 3), (3, 3, 3)),
+    strides=((1, 1, 1), (1, 2, 2)),
+    blocks=(1, 1),
+)
+
+
+def tiny(output: Path, cache: Path, **data) -> Config:
+    """Three folds of two steps on a coarse grid."""
+    config = Config(
+        accelerator="cpu",
+        output=output,
+        num_folds=3,
+        data=DataConfig(
+            num_cases=10,
+            cache=cache,
+            preprocess=PreprocessConfig(spacing_mm=(3, 3, 3), size=(12, 32, 32)),
+            **data,
+        ),
+        train=TrainConfig(steps=2, batch_size=2, crop=(8, 32, 32), validations=1),
+        predict=PredictConfig(figures=1),
+    )
+    return complete(
+        dataclasses.replace(config, network=dataclasses.replace(config.network, encoder=ENCODER))
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A run done in two goes: fold 1 first, then the rest."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    config = tiny(output, cache)
+    first = cv.run(dataclasses.replace(config, folds=(1,)))
+    assert first["folds_done"] == [1]
+    marker = output / "fold_1" / "metrics.json"
+    written = marker.stat().st_mtime_ns
+    metrics = cv.run(config)
+    assert marker.stat().st_mtime_ns == written, "a fold that is done is not done again"
+    return config, metrics
+
+
+def test_every_patient_is_measured_once(finished):
+    config, metrics = finished
+    source = loading.build(config.data)
+    measured = [row["case_id"] for row in metrics["metric_per_case"]]
+    assert sorted(measured) == sorted(source.case_ids)
+    assert metrics["folds_done"] == [0, 1, 2]
+    by_case = {info.case_id: info.positive for info in source.info}
+    for row in metrics["metric_per_case"]:
+        assert (row["dice"] is not None) == by_case[row["case_id"]]
+
+
+def test_masks_lie_in_the_frame_of_the_original_t2w(finished):
+    config, _ = finished
+    source = loading.build(config.data)
+    for fold in range(3):
+        for path in (config.output / f"fold_{fold}" / "masks").iterdir():
+            case = source[path.name.removesuffix(".nii.gz")]
+            for image in (nib.load(path), nib.load(path.parents[1] / "probabilities" / path.name)):
+                assert image.shape == case.original_shape[::-1]
+                np.testing.assert_allclose(image.affine, case.original_affine, atol=1e-4)
+            assert set(np.unique(nib.load(path).get_fdata())) <= {0.0, 1.0}
+
+
+def test_run_folder_holds_config_versions_folds_curves_and_report(finished):
+    config, metrics = finished
+    output = config.output
+    record = json.loads((output / "config.json").read_text())
+    assert record["config"]["train"]["steps"] == 2
+    assert record["data_fingerprint"] == loading.build(config.data).fingerprint
+    environment = json.loads((output / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    assert json.loads((output / "metrics.json").read_text())["mean"] == json.loads(
+        json.dumps(metrics["mean"])
+    )
+    with (output / "fold_0" / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert [row["step"] for row in history] == ["1", "2"]
+    assert float(history[-1]["cross_modal_distillation_loss"]) > 0
+    assert history[-1]["validation_dice"] != ""
+    assert "<html" in (output / "report.html").read_text()
+    assert (output / "report.md").is_file()
+
+
+def test_checkpoint_gives_the_weights_back(finished):
+    config, _ = finished
+    programs = compile_programs(config, jax.devices()[:1])
+    like = programs.init(jax.random.key(1))
+    checkpoints = Checkpoints(config.output / "fold_0" / "checkpoints", config)
+    state = checkpoints.restore("last", like)
+    checkpoints.close()
+    assert int(state.step) == 2
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, like.params)
+    assert not all(jax.tree.leaves(same))
+
+
+def test_same_seed_gives_the_same_numbers(finished, tmp_path, cache):
+    _, metrics = finished
+    again = cv.run(dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,)))
+    rows = [row for row in metrics["metric_per_case"] if row["fold"] == 0]
+    assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
+
+
+def test_other_configuration_is_refused_with_the_difference(finished, cache):
+    config, _ = finished
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
+    with pytest.raises(ConfigError, match=r"(?s)holds one configuration.*train.steps: 2 -> 3"):
+        cv.run(other)
+
+
+def test_changed_data_are_refused(finished, tmp_path, cache):
+    config, _ = finished
+    copy = dataclasses.replace(config, output=tmp_path / "copy")
+    shutil.copytree(config.output, copy.output)
+    record = json.loads((copy.output / "config.json").read_text())
+    record["data_fingerprint"] = "other"
+    (copy.output / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="a run continues on the data and folds it began with"):
+        cv.run(copy)
+
+
+def test_folder_with_other_files_is_refused(tmp_path, cache):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="must be new or hold a run"):
+        cv.run(tiny(tmp_path, cache))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_fewer_patients_than_folds_leaves_nothing_behind(tmp_path, cache):
+    config = dataclasses.replace(tiny(tmp_path / "run", cache), num_folds=11)
+    with pytest.raises(DataError, match="patients"):
+        cv.run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_positive_case_is_refused(tmp_path, cache, monkeypatch):
+    config = tiny(tmp_path / "run", cache)
+    source = loading.build(config.data)
+    source.info = tuple(dataclasses.replace(info, positive=False) for info in source.info)
+    monkeypatch.setattr(cv.loading, "build", lambda data: source)
+    with pytest.raises(DataError, match="at least one case must hold the target"):
+        cv.run(config)
+
+
+def test_folds_file_with_another_number_of_folds_is_refused(tmp_path, cache):
+    config = tiny(tmp_path / "run", cache)
+    source = loading.build(config.data)
+    ids = list(source.case_ids)
+    patients = [info.patient_id for info in source.info]
+    cut = next(i for i in range(5, 10) if patients[i] != patients[i - 1])
+    halves = [
+        {"train": ids[cut:], "val": ids[:cut]},
+        {"train": ids[:cut], "val": ids[cut:]},
+    ]
+    file = tmp_path / "folds.json"
+    file.write_text(json.dumps(halves))
+    with pytest.raises(ConfigError, match=r"got 3 and 2. Use --num-folds=2"):
+        cv.run(dataclasses.replace(config, folds_file=file))
+
+
+def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
+    config = tiny(tmp_path / "run", cache, modalities=("t2w",), target="zones")
+    flat = dataclasses.replace(ENCODER, kernels=((3, 3), (3, 3)), strides=((1, 1), (2, 2)))
+    config = dataclasses.replace(
+        config,
+        folds=(0,),
+        network=dataclasses.replace(config.network, encoder=flat),
+        train=dataclasses.replace(config.train, crop=(1, 32, 32)),
+    )
+    metrics = cv.run(complete(config))
+    assert {row["class"] for row in metrics["metric_per_case"]} == {"pz", "tz"}
+    assert metrics["baseline_mean_shape"]["mean_dice"] > 0.1
+
+
+def test_mask_of_one_and_of_several_classes():
+    assert to_mask(np.array([[0.4], [0.6]]), 0.5).tolist() == [0, 1]
+    assert to_mask(np.array([[0.5, 0.2, 0.3], [0.1, 0.2, 0.7]]), 0.5).tolist() == [0, 2]
+
+
+def test_mistake_on_the_command_line_has_no_traceback(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.cv",
+            "--data.name=picai",
+            f"--data.path={tmp_path / 'nowhere'}",
+            f"--output={tmp_path / 'run'}",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,322 @@
+import csv
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.volume_io import write_nifti
+from experiments.evaluate import (
+    METRICS,
+    case_metrics,
+    format_summary,
+    main,
+    read_metrics,
+    summarise,
+    write_metrics,
+    write_text,
+)
+
+SPACING = (3.0, 0.5, 0.5)
+
+
+def box(shape, start, size):
+    mask = np.zeros(shape, np.uint8)
+    mask[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))] = 1
+    return mask
+
+
+def measure(prediction, truth, spacing=SPACING):
+    return case_metrics(prediction, truth, spacing, ("lesion",))["lesion"]
+
+
+def test_cube_shifted_by_one_voxel_has_the_overlap_counted_by_hand():
+    truth = box((8, 9, 10), (2, 2, 2), (4, 4, 4))
+    result = measure(np.roll(truth, 1, 1), truth)
+    assert result["dice"] == 48 * 2 / 128
+    assert result["sensitivity"] == result["precision"] == 0.75
+    assert result["volume_truth_ml"] == pytest.approx(64 * 0.75e-3)
+    assert result["volume_predicted_ml"] == pytest.approx(64 * 0.75e-3)
+    assert result["false_positive_volume_ml"] == pytest.approx(16 * 0.75e-3)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_hd95_of_a_shifted_cube_is_the_step_in_millimetres(axis):
+    # Each face across the shift is more than 5 % of the surface and lies one step away.
+    spacing = (3.0, 1.0, 0.8)
+    truth = box((10, 10, 10), (2, 2, 2), (6, 6, 6))
+    result = measure(np.roll(truth, 1, axis), truth, spacing)
+    assert result["hd95_mm"] == pytest.approx(spacing[axis])
+
+
+def test_assd_of_a_shifted_slab_weighs_distances_by_area():
+    # 2 x 56 x 56 mm2 of faces lie 2 mm apart, 4 x 56 x 6 mm2 of sides mostly coincide: about
+    # 2 mm x 6272 / 7616 = 1.65 mm. An unweighted mean over surface voxels would be 1.78 mm.
+    truth = box((8, 60, 60), (3, 2, 2), (3, 56, 56))
+    result = measure(np.roll(truth, 1, 0), truth, (2.0, 1.0, 1.0))
+    assert result["assd_mm"] == pytest.approx(1.65, abs=0.05)
+
+
+def test_perfect_prediction():
+    truth = box((5, 6, 7), (0, 0, 0), (5, 6, 7))  # touches every border
+    result = measure(truth, truth)
+    assert result["dice"] == result["sensitivity"] == result["precision"] == 1
+    assert result["hd95_mm"] == result["assd_mm"] == result["false_positive_volume_ml"] == 0
+
+
+def test_empty_truth_and_prediction_define_volumes_only():
+    empty = np.zeros((3, 4, 5), np.uint8)
+    result = measure(empty, empty)
+    assert tuple(result) == METRICS
+    assert {name for name, value in result.items() if value is not None} == {
+        "false_positive_volume_ml",
+        "volume_truth_ml",
+        "volume_predicted_ml",
+    }
+    assert result["false_positive_volume_ml"] == 0
+
+
+def test_false_positive_volume_of_a_negative_is_all_that_is_predicted():
+    prediction = box((3, 4, 5), (1, 1, 1), (1, 2, 2))
+    result = measure(prediction, np.zeros_like(prediction))
+    assert result["false_positive_volume_ml"] == pytest.approx(4 * 0.75e-3)
+    assert result["dice"] is result["precision"] is result["hd95_mm"] is None
+
+
+def test_empty_prediction_of_a_positive_is_a_zero_and_not_a_gap():
+    truth = box((3, 4, 5), (1, 1, 1), (1, 2, 2))
+    result = measure(np.zeros_like(truth), truth)
+    assert result["dice"] == result["sensitivity"] == 0
+    assert result["precision"] is result["hd95_mm"] is result["assd_mm"] is None
+
+
+def test_probability_must_exceed_the_threshold():
+    probability = np.array([[[0.2, 0.5, 0.51]]], np.float32)
+    truth = np.array([[[0, 1, 1]]], np.uint8)
+    assert measure(probability, truth)["sensitivity"] == 0.5
+    lower = case_metrics(probability, truth, SPACING, ("lesion",), threshold=0.4)["lesion"]
+    assert lower["dice"] == 1
+
+
+def test_classes_are_measured_one_by_one():
+    truth = np.array([[[1, 1, 2, 0]]], np.uint8)
+    prediction = np.array([[[1, 2, 2, 0]]], np.uint8)
+    result = case_metrics(prediction, truth, SPACING, ("pz", "tz"))
+    assert result["pz"]["dice"] == pytest.approx(2 / 3)
+    assert result["tz"]["dice"] == pytest.approx(2 / 3)
+    assert result["pz"]["precision"] == 1
+    assert result["tz"]["precision"] == 0.5
+
+
+def blobs():
+    rng = np.random.default_rng(3)
+    noise = ndimage.gaussian_filter(rng.normal(size=(9, 15, 17)), 1.2)
+    shifted = np.roll(noise, 1, 1) + 0.05 * rng.normal(size=noise.shape)
+    return (shifted > 0.1).astype(np.uint8), (noise > 0.08).astype(np.uint8), (3.3, 0.61, 0.73)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1, 2)])
+def test_flipping_the_grid_changes_nothing(axes):
+    prediction, truth, spacing = blobs()
+    flipped = measure(np.flip(prediction, axes), np.flip(truth, axes), spacing)
+    assert flipped == pytest.approx(measure(prediction, truth, spacing), rel=1e-12)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:])
+def test_permuting_axes_with_their_spacing_changes_nothing(order):
+    prediction, truth, spacing = blobs()
+    permuted = measure(
+        prediction.transpose(order), truth.transpose(order), [spacing[axis] for axis in order]
+    )
+    assert permuted == pytest.approx(measure(prediction, truth, spacing), rel=1e-12)
+
+
+def test_padding_the_volume_changes_nothing():
+    prediction, truth, spacing = blobs()
+    padded = measure(np.pad(prediction, 5), np.pad(truth, 5), spacing)
+    assert padded == pytest.approx(measure(prediction, truth, spacing), rel=1e-12)
+
+
+def test_surface_metrics_equal_those_of_surface_distance(shared_data):
+    oracle = json.loads((shared_data / "oracles/surface_metrics.json").read_text())
+    with np.load(shared_data / "oracles/surface_metrics.npz") as masks:
+        for pair in oracle:
+            name = f"{pair['case']}__{pair['pair']}"
+            result = measure(masks[f"{name}__pred"], masks[f"{name}__ref"], pair["spacing_zyx"])
+            assert result["dice"] == pytest.approx(pair["sd_dice"], abs=1e-12)
+            assert result["hd95_mm"] == pytest.approx(pair["sd_hd95"], abs=1e-9)
+            assert result["assd_mm"] == pytest.approx(np.mean(pair["sd_avg"]), abs=1e-9)
+
+
+def test_bad_arrays_are_refused():
+    truth = np.zeros((2, 3, 4), np.uint8)
+    with pytest.raises(DataError, match=r"must have one shape; got \(2, 3, 5\) and \(2, 3, 4\)"):
+        measure(np.zeros((2, 3, 5), np.uint8), truth)
+    with pytest.raises(DataError, match="probabilities must be finite; got NaN"):
+        measure(np.full(truth.shape, np.nan, np.float32), truth)
+    with pytest.raises(DataError, match=r"values of the prediction must lie in 0\.\.1.*got 0\.\.3"):
+        measure(box(truth.shape, (0, 0, 0), (1, 1, 1)) * np.uint8(3), truth)
+    with pytest.raises(DataError, match=r"values of the truth must lie in 0\.\.1"):
+        measure(truth, truth + np.uint8(2))
+    with pytest.raises(DataError, match="several classes need an integer mask; got float32"):
+        case_metrics(truth.astype(np.float32), truth, SPACING, ("pz", "tz"))
+
+
+def row(case_id, fold, dice, *, truth_ml=1.0, predicted_ml=1.0, false_ml=0.0, hd95=None):
+    values = dict.fromkeys(METRICS) | {
+        "dice": dice,
+        "sensitivity": dice,
+        "hd95_mm": hd95,
+        "false_positive_volume_ml": false_ml,
+        "volume_truth_ml": truth_ml,
+        "volume_predicted_ml": predicted_ml,
+    }
+    return {"case_id": case_id, "patient_id": case_id, "fold": fold, "class": "lesion", **values}
+
+
+def example():
+    return [
+        row("d", 1, 0.8, hd95=4.0),
+        row("a", 0, 0.4, hd95=2.0),
+        row("b", 0, 0.0, predicted_ml=0.0),
+        row("c", 0, None, truth_ml=0.0, predicted_ml=0.0),
+        row("e", 2, None, truth_ml=0.0, predicted_ml=2.0, false_ml=2.0),
+    ]
+
+
+def test_summary_of_a_small_run_by_hand():
+    summary = summarise(example(), [0, 1, 2])
+    lesion = {key: summary[key]["lesion"] for key in ("mean", "sd", "median", "num_defined")}
+    assert lesion["mean"]["dice"] == pytest.approx(0.4)
+    assert lesion["median"]["dice"] == pytest.approx(0.4)
+    assert lesion["sd"]["dice"] == pytest.approx(0.4)  # of 0.4, 0, 0.8 with n - 1
+    assert lesion["num_defined"]["dice"] == 3
+    assert lesion["mean"]["hd95_mm"] == pytest.approx(3.0)
+    assert lesion["num_defined"]["hd95_mm"] == 2
+    assert lesion["mean"]["assd_mm"] is None
+    assert summary["sd_of_fold_means"]["lesion"]["dice"] == pytest.approx(
+        np.std([0.2, 0.8], ddof=1)
+    )
+    assert summary["num_cases"] == 5
+    assert summary["num_positive"] == {"lesion": 3}
+    assert summary["num_negatives"] == {"lesion": 2}
+    assert summary["num_missed"] == {"lesion": 1}
+    assert summary["num_no_overlap"] == {"lesion": 1}
+    assert summary["false_positives_on_negatives"]["lesion"] == pytest.approx(
+        {"num_cases": 1, "mean_ml": 1.0, "median_ml": 1.0, "sd_ml": 2**0.5, "max_ml": 2.0}
+    )
+    assert summary["folds_without_positives"] == [2]
+    assert [fold["note"] for fold in summary["per_fold"]] == [
+        None,
+        None,
+        "no case with lesion: Dice undefined",
+    ]
+    assert summary["per_fold"][2]["mean"]["lesion"]["dice"] is None
+    assert [entry["case_id"] for entry in summary["metric_per_case"]] == list("abcde")
+
+
+def test_summary_does_not_depend_on_the_order_of_rows_and_reads_its_own_rows():
+    summary = summarise(example(), [0, 1, 2])
+    assert summarise(example()[::-1], [2, 0, 1]) == summary
+    assert summarise(summary["metric_per_case"], [0, 1, 2]) == summary
+
+
+def test_summary_without_any_positive_case():
+    negatives = [entry for entry in example() if entry["dice"] is None]
+    summary = summarise(negatives, [0, 2])
+    assert summary["mean"]["lesion"]["dice"] is summary["sd"]["lesion"]["dice"] is None
+    assert summary["folds_without_positives"] == [0, 2]
+    assert "undefined" in format_summary(summary)
+
+
+def test_bad_rows_are_refused():
+    with pytest.raises(DataError, match="at least one case must be evaluated; got none"):
+        summarise([])
+    with pytest.raises(DataError, match=r"once per class; got \[\('a', 'lesion'\)\] twice"):
+        summarise([row("a", 0, 0.5), row("a", 0, 0.6)], [0])
+    with pytest.raises(DataError, match=r"got case a of fold 3 and folds \[0, 1\]"):
+        summarise([row("a", 3, 0.5)], [0, 1])
+
+
+def test_files_hold_null_and_empty_cells_for_undefined(tmp_path):
+    summary = summarise(example(), [0, 1, 2]) | {"target": "lesion"}
+    write_metrics(summary, tmp_path / "metrics.json", tmp_path / "metrics.csv")
+    assert "NaN" not in (tmp_path / "metrics.json").read_text()
+    assert read_metrics(tmp_path) == summary
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [entry["dice"] for entry in rows] == ["0.4", "0.0", "", "0.8", ""]
+    assert list(rows[0])[:4] == ["case_id", "patient_id", "fold", "class"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.json"]
+
+
+def test_a_diverged_loss_is_written_as_null(tmp_path):
+    summary = summarise(example(), [0, 1, 2]) | {"fold_summaries": {"0": {"loss": float("nan")}}}
+    write_metrics(summary, tmp_path / "metrics.json", tmp_path / "metrics.csv")
+    assert read_metrics(tmp_path)["fold_summaries"] == {"0": {"loss": None}}
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_text(tmp_path / "file", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "file", "new \ud800")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_missing_metrics_file_is_named(tmp_path):
+    with pytest.raises(MissingDataError, match=r"must hold metrics\.json; got none in"):
+        read_metrics(tmp_path)
+
+
+AFFINE = np.diag([0.5, 0.5, 3.0, 1.0])
+
+
+@pytest.fixture
+def folders(tmp_path):
+    predictions, labels = tmp_path / "predictions", tmp_path / "labels"
+    predictions.mkdir()
+    labels.mkdir()
+    truth = box((6, 8, 10), (1, 1, 1), (3, 4, 4))
+    for name, mask in (("x", np.roll(truth, 1, 1)), ("y", np.zeros_like(truth))):
+        write_nifti(predictions / f"{name}.nii.gz", mask, AFFINE)
+        write_nifti(labels / f"{name}.nii.gz", truth * np.uint8(3), AFFINE)  # a grade, not 1
+    return predictions, labels
+
+
+def test_command_compares_two_folders(folders, tmp_path, capsys):
+    predictions, labels = folders
+    output = tmp_path / "out"
+    main([str(predictions), str(labels), "--output", str(output)])
+    summary = read_metrics(output)
+    assert [entry["dice"] for entry in summary["metric_per_case"]] == [0.75, 0.0]
+    assert summary["metric_per_case"][0]["volume_truth_ml"] == pytest.approx(48 * 0.75e-3)
+    assert summary["per_fold"] == []
+    assert "2 of 2 cases positive, 1 missed" in capsys.readouterr().out
+
+
+def test_command_refuses_faulty_folders(folders, tmp_path):
+    predictions, labels = folders
+    arguments = [str(predictions), str(labels)]
+    with pytest.raises(MissingDataError, match=r"must be folders; got .*nowhere"):
+        main([str(tmp_path / "nowhere"), str(labels)])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(MissingDataError, match=r"must hold .* files; got none in"):
+        main([str(tmp_path / "none"), str(labels)])
+    with pytest.raises(DataError, match=r"x\.nii\.gz: values of the truth must lie in 0\.\.2"):
+        main([*arguments, "--target", "zones"])
+    write_nifti(predictions / "x.nii.gz", box((6, 8, 10), (0, 0, 0), (1, 1, 1)), np.eye(4))
+    with pytest.raises(DataError, match=r"one grid; got different affines for x\.nii\.gz"):
+        main(arguments)
+    (labels / "x.nii.gz").unlink()
+    with pytest.raises(MissingDataError, match=r"equal names; got \['x.nii.gz'\] without label"):
+        main(arguments)
+
+
+def test_zones_must_be_whole_numbers(folders):
+    predictions, labels = folders
+    half = np.full((6, 8, 10), 0.5, np.float32)
+    write_nifti(predictions / "x.nii.gz", half, AFFINE)
+    with pytest.raises(DataError, match=r"whole numbers; got fractions in x\.nii\.gz"):
+        main([str(predictions), str(labels), "--target", "zones"])

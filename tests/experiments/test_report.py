@@ -1,0 +1,229 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from data_pipelines.case import MissingDataError
+from experiments.evaluate import read_metrics
+from experiments.report import choose_cases, main, outline, slice_to_show, write_report
+from tests.experiments.fake_run import make_run
+
+VARIANTS = {
+    "full": {},
+    "partial": {"done": (0, 3), "history": False},
+    "no_positives": {"positive_share": 0.0, "num_folds": 2, "history": False},
+    "one_modality": {"modalities": ("t2w",), "num_folds": 2, "history": False},
+    "zones": {"classes": ("pz", "tz"), "num_folds": 2, "history": False},
+    "bare": {"figures": False, "extras": False, "num_folds": 2, "history": False},
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """HTML and Markdown of every variant."""
+    texts = {}
+    for name, options in VARIANTS.items():
+        run = make_run(tmp_path_factory.mktemp("runs") / name, **options)
+        page = write_report(run)
+        assert page == run / "report.html"
+        texts[name] = (page.read_text(), (run / "report.md").read_text())
+    return texts
+
+
+class Reader(HTMLParser):
+    """Balance of tags, ids, and the texts of headings, cells and captions."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.texts = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_startendtag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def read(html):
+    reader = Reader()
+    reader.feed(html)
+    return reader
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_page_is_well_formed_self_contained_and_small(reports, name):
+    html, _ = reports[name]
+    reader = read(html)
+    assert reader.open == []
+    assert len(reader.ids) == len(set(reader.ids))
+    references = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in references)
+    assert not re.search(r"<(script|link|iframe)\b|@import|url\((?!#)", html)
+    assert len(html.encode()) < 5e6
+    targets = {target[1:] for target in references if target.startswith("#")}
+    assert targets <= set(reader.ids)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_both_forms_begin_with_what_this_is(reports, name):
+    html, markdown = reports[name]
+    for text in ("".join(read(html).texts), markdown.replace("\n> ", " ")):
+        head = text[: text.index("Weights")]
+        assert "A reconstruction from the paper's abstract" in head
+        assert "not the authors' code. Not for clinical use." in head
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_markdown_holds_every_figure_of_the_page(reports, name):
+    html, markdown = reports[name]
+    for cell in re.findall(r"<t[hd][^>]*>([^<]+)</t[hd]>", html):
+        assert cell.replace("&#39;", "'").replace("&gt;", ">").replace("&amp;", "&") in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    for table in re.split(r"\n\n", markdown):
+        widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1
+
+
+def test_headline_is_the_mean_over_defined_cases(tmp_path):
+    run = make_run(tmp_path / "run", num_folds=2, history=False)
+    write_report(run)
+    dice = [row["dice"] for row in read_metrics(run)["metric_per_case"] if row["dice"] is not None]
+    expected = f"| Dice | {np.mean(dice):.3f} | {np.std(dice, ddof=1):.3f} |"
+    assert expected in (run / "report.md").read_text()
+
+
+def test_full_run_shows_curves_hash_baseline_and_environment(reports):
+    html, markdown = reports["full"]
+    assert "All 5 folds are done." in html
+    for text in (html, markdown):
+        assert re.search(r"SHA-256 of the folds: (<code>|`)[0-9a-f]{64}", text)
+        assert "optimistic" in text
+        assert "0.123" in text
+        assert "abc123" in text
+        assert "Zero throughout, so switched off: Correlation loss." in text
+    for title in ("Loss, total", "Cross-modal distillation loss", "Validation Dice", "Learning"):
+        assert f'aria-label="{title}' in html
+    assert 'aria-label="Correlation loss"' not in html
+    assert html.count('class="panel"') == 4 * 7
+    assert html.index("Best: case") < html.index("Negative, most false positives")
+
+
+def test_missing_folds_are_named(reports):
+    html, markdown = reports["partial"]
+    for text in (html, markdown):
+        assert "Incomplete: 2 of 5 folds are done; missing: fold 1, fold 2, fold 4." in text
+        assert "Fold 4 (missing)" in text
+
+
+def test_run_without_positives_has_no_dice(reports):
+    html, markdown = reports["no_positives"]
+    assert "No evaluated case holds any lesion" in html
+    assert "undefined: no positive case" in html
+    assert "No chart of Dice: there is no positive case." in html
+    assert "| Dice | – | – | – | – | 0 |" in markdown  # noqa: RUF001
+    assert html.count('class="panel"') == 7
+
+
+def test_a_single_fold_without_positives_is_named(tmp_path):
+    run = make_run(tmp_path / "run", num_folds=2, figures=False, history=False)
+    metrics = read_metrics(run)
+    metrics["folds_without_positives"] = [1]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "No positive case in fold 1: Dice is undefined there." in write_report(run).read_text()
+
+
+def test_one_modality_and_several_classes(reports):
+    assert reports["one_modality"][0].count("Attention T2W</figcaption>") == 4
+    html, _ = reports["zones"]
+    assert "Mean peripheral zone Dice" in html
+    assert "Dice per fold, transition zone" in html
+    assert "the largest of the class probabilities" in html
+    assert "Fold 1, tz" in html
+
+
+def test_bare_run_says_what_it_lacks(reports):
+    html, _ = reports["bare"]
+    assert "The run kept no pictures." in html
+    assert "Configuration" not in html
+
+
+def test_names_from_files_are_escaped(tmp_path):
+    run = make_run(tmp_path / "run", num_folds=2, figures=False, history=False)
+    (run / "environment.json").write_text(json.dumps({"device": "<b>&|x", "host": "<i>|y"}))
+    html = write_report(run).read_text()
+    assert "on &lt;b&gt;&amp;|x" in html
+    assert "<b>&" not in html
+    assert "&lt;i&gt;|y" in html
+    assert "<i>\\|y" in (run / "report.md").read_text()
+
+
+def test_report_is_written_anew_and_alike(tmp_path):
+    run = make_run(tmp_path / "run", num_folds=2, history=False)
+    first = write_report(run).read_text()
+    main([str(run)])
+    assert (run / "report.html").read_text() == first
+
+
+def test_folder_without_metrics_is_refused(tmp_path):
+    with pytest.raises(MissingDataError, match=r"must hold metrics\.json; got none in"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outline_follows_the_voxel_edges():
+    mask = np.zeros((3, 4), bool)
+    mask[1, 2] = True
+    assert sorted(re.findall(r"M[^M]*", outline(mask))) == ["M2 1h1", "M2 1v1", "M2 2h1", "M3 1v1"]
+    mask[1, 3] = True  # at the border: no edge between the two, one at the border
+    assert sorted(re.findall(r"M[^M]*", outline(mask))) == [
+        "M2 1h1",
+        "M2 1v1",
+        "M2 2h1",
+        "M3 1h1",
+        "M3 2h1",
+        "M4 1v1",
+    ]
+    assert outline(np.zeros((2, 2), bool)) == ""
+
+
+def test_slice_shows_truth_then_prediction_then_probability():
+    truth, mask = np.zeros((4, 2, 2)), np.zeros((4, 2, 2))
+    probability = np.zeros((4, 2, 2))
+    probability[3, 0, 0] = 0.3
+    assert slice_to_show(truth, mask, probability) == 3
+    mask[2] = 1
+    assert slice_to_show(truth, mask, probability) == 2
+    truth[1, 0, 0] = 1
+    assert slice_to_show(truth, mask, probability) == 1
+
+
+def rows_of(**dice):
+    return {case: [{"dice": score, "volume_predicted_ml": 1.0}] for case, score in dice.items()}
+
+
+def test_best_median_worst_and_a_negative_are_chosen():
+    rows = rows_of(a=0.1, b=0.5, c=0.6, d=0.9, e=0.7, n=None, o=None)
+    rows["o"][0]["volume_predicted_ml"] = 2.0
+    chosen = choose_cases(rows, rows.keys())
+    assert list(chosen) == ["d", "c", "a", "o"]
+    assert list(chosen.values())[:3] == ["Best", "Median", "Worst"]
+
+
+def test_roles_admit_when_a_better_case_has_no_picture():
+    rows = rows_of(a=0.1, b=0.5, c=0.9)
+    assert choose_cases(rows, {"a", "b"}) == {
+        "b": "Best of the cases pictured",
+        "a": "Worst",
+    }
+    assert choose_cases(rows, ()) == {}

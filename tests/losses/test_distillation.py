@@ -1,0 +1,302 @@
+import inspect
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cmsad_jax.losses import (
+    AttentionConfig,
+    cross_modal_distillation_loss,
+    parse_pairs,
+    self_distillation_loss,
+)
+from cmsad_jax.types import ConfigError
+from tests import oracles
+
+MODALITIES = ("t2w", "adc", "hbv")
+L2 = AttentionConfig()
+SOFTMAX = AttentionConfig(normalization="softmax", temperature=2.0)
+DISTANCES = [("l2", L2), ("l2", SOFTMAX), ("kl", SOFTMAX)]
+STATIC = ("attention", "stages", "pairs", "distance", "modalities")
+CROSS = jax.jit(cross_modal_distillation_loss, static_argnames=STATIC)
+SELF = jax.jit(self_distillation_loss, static_argnames=set(STATIC) - {"pairs"})
+BOTH = pytest.mark.parametrize("loss", [CROSS, SELF], ids=["cross", "self"])
+PRESENT = jnp.array([[True, True, True], [True, False, True], [False, True, False]])
+
+
+def features(modalities=MODALITIES, rank=3):
+    shapes = [(3, 8, 8, 4), (3, 4, 4, 6), (2, 2, 2, 8)]
+    rng = np.random.default_rng(0)
+    return {
+        name: tuple(
+            jnp.asarray(rng.normal(size=(3, *shape[3 - rank :])), jnp.float32) for shape in shapes
+        )
+        for name in modalities
+    }
+
+
+def settings(attention):
+    return {
+        name: getattr(attention, name)
+        for name in ("kind", "exponent", "normalization", "temperature")
+    }
+
+
+def test_orthogonal_and_equal_maps_by_hand():
+    a = jnp.array([[[1.0, 0.0]]]).reshape(1, 1, 2, 1)
+    b = a[:, :, ::-1]
+    between = {"stages": (0,), "pairs": ("a->b",)}
+    assert cross_modal_distillation_loss({"a": (a,), "b": (b,)}, **between)[0] == pytest.approx(2)
+    assert cross_modal_distillation_loss({"a": (a,), "b": (a,)}, **between)[0] == 0
+    # Softmax of (1, 0) / T against (0, 1) / T: KL = (p - q) (1 - 0) / T, times T^2.
+    found = cross_modal_distillation_loss(
+        {"a": (a,), "b": (b,)}, attention=SOFTMAX, distance="kl", **between
+    )
+    p = 1 / (1 + np.exp(-1 / 2))
+    assert found[0] == pytest.approx((2 * p - 1) / 2 * 4, rel=1e-5)
+
+
+def test_equals_the_published_attention_transfer(shared_data):
+    published = np.load(shared_data / "oracles/attention_transfer.npz")
+    maps = {name: (jnp.asarray(published[name].transpose(0, 2, 3, 1)),) for name in "AB"}
+    found = cross_modal_distillation_loss(maps, stages=(0,), pairs=("A->B",))
+    # Theirs is the mean over examples and voxels, ours the sum over the voxels of each example.
+    np.testing.assert_allclose(found.mean() / (16 * 16), published["at_loss_AB"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("distance", "attention"), DISTANCES)
+@pytest.mark.parametrize("pairs", ["mutual", ("adc->t2w", "hbv->adc")])
+def test_cross_modal_equals_the_oracle(distance, attention, pairs):
+    x = features()
+    found = CROSS(
+        x,
+        attention=attention,
+        stages=(0, 2),
+        pairs=pairs,
+        distance=distance,
+        present=PRESENT,
+        modalities=MODALITIES,
+    )
+    expected = oracles.cross_modal_distillation_loss(
+        x, (0, 2), parse_pairs(pairs, MODALITIES), distance, PRESENT, **settings(attention)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert found[2] == 0  # a single modality: nobody to learn from
+
+
+@pytest.mark.parametrize(("distance", "attention"), DISTANCES)
+def test_self_distillation_equals_the_oracle(distance, attention):
+    # Constant deeper maps resize to constant maps, so that no oracle of resizing is needed.
+    shallow = features()["t2w"][0]
+    deep = jnp.ones((3, 2, 2, 2, 4)) * jnp.array([1.0, 2.0, 3.0]).reshape(3, 1, 1, 1, 1)
+    found = SELF({"t2w": (shallow, deep)}, attention=attention, stages=(0, 1), distance=distance)
+    of_map = settings(attention)
+    student = oracles.normalize_map(
+        oracles.attention_energy(shallow), of_map["normalization"], of_map["temperature"]
+    )
+    num_voxels = student[0].size
+    even = num_voxels**-0.5 if attention.normalization == "l2" else 1 / num_voxels
+    expected = [
+        oracles.distance(np.full(q.shape, even), q, distance, attention.temperature)
+        for q in student
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_self_distillation_resizes_the_teacher_before_normalising():
+    shallow, deep = jnp.ones((1, 1, 4, 1)), jnp.array([0.0, 2.0]).reshape(1, 1, 2, 1)
+    # Energy (0, 4) on four points: (0, 1, 3, 4).
+    teacher = np.array([0, 1, 3, 4]) / np.sqrt(26)
+    expected = ((teacher - 0.5) ** 2).sum()
+    found = SELF({"t2w": (shallow, deep)}, stages=(0,))
+    np.testing.assert_allclose(found, [expected], rtol=1e-5)
+
+
+def test_self_distillation_takes_the_stages_asked_for():
+    x = features(("t2w",))
+    first, second, both, all_three, deepest = jax.jit(
+        lambda x: [
+            self_distillation_loss(x, stages=stages)
+            for stages in ((0,), (1,), (0, 1), (0, 1, 2), (2,))
+        ]
+    )(x)
+    np.testing.assert_allclose(both, (first + second) / 2, rtol=1e-5)
+    np.testing.assert_allclose(all_three, both, rtol=1e-6)  # the deepest has no teacher
+    np.testing.assert_array_equal(deepest, 0)
+
+
+@pytest.mark.parametrize(("distance", "attention"), DISTANCES)
+def test_no_gradient_reaches_a_teacher(distance, attention):
+    common = {"attention": attention, "stages": (1,), "distance": distance}
+    pairs = tuple(itertools.permutations(MODALITIES, 2))
+
+    @jax.jit
+    def gradients(x):
+        by_pair = [
+            jax.grad(
+                lambda x, pair=pair: cross_modal_distillation_loss(
+                    x, pairs=("->".join(pair),), **common
+                ).sum()
+            )(x)
+            for pair in pairs
+        ]
+        return by_pair, jax.grad(lambda x: self_distillation_loss(x, **common).sum())(x)
+
+    by_pair, of_self = gradients(features())
+    for (teacher, student), gradient in zip(pairs, by_pair, strict=True):
+        np.testing.assert_array_equal(gradient[teacher][1], 0)
+        assert np.any(np.asarray(gradient[student][1]) != 0)
+    for name in MODALITIES:
+        np.testing.assert_array_equal(of_self[name][2], 0)
+        assert np.any(np.asarray(of_self[name][1]) != 0)
+
+
+@pytest.mark.parametrize(("distance", "attention"), DISTANCES)
+@BOTH
+def test_absent_modalities_take_no_part(loss, distance, attention):
+    common = {"attention": attention, "stages": (0, 1), "distance": distance}
+    x = features()
+    x["adc"] = tuple(jnp.zeros_like(f) for f in x["adc"])
+
+    @jax.jit
+    def evaluate(x, present):
+        with_mask = {"present": present, "modalities": MODALITIES}
+        two = {name: x[name] for name in ("t2w", "hbv")}
+        return (
+            *jax.value_and_grad(lambda x: loss(x, **with_mask, **common).sum())(x),
+            loss(two, **common).sum(),
+        )
+
+    found, gradient, without = evaluate(x, jnp.array([[True, False, True]] * 3))
+    # The weight of what is left is the same as if there were no third modality.
+    np.testing.assert_allclose(found, without, rtol=1e-5)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
+    for g in gradient["adc"]:
+        np.testing.assert_array_equal(g, 0)
+
+
+@pytest.mark.parametrize(("distance", "attention"), DISTANCES)
+@BOTH
+def test_dead_features_have_finite_gradients(loss, distance, attention):
+    gradient_of = jax.jit(
+        jax.value_and_grad(
+            lambda x: loss(x, attention=attention, stages=(0, 1), distance=distance).sum()
+        )
+    )
+    for size in (0.0, 1e-20):
+        x = features()  # all alive but two
+        for name in ("t2w", "adc"):
+            x[name] = tuple(jnp.full(f.shape, size) for f in x[name])
+        value, gradient = gradient_of(x)
+        assert np.isfinite(value)
+        assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@BOTH
+def test_per_example(loss, rank):
+    common = {"stages": (0, 1), "modalities": MODALITIES}
+
+    @jax.jit
+    def evaluate(x):
+        rounded = jax.tree.map(lambda f: f.astype(jnp.bfloat16), x)
+        exact = jax.tree.map(lambda f: f.astype(jnp.float32), rounded)
+        return (
+            loss(x, present=PRESENT, **common),
+            loss(jax.tree.map(lambda f: f[::-1], x), present=PRESENT[::-1], **common),
+            loss(jax.tree.map(lambda f: f[1:2], x), present=PRESENT[1:2], **common),
+            loss(rounded, present=PRESENT, **common),
+            loss(exact, present=PRESENT, **common),
+        )
+
+    found, flipped, alone, of_rounded, of_exact = evaluate(features(rank=rank))
+    assert found.shape == (3,)
+    np.testing.assert_allclose(flipped, found[::-1], rtol=1e-5)
+    np.testing.assert_allclose(alone[0], found[1], rtol=1e-5)
+    assert of_rounded.dtype == jnp.float32
+    np.testing.assert_allclose(of_rounded, of_exact, rtol=1e-5)
+
+
+@BOTH
+def test_order_of_the_modalities_does_not_matter(loss):
+    order = np.array([2, 0, 1])
+    reordered = tuple(MODALITIES[m] for m in order)
+
+    @jax.jit
+    def evaluate(x):  # JAX hands the dictionary over sorted by key
+        by_order = {name: x[name] for name in reordered}
+        return (
+            loss(x, stages=(0,), present=PRESENT, modalities=MODALITIES),
+            loss(x, stages=(0,), present=PRESENT[:, order], modalities=reordered),
+            inspect.unwrap(loss)(by_order, stages=(0,), present=PRESENT[:, order]),
+        )
+
+    expected, named, by_key = evaluate(features())
+    np.testing.assert_allclose(named, expected, rtol=1e-5)
+    np.testing.assert_allclose(by_key, expected, rtol=1e-5)
+
+
+def test_maps_of_different_sizes_are_compared_on_the_students_grid():
+    x = features()
+    mixed = {"t2w": x["t2w"][:1], "adc": x["adc"][1:2]}
+    found = CROSS(mixed, stages=(0,), pairs=("adc->t2w",))
+    # The same by hand, through the oracle of the norm and JAX's own resize.
+    energy = [oracles.attention_energy(mixed[name][0]) for name in ("adc", "t2w")]
+    resized = jax.image.resize(jnp.asarray(energy[0], jnp.float32), energy[1].shape, "linear")
+    target, q = oracles.normalize_map(np.asarray(resized)), oracles.normalize_map(energy[1])
+    np.testing.assert_allclose(found, ((target - q) ** 2).sum((1, 2, 3)), rtol=1e-4)
+
+
+def test_one_modality_has_nobody_to_learn_from():
+    x = features(("t2w",))
+    np.testing.assert_array_equal(CROSS(x, stages=(0,)), np.zeros(3))
+
+
+def test_pairs():
+    assert parse_pairs("mutual", ("a", "b")) == (("a", "b"), ("b", "a"))
+    assert parse_pairs("mutual", ("a",)) == ()
+    assert parse_pairs(("b->a", "a -> b"), ("a", "b")) == (("b", "a"), ("a", "b"))
+
+
+@pytest.mark.parametrize("entry", ["adc", "adc->dwi", "adc->adc", "adc->t2w->hbv", "adc>t2w"])
+def test_malformed_pairs(entry):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"modalities of t2w, adc, hbv; got '{entry}'. Use 'mutual'")
+    ):
+        parse_pairs(("hbv->t2w", entry), MODALITIES)
+
+
+@pytest.mark.parametrize("pairs", ["adc->t2w", ()])
+def test_pairs_are_a_list(pairs):
+    with pytest.raises(ConfigError, match=r"'mutual' or a list of teacher->student; got .*Use for"):
+        parse_pairs(pairs, MODALITIES)
+
+
+def test_repeated_pairs():
+    with pytest.raises(ConfigError, match=r"pairs must differ; got .*Name each pair once"):
+        parse_pairs(("adc->t2w", "adc->t2w"), MODALITIES)
+
+
+@BOTH
+def test_bad_arguments(loss):
+    x = features()
+    with pytest.raises(ConfigError, match=r"distance must be one of l2, kl; got 'l1'. Use 'l2'"):
+        loss(x, stages=(0,), distance="l1")
+    with pytest.raises(ConfigError, match=r"kl compares softmax maps; got .*'l2'. Set it to"):
+        loss(x, stages=(0,), distance="kl")
+    with pytest.raises(ConfigError, match=r"encoder's 0 to 2; got \(1, 3\). Name existing"):
+        loss(x, stages=(1, 3))
+    with pytest.raises(ConfigError, match=r"got shape \(3, 2\). Use shape \(3, 3\)"):
+        loss(x, stages=(0,), present=PRESENT[:, :2])
+    with pytest.raises(ConfigError, match=r"those of the features; got \('t2w',\) and .*Give the"):
+        loss(x, stages=(0,), present=PRESENT[:, :1], modalities=("t2w",))
+
+
+def test_bad_attention():
+    with pytest.raises(ConfigError, match=r"exponent must be at least 1; got 0\.5"):
+        AttentionConfig(exponent=0.5)
+    with pytest.raises(ConfigError, match=r"temperature must be above 0; got 0\.0"):
+        AttentionConfig(temperature=0.0)

@@ -1,0 +1,225 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.nnx import bridge
+
+from cmsad_jax.modules import (
+    CMSAD,
+    Encoder,
+    EncoderConfig,
+    Fusion,
+    FusionConfig,
+    NetworkConfig,
+    probabilities,
+)
+from cmsad_jax.types import ConfigError
+from tests.networks import TINY_2D, TINY_3D, init, random_params, tiny_batch, tiny_config
+
+
+@pytest.mark.parametrize(
+    ("rank", "names"),
+    [(2, ("t2w",)), (3, ("t2w",)), (3, ("t2w", "adc")), (2, ("t2w", "adc", "hbv", "dce"))],
+)
+def test_any_number_of_modalities_on_slices_and_volumes(rank, names):
+    batch = tiny_batch(rank=rank, modalities=len(names))
+    config = tiny_config(rank=rank, modalities=names, deep_supervision=1)
+    network, params = init(config, batch)
+    output = jax.jit(network.apply)({"params": params}, batch["image"])
+    space = batch["image"].shape[1:-1]
+    assert output.logits.shape == (2, *space, 1)
+    assert output.logits.dtype == jnp.float32
+    assert [len(output.features[name]) for name in names] == [3] * len(names)
+    shapes = config.encoder.stage_shapes(space)
+    for stage, feature in enumerate(output.features[names[-1]]):
+        assert feature.shape == (2, *shapes[stage], config.encoder.channels[stage])
+    assert [deep.shape for deep in output.deep_logits] == [(2, *shapes[1], 1)]
+    assert np.all(np.isfinite(output.correlation_loss))
+
+
+@pytest.mark.parametrize("fusion", ["scff", "concat", "mean", "max"])
+def test_batch_permutation_permutes_outputs(fusion):
+    batch = tiny_batch(batch=3)
+    network, params = init(tiny_config(fusion=fusion), batch)
+    apply = jax.jit(lambda image: network.apply({"params": params}, image))
+    order = np.array([2, 0, 1])
+    straight, permuted = apply(batch["image"]), apply(batch["image"][order])
+    np.testing.assert_allclose(permuted.logits, straight.logits[order], atol=1e-5)
+    np.testing.assert_allclose(
+        permuted.correlation_loss, straight.correlation_loss[order], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("fusion", ["scff", "max"])
+def test_absent_modality_changes_nothing_and_gets_no_gradient(fusion):
+    batch = tiny_batch()
+    network, params = init(tiny_config(fusion=fusion), batch)
+    present = np.array([[True, False, True], [True, True, True]])
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradient_and_logits(image):
+        logits = network.apply({"params": params}, image, present).logits
+        return (logits**2).sum(), logits
+
+    gradient, logits = gradient_and_logits(batch["image"])
+    other = batch["image"].copy()
+    other[0, ..., 1] = 7.0
+    np.testing.assert_array_equal(logits, gradient_and_logits(other)[1])
+    assert np.all(np.isfinite(gradient))
+    assert np.all(gradient[0, ..., 1] == 0)
+    assert np.any(gradient[1, ..., 1] != 0)
+
+
+def test_present_none_is_the_same_program_as_ones():
+    batch = tiny_batch()
+    network, params = init(tiny_config(), batch)
+    with_mask = jax.jit(network.apply)({"params": params}, batch["image"], batch["present"])
+    without = jax.jit(network.apply)({"params": params}, batch["image"])
+    np.testing.assert_array_equal(with_mask.logits, without.logits)
+
+
+@pytest.mark.parametrize("fusion", ["scff", "max"])
+def test_all_zero_image_has_finite_gradients(fusion):
+    batch = tiny_batch(batch=1)
+    network, params = init(tiny_config(fusion=fusion), batch)
+    image = np.zeros_like(batch["image"])
+
+    def loss(params):
+        output = network.apply({"params": params}, image)
+        return (output.logits**2).sum() + output.correlation_loss.sum()
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_mean_fusion_of_one_modality_is_its_projection():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    fusion = Fusion(5, FusionConfig(kind="mean"))
+    params = random_params(fusion, [x])
+    fused = fusion.apply({"params": params}, [x]).fused
+    kernel = params["project0"]["kernel"][0, 0]
+    np.testing.assert_allclose(fused, x @ kernel + params["project0"]["bias"], atol=1e-5)
+
+
+def test_mean_fusion_averages_over_what_is_present():
+    x = jax.random.normal(jax.random.key(0), (3, 1, 4, 4, 5))
+    fusion = Fusion(5, FusionConfig(kind="mean"))
+    features = list(x)
+    params = {"params": random_params(fusion, features)}
+    two = fusion.apply(params, features, jnp.array([[True, False, True]])).fused
+    alone = [fusion.apply(params, features, jnp.eye(3, dtype=bool)[m][None]).fused for m in (0, 2)]
+    np.testing.assert_allclose(two, sum(alone) / 2, atol=1e-5)
+
+
+def test_scff_gates_lie_between_0_and_1_and_linear_expression_drops_the_square():
+    features = list(jax.random.normal(jax.random.key(0), (2, 1, 2, 8, 8, 4)))
+    outputs = {}
+    for expression in ("linear", "nonlinear"):
+        fusion = Fusion(4, FusionConfig(expression=expression))
+        params = {"params": random_params(fusion, features)}
+        outputs[expression] = fusion.apply(params, features)
+        gates = outputs[expression].gates
+        assert gates.shape == (1, 2, 8, 8, 2)
+        assert np.all((gates > 0) & (gates < 1))
+    assert np.any(outputs["linear"].fused != outputs["nonlinear"].fused)
+
+
+def test_correlation_loss_is_zero_where_expression_equals_target():
+    x = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
+    fusion = Fusion(4, FusionConfig(expression="linear"))
+    params = random_params(fusion, [x, x])
+    params = params | {"project1": params["project0"]}
+    # Slope 1, offset 0: ghat_ij = g_j = g_i.
+    params["coefficients"] = jax.tree.map(jnp.zeros_like, params["coefficients"])
+    loss = fusion.apply({"params": params}, [x, x]).correlation_loss
+    np.testing.assert_allclose(loss, 0, atol=1e-6)
+    ramp = jnp.broadcast_to(jnp.linspace(0, 1, 12), params["coefficients"]["bias"].shape)
+    params["coefficients"]["bias"] = ramp
+    assert fusion.apply({"params": params}, [x, x]).correlation_loss[0] > 1e-3
+
+
+def test_shared_encoder_has_one_set_of_weights():
+    batch = tiny_batch()
+    _, own = init(tiny_config(), batch)
+    _, shared = init(tiny_config(share_encoders=True), batch)
+    assert {name for name in own if "encoder" in name} == {
+        "encoder_t2w",
+        "encoder_adc",
+        "encoder_hbv",
+    }
+    assert {name for name in shared if "encoder" in name} == {"encoder"}
+
+
+def test_bfloat16_network_keeps_float32_weights_and_logits():
+    batch = tiny_batch()
+    config = tiny_config(dtype="bfloat16")
+    network, params = init(config, batch)
+    output = jax.jit(network.apply)({"params": params}, batch["image"])
+    assert output.features["t2w"][0].dtype == jnp.bfloat16
+    assert output.logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    full = CMSAD(dataclasses.replace(config, dtype="float32"))
+    exact = jax.jit(full.apply)({"params": params}, batch["image"]).logits
+    assert np.abs(output.logits - exact).mean() < 0.05 * np.abs(exact).std() + 0.05
+
+
+def test_probabilities_of_one_and_of_several_classes():
+    logits = jnp.array([[0.0, np.log(3.0)]])
+    np.testing.assert_allclose(probabilities(logits), [[0.25, 0.75]], rtol=1e-6)
+    np.testing.assert_allclose(probabilities(jnp.zeros((1, 1))), [[0.5]])
+
+
+def test_encoder_inside_an_nnx_model():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.encoder = bridge.ToNNX(Encoder(TINY_2D), rngs=rngs)
+            self.encoder.lazy_init(jnp.zeros((1, 16, 16, 1)))
+
+        def __call__(self, x):
+            return self.encoder(x)[-1].mean()
+
+    model = Model(nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 16, 16, 1))
+    gradient = nnx.grad(lambda model: model(x) ** 2)(model)
+    assert len(jax.tree.leaves(gradient)) > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EncoderConfig(channels=(4, 8)), "one entry for each encoder stage"),
+        (
+            lambda: dataclasses.replace(TINY_3D, kernels=((2, 3, 3),) * 3),
+            "kernel sizes must be odd",
+        ),
+        (
+            lambda: dataclasses.replace(TINY_3D, strides=((1, 1),) * 3),
+            "one entry for each axis of space",
+        ),
+        (lambda: TINY_3D.stage_shapes((1, 2, 2)), "must keep more than one voxel"),
+        (lambda: TINY_3D.stage_shapes((16, 16)), "3 axes of space"),
+        (lambda: FusionConfig(kind="sum"), "fusion must be one of"),
+        (lambda: FusionConfig(gate_kernel=2), "gate's kernel must be odd"),
+        (lambda: NetworkConfig(modalities=("t2w", "t2w")), "distinct names"),
+        (lambda: NetworkConfig(num_classes=0), "num_classes must be at least 1"),
+        (lambda: NetworkConfig(deep_supervision=4), "less than the number of stages"),
+        (
+            lambda: CMSAD(tiny_config()).init(jax.random.key(0), jnp.zeros((1, 4, 16, 16, 2))),
+            "one channel for each modality",
+        ),
+        (
+            lambda: Fusion(4).init(
+                jax.random.key(0), [jnp.zeros((1, 4, 4, 2))], jnp.ones((1, 2), bool)
+            ),
+            "one column for each modality",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -1,0 +1,125 @@
+"""The dependency rules of the layout, checked on fresh processes and on the source."""
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cmsad_jax
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("cmsad_jax", "data_pipelines", "experiments", "benchmarks")
+SUBMODULES = sorted(
+    module.name for module in pkgutil.walk_packages(cmsad_jax.__path__, prefix="cmsad_jax.")
+)
+HEAVY = ("tensorflow_datasets", "tensorflow", "grain", "nibabel", "SimpleITK", "tyro")
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Names in sys.modules of a fresh process that ran one statement."""
+    code = f"{statement}\nimport json, sys; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(json.loads(done.stdout))
+
+
+def imports(file: Path) -> set[str]:
+    """First components of every absolute import in a file, nested ones too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(str(node.module).split(".")[0])
+    return names
+
+
+@pytest.fixture(scope="module")
+def loaded_by_library() -> set[str]:
+    return loaded_after("import " + ", ".join(SUBMODULES))
+
+
+@pytest.mark.parametrize("package", HEAVY)
+def test_library_loads_no_file_or_command_line_package(loaded_by_library, package):
+    assert "cmsad_jax.modules.network" in loaded_by_library  # the process did import it
+    assert package not in loaded_by_library
+
+
+def test_library_loads_orbax_only_as_far_as_flax_does(loaded_by_library):
+    def orbax(names):
+        return {name for name in names if name.split(".")[0] == "orbax"}
+
+    by_flax = loaded_after("import flax.linen, flax.struct, optax, jax")
+    assert orbax(loaded_by_library) <= orbax(by_flax)
+
+
+def test_import_of_the_package_loads_neither_jax_nor_a_submodule():
+    names = loaded_after("import cmsad_jax")
+    assert "cmsad_jax" in names
+    assert "jax" not in names
+    assert not {name for name in names if name.startswith("cmsad_jax.")}
+
+
+def test_losses_load_no_network():
+    names = loaded_after("import cmsad_jax; cmsad_jax.dice_loss")
+    assert "cmsad_jax.losses.segmentation" in names
+    assert "cmsad_jax.modules.network" not in names
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("cmsad_jax", {"data_pipelines", "experiments", "benchmarks", "orbax", "tests"}),
+        ("data_pipelines", {"jax", "jaxlib", "flax", "cmsad_jax", "experiments", "benchmarks"}),
+        ("experiments", {"benchmarks", "tests"}),
+    ],
+)
+def test_no_file_imports_against_the_arrows(package, forbidden):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    found = {str(file.relative_to(ROOT)): imports(file) & forbidden for file in files}
+    assert {file: names for file, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_folders_at_the_top(package):
+    assert (ROOT / package / "__init__.py").is_file()
+
+
+def test_every_file_says_what_it_holds_by_its_name():
+    vague = {"utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py"}
+    assert [file for p in PACKAGES for file in (ROOT / p).rglob("*.py") if file.name in vague] == []
+
+
+@pytest.mark.parametrize("name", cmsad_jax.__all__)
+def test_public_name_resolves_and_is_listed(name):
+    assert getattr(cmsad_jax, name).__name__ == name
+    assert name in dir(cmsad_jax)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'cmsad_jax' has no attribute 'dice_los'"):
+        cmsad_jax.dice_los  # noqa: B018
+
+
+@pytest.mark.parametrize("module_name", ["cmsad_jax", *SUBMODULES])
+def test_everything_public_has_a_docstring(module_name):
+    module = importlib.import_module(module_name)
+    is_empty_package = hasattr(module, "__path__") and not Path(str(module.__file__)).read_text()
+    undocumented = [] if module.__doc__ or is_empty_package else [module_name]
+    for name, value in vars(module).items():
+        defined_here = getattr(value, "__module__", None) == module_name
+        if name.startswith("_") or not defined_here:
+            continue
+        # a dataclass without a docstring is given its signature for one
+        documented = value.__doc__ and not value.__doc__.startswith(f"{name}(")
+        if (inspect.isclass(value) or inspect.isfunction(value)) and not documented:
+            undocumented.append(f"{module_name}.{name}")
+    assert undocumented == []

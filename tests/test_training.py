@@ -1,0 +1,195 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cmsad_jax import parallel
+from cmsad_jax.losses.distillation import AttentionConfig
+from cmsad_jax.modules import CMSAD
+from cmsad_jax.training import (
+    LossConfig,
+    OptimizerConfig,
+    drop_modalities,
+    init_state,
+    loss_fn,
+    train_step,
+)
+from cmsad_jax.types import ConfigError
+from tests.networks import init, tiny_batch, tiny_config
+
+ALL_TERMS = LossConfig(
+    cross_modal_weight=0.5, self_weight=0.5, correlation_weight=0.5, warmup_steps=0
+)
+
+
+def make_step(config=None, loss=ALL_TERMS, **options):
+    config = config or tiny_config()
+    network = CMSAD(config)
+    optimizer = OptimizerConfig(learning_rate=1e-2).optimizer(50)
+    state = init_state(network, optimizer, (1, 4, 16, 16, 3), key=jax.random.key(0))
+    return state, partial(train_step, network=network, optimizer=optimizer, loss=loss, **options)
+
+
+def test_training_learns_the_cuboid():
+    batch = tiny_batch()
+    state, step = make_step(average_decay=0.9)
+    step = jax.jit(step)
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    assert step._cache_size() == 1
+    different = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, state.average)
+    assert max(jax.tree.leaves(different)) > 0
+
+
+def test_every_term_is_named_and_the_total_is_their_weighted_sum():
+    batch = tiny_batch()
+    network, params = init(tiny_config(deep_supervision=2), batch)
+    config = dataclasses.replace(ALL_TERMS, warmup_steps=10)
+    total, metrics = loss_fn(params, batch, jnp.asarray(5), network=network, config=config)
+    assert set(metrics) == {
+        "loss",
+        "dice_loss",
+        "cross_entropy_loss",
+        "cross_modal_distillation_loss",
+        "self_distillation_loss",
+        "correlation_loss",
+    }
+    ramp = 0.5
+    expected = (
+        metrics["dice_loss"]
+        + metrics["cross_entropy_loss"]
+        + ramp * 0.5 * metrics["cross_modal_distillation_loss"]
+        + ramp * 0.5 * metrics["self_distillation_loss"]
+        + ramp * 0.5 * metrics["correlation_loss"]
+    )
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+def test_switched_off_distillation_leaves_nothing_in_the_program():
+    batch = tiny_batch()
+    # The exponent is one that appears nowhere else: x^2.5 is a power in the program.
+    attention = AttentionConfig(exponent=2.5)
+    base = dataclasses.replace(ALL_TERMS, correlation_weight=0.0, attention=attention)
+    texts = {}
+    for name, config in {
+        "on": base,
+        "off": dataclasses.replace(base, cross_modal_weight=0.0, self_weight=0.0),
+    }.items():
+        state, step = make_step(tiny_config(fusion="concat"), config)
+        texts[name] = jax.jit(step).lower(state, batch).compile().as_text()
+    # AdamW's bias correction takes powers of scalars; only attention takes them of arrays.
+    powers = {
+        name: sum(" power(" in line and "f32[]" not in line for line in text.splitlines())
+        for name, text in texts.items()
+    }
+    assert powers["on"] > 0
+    assert powers["off"] == 0
+
+
+def test_kl_on_softmax_maps_tversky_and_focal_train_too():
+    config = LossConfig(
+        region="tversky",
+        voxel="focal",
+        distance="kl",
+        attention=AttentionConfig(normalization="softmax", temperature=4.0),
+        pairs=("adc->t2w",),
+        stages=(1, 2),
+    )
+    state, step = make_step(loss=config)
+    _, metrics = jax.jit(step)(state, tiny_batch())
+    assert {"tversky_loss", "focal_loss"} <= set(metrics)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_no_foreground_absent_modality_and_zero_image_give_finite_updates():
+    batch = tiny_batch()
+    batch["label"][0] = 0
+    batch["present"][0, 1] = False
+    batch["image"][1] = 0
+    state, step = make_step()
+    state, metrics = jax.jit(step)(state, batch)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state.params, metrics)))
+
+
+def test_modality_dropout_keeps_one_and_adds_none():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    present = jnp.tile(jnp.array([True, False, True]), (2000, 1))
+    kept = drop_modalities(present, keys=keys, rate=0.5)
+    assert not kept[:, 1].any()
+    assert kept.any(-1).all()
+    # Each is kept with probability 1/2 + 1/4 * 1/2 (the last survivor of an empty draw).
+    np.testing.assert_allclose(kept[:, [0, 2]].mean(0), 0.625, atol=0.04)
+    assert drop_modalities(present, keys=keys, rate=1.0).sum(-1).tolist() == [1] * 2000
+
+
+def test_batch_of_twins_gives_the_gradient_of_one():
+    batch = tiny_batch(batch=1)
+    twins = {name: np.concatenate([value, value]) for name, value in batch.items()}
+    state, step = make_step()
+    (_, one), (_, two) = jax.jit(step)(state, batch), jax.jit(step)(state, twins)
+    np.testing.assert_allclose(one["gradient_norm"], two["gradient_norm"], rtol=1e-4)
+
+
+def test_stage_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="distilled stages must be among"):
+        LossConfig(stages=(0, 7)).distilled_stages(3)
+
+
+def test_batch_not_divisible_by_devices_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"got 6 and 4. Use --train.batch-size=8 or fewer devices"
+    ):
+        parallel.check_batch_size(6, 4)
+
+
+FOUR_DEVICES = """
+import jax, numpy as np, sys
+from functools import partial
+sys.path.insert(0, ".")
+from cmsad_jax import parallel
+from tests.networks import tiny_batch
+from tests.test_training import make_step
+from cmsad_jax.augmentation import AugmentationConfig
+
+assert len(jax.devices()) == 4
+batch = tiny_batch(batch=4)
+results = {}
+for name, mode, devices in [
+    ("one", "jit", jax.devices()[:1]), ("jit", "jit", None), ("pmap", "pmap", None)
+]:
+    state, step = make_step(
+        average_decay=0.9, modality_dropout=0.3, augmentation=AugmentationConfig()
+    )
+    program = parallel.parallelize(step, mode=mode, devices=devices)
+    state = program.place_state(state)
+    losses = []
+    for _ in range(3):
+        state, metrics = program.step(state, program.place_batch(batch))
+        losses.append(float(metrics["loss"]))
+    results[name] = losses, jax.device_get(program.fetch_state(state).params)
+for name in ("jit", "pmap"):
+    # float32 sums in another order, three AdamW steps of 1e-2: 1e-4 relative
+    np.testing.assert_allclose(results[name][0], results["one"][0], rtol=1e-4)
+print("EQUAL", results["one"][0])
+"""
+
+
+def test_four_devices_give_what_one_gives():
+    environment = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_DEVICES], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "EQUAL" in done.stdout
