@@ -36,7 +36,7 @@ $(VENV)/.experiments: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing cmsad-jax and its development tools into $(VENV) (once)"
-	@$(RUN) pip install --quiet --editable ".[dev]" "setuptools>=77"
+	@$(RUN) pip install --quiet --editable ".[dev]"
 	@touch $(VENV)/.experiments $@
 
 $(BIN)/python:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from cmsad_jax.types import ConfigError
 
-Predict = Callable[[Float[np.ndarray, "b *window m"], Bool[np.ndarray, "b m"]], Array]
+Predict = Callable[[Float[np.ndarray, "b *window m"], Bool[np.ndarray, "b m"]], Array | np.ndarray]
 """From windows to probabilities ``b *window k``; jitted by the caller, one shape throughout."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from cmsad_jax.types import ConfigError
+from cmsad_jax.types import ConfigError, Device
 
 DATA_AXIS = "data"
 
@@ -31,7 +31,7 @@ def check_batch_size(batch_size: int, num_devices: int) -> None:
         )
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Device] | None = None) -> Mesh:
     """One-dimensional mesh with the axis ``data``; all devices by default."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh(
@@ -60,7 +60,7 @@ def parallelize(
     step: Callable[..., tuple[PyTree, PyTree]],
     *,
     mode: Literal["jit", "pmap"] = "jit",
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> ParallelStep:
     """Compile ``step(state, batch, axis_name=...)`` over ``devices`` (all by default).

@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
@@ -19,10 +20,10 @@ from cmsad_jax.augmentation import AugmentationConfig, augment
 from cmsad_jax.losses import distillation, segmentation
 from cmsad_jax.losses.distillation import AttentionConfig
 from cmsad_jax.modules.blocks import resize
-from cmsad_jax.modules.network import CMSAD, NetworkConfig, NetworkOutput
+from cmsad_jax.modules.network import CMSAD, NetworkOutput, apply
 from cmsad_jax.types import ConfigError, Labels, Present
 
-Batch = Mapping[str, Shaped[Array, "b ..."]]
+Batch = Mapping[str, Shaped[Array | np.ndarray, "b ..."]]
 """``image: b *space m``, ``label: b *space``, ``present: b m``, ``key: b 2`` (uint32)."""
 
 Metrics = dict[str, Float[Array, ""]]
@@ -55,7 +56,7 @@ class LossConfig:
     distance: Literal["l2", "kl"] = "l2"
     """Between maps; ``kl`` needs softmax-normalised attention."""
     warmup_steps: int = 100
-    """Steps over which the distillation and correlation weights rise from 0."""
+    """Steps over which the distillation and correlation weights rise from 0; 0 has none."""
     deep_weight: float = 0.5
     """Weight of each coarser output relative to the next finer one."""
 
@@ -100,14 +101,16 @@ class OptimizerConfig:
 class TrainState:
     """What a training run carries from step to step.
 
+    The fields are typed as trees because JAX and Orbax rebuild a state around placeholders.
+
     Attributes:
-        step: number of updates made.
+        step: number of updates made, an int32 scalar.
         params: float32 master weights.
         average: their exponential moving average; equal to ``params`` where the decay is 0.
         opt_state: Optax state.
     """
 
-    step: Array
+    step: PyTree
     params: PyTree
     average: PyTree
     opt_state: PyTree
@@ -179,7 +182,8 @@ def segmentation_terms(
     }[config.voxel]
     outputs = [output.logits, *(resize(deep, labels.shape[1:]) for deep in output.deep_logits)]
     weights = [config.deep_weight**i for i in range(len(outputs))]
-    terms = {f"{config.region}_loss": 0.0, f"{config.voxel}_loss": 0.0}
+    none = jnp.zeros(labels.shape[0])
+    terms = {f"{config.region}_loss": none, f"{config.voxel}_loss": none}
     for weight, logits in zip(weights, outputs, strict=True):
         share = weight / sum(weights)
         terms[f"{config.region}_loss"] += share * region(logits, labels, smooth=config.smooth)
@@ -238,8 +242,8 @@ def loss_fn(
 
     ``step`` sets the warm-up of the distillation terms.
     """
-    output = network.apply({"params": params}, batch["image"], batch["present"])
-    ramp = jnp.clip(step / max(config.warmup_steps, 1), 0.0, 1.0)
+    output = apply(network, params, batch["image"], batch["present"])
+    ramp = jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     total, metrics = jnp.zeros(()), {}
     for name, (weight, warms_up, value) in loss_terms(
         output,
@@ -283,7 +287,7 @@ def train_step(
         The next state, and the mean of the loss and of each term, with ``gradient_norm``.
     """
     batch = dict(batch)
-    keys = jax.vmap(jax.random.wrap_key_data)(batch.pop("key"))
+    keys = jax.vmap(jax.random.wrap_key_data)(jnp.asarray(batch.pop("key")))
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     if augmentation is not None:
         batch["image"], batch["label"] = augment(
@@ -309,8 +313,3 @@ def train_step(
         average = optax.incremental_update(params, state.average, 1 - decay)
     metrics["gradient_norm"] = optax.global_norm(gradient)
     return TrainState(state.step + 1, params, average, opt_state), metrics
-
-
-def make_network(config: NetworkConfig) -> CMSAD:
-    """The network of a configuration."""
-    return CMSAD(config)

@@ -8,6 +8,7 @@ batch, the last axis the channels, and whatever lies between them is space.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -35,6 +36,9 @@ AttentionMap = Float[Array, "b *space"]
 
 PerExample = Float[Array, " b"]
 """One value for each example of the batch: what every loss and metric returns."""
+
+Device: TypeAlias = Any
+"""A ``jax.Device``; JAX names the class by a variable, which type checkers refuse."""
 
 
 class ConfigError(ValueError):

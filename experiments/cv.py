@@ -183,9 +183,7 @@ def predict_and_measure(
             foreground[..., index],
             affine,
         )
-    measured = evaluate.case_metrics(
-        mask, case.original_truth, spacing_of(affine), classes=classes
-    )
+    measured = evaluate.case_metrics(mask, case.original_truth, spacing_of(affine), classes=classes)
     identity = {"case_id": case.case_id, "patient_id": case.patient_id, "fold": fold}
     return [identity | {"class": name} | values for name, values in measured.items()]
 

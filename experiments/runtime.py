@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 from tqdm import tqdm
 
-from cmsad_jax.types import ConfigError
+from cmsad_jax.types import ConfigError, Device
 from data_pipelines.case import DataError
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ PACKAGES = (
 )
 
 
-def select_accelerator(name: str) -> list[jax.Device]:
+def select_accelerator(name: str) -> list[Device]:
     """Devices of the accelerator asked for; ``auto`` is the best that JAX finds.
 
     Raises:

@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 
 from cmsad_jax import kernels, parallel
 from cmsad_jax.inference import sliding_window
-from cmsad_jax.modules.network import CMSAD, probabilities
+from cmsad_jax.modules.network import CMSAD, apply, probabilities
 from cmsad_jax.training import TrainState, init_state, train_step
+from cmsad_jax.types import Device
 from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT, Case
 from experiments.config import Config, to_json, window
@@ -45,7 +46,7 @@ class Programs:
     attention: Callable[..., jax.Array]
 
 
-def compile_programs(config: Config, devices: Sequence[jax.Device]) -> Programs:
+def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
     """The jitted functions of a run; XLA compiles each at its first call."""
     parallel.check_batch_size(config.train.batch_size, len(devices))
     network = CMSAD(config.network)
@@ -68,13 +69,13 @@ def compile_programs(config: Config, devices: Sequence[jax.Device]) -> Programs:
 
     @partial(jax.jit, compiler_options=options)
     def predict(params, windows, present):
-        return probabilities(network.apply({"params": params}, windows, present).logits)
+        return probabilities(apply(network, params, windows, present).logits)
 
     finest = config.loss.distilled_stages(config.network.encoder.num_stages)[0]
 
     @partial(jax.jit, compiler_options=options)
     def attention(params, windows, present):
-        features = network.apply({"params": params}, windows, present).features
+        features = apply(network, params, windows, present).features
         maps = [
             kernels.attention_energy(
                 features[name][finest],
@@ -203,7 +204,7 @@ def train_fold(
             now = time.perf_counter()
             row |= {
                 "step": step,
-                "learning_rate": float(schedule(step - 1)),
+                "learning_rate": float(jnp.asarray(schedule(step - 1))),
                 "examples_per_s": len(pending) * train.batch_size / max(now - mark, 1e-9),
                 "validation_dice": None,
             }

@@ -206,7 +206,7 @@ def _presence(
             "present must have one row for each example and one column for each modality; "
             f"got shape {present.shape}. Use shape {shape}."
         )
-    return {name: present[:, m] for m, name in enumerate(names)}
+    return {name: jnp.asarray(present[:, m]) for m, name in enumerate(names)}
 
 
 def _check_distance(distance: str, attention: AttentionConfig) -> None:

@@ -108,7 +108,7 @@ def _foreground(
     _check_shapes(logits.shape, labels.shape)
     logits = logits.astype(jnp.float32)
     if logits.shape[-1] == 1:
-        return jax.nn.sigmoid(logits), (labels > 0).astype(jnp.float32)[..., None]
+        return jax.nn.sigmoid(logits), jnp.asarray(labels > 0, jnp.float32)[..., None]
     first = 0 if include_background else 1
     truth = jax.nn.one_hot(labels, logits.shape[-1])
     return jax.nn.softmax(logits)[..., first:], truth[..., first:]

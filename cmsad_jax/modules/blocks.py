@@ -14,6 +14,8 @@ from cmsad_jax import kernels
 Norm = Literal["instance", "group"]
 
 _GROUP_SIZE = 8
+_CONSTANT = 1e-6
+"""A variance below this share of the mean square is float32's rounding of a constant."""
 
 
 def he_normal(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -63,7 +65,14 @@ class Conv(nn.Module):
 class Normalization(nn.Module):
     """Instance or group normalisation: statistics of one example only, in float32.
 
-    The result therefore does not depend on the batch, its padding or its sharding.
+    The result therefore does not depend on the batch, its padding or its sharding. ``scale *
+    (x - mean) / sqrt(variance + 1e-6) + bias``; where a channel (or group) is constant up to
+    float32's rounding it is ``bias``, and its gradient with respect to ``x`` is 0. The plain
+    formula would multiply that gradient by 1000 in every layer above an empty crop.
+
+    Attributes:
+        kind: each channel by itself, or groups of 8.
+        dtype: of the result.
     """
 
     kind: Norm = "instance"
@@ -72,10 +81,27 @@ class Normalization(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
         """Normalise each channel (or group) of each example, then scale and shift."""
-        if self.kind == "instance":
-            return nn.InstanceNorm(dtype=self.dtype)(x)
-        group_size = math.gcd(_GROUP_SIZE, x.shape[-1])
-        return nn.GroupNorm(num_groups=None, group_size=group_size, dtype=self.dtype)(x)
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        space = tuple(range(1, x.ndim - 1))
+        values = x.astype(jnp.float32)
+        mean = values.mean(space, keepdims=True)
+        square = jnp.square(values).mean(space, keepdims=True)
+        if self.kind == "group":
+            mean, square = (_mean_of_groups(moment) for moment in (mean, square))
+        variance = jnp.maximum(square - jnp.square(mean), 0)
+        varies = variance > _CONSTANT * square
+        inverse = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, variance, 1.0) + 1e-6), 0.0)
+        return ((values - mean) * (inverse * scale) + bias).astype(self.dtype)
+
+
+def _mean_of_groups(moment: Float[Array, "b *ones c"]) -> Float[Array, "b *ones c"]:
+    """Each channel's moment replaced by the mean over its group of channels."""
+    size = math.gcd(_GROUP_SIZE, moment.shape[-1])
+    grouped = moment.reshape(*moment.shape[:-1], -1, size)
+    mean = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
+    return mean.reshape(moment.shape)
 
 
 class ResidualBlock(nn.Module):

@@ -80,9 +80,7 @@ class Fusion(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, features: Sequence[Feature], present: Present | None = None
-    ) -> FusionOutput:
+    def __call__(self, features: Sequence[Feature], present: Present | None = None) -> FusionOutput:
         """Fuse ``features``, one for each modality, in the order of the axis ``m`` of ``present``.
 
         ``present=None`` means that every modality is there. Raises ``ConfigError`` if the number

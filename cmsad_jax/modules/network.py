@@ -6,7 +6,7 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from cmsad_jax.modules.decoder import Decoder
 from cmsad_jax.modules.encoder import Encoder, EncoderConfig
@@ -130,8 +130,17 @@ class CMSAD(nn.Module):
             name="decoder",
         )(fused)
         return NetworkOutput(
-            logits, deep_logits, features, tuple(fused), tuple(gates), sum(losses) / len(losses)
+            logits, deep_logits, features, tuple(fused), tuple(gates), jnp.stack(losses).mean(0)
         )
+
+
+def apply(
+    network: CMSAD, params: PyTree, image: Image, present: Present | None = None
+) -> NetworkOutput:
+    """``network.apply`` with the weights alone and with the type of what it returns."""
+    output = network.apply({"params": params}, image, present)
+    assert isinstance(output, NetworkOutput)
+    return output
 
 
 def probabilities(logits: Logits) -> Float[Array, "b *space k"]:

@@ -289,9 +289,9 @@ class _FocusPlacer:
 
 
 _EVERYWHERE = (0.0, 0.0, 0.0, 0.0)
-_WITHIN_PZ = (0.55, 0.0, 0.5, 0.5)
-_WITHIN_TZ = (0.55, 0.4, 0.0, 0.0)
-_WITHIN_GLAND = (0.55, 0.0, 0.0, 0.0)
+_WITHIN_PZ = (0.4, 0.0, 0.5, 0.5)
+_WITHIN_TZ = (0.4, 0.4, 0.0, 0.0)
+_WITHIN_GLAND = (0.4, 0.0, 0.0, 0.0)
 _BESIDE_GLAND = (0.0, 0.8, 0.8, 0.8)
 
 

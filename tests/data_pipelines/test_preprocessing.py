@@ -326,7 +326,10 @@ def test_results_return_to_the_original_frame():
 
 def test_saved_results_overlay_the_original_files(shared_data, tmp_path):
     """Affine and shape equal those of the T2W file, and the mask is where the label is."""
-    config = DataConfig(name="picai", path=shared_data / "picai_mini", target="gland")
+    grid = PreprocessConfig(spacing_mm=(3.0, 1.0, 1.0), size=(20, 96, 96))
+    config = DataConfig(
+        name="picai", path=shared_data / "picai_mini", target="gland", preprocess=grid
+    )
     builder = Builder(config)
     for entry in builder.entries:
         case = preprocess_case(builder.read_case(entry), config)

@@ -57,10 +57,10 @@ SMALL = PRESETS["small"]
         (
             lambda: complete(
                 dataclasses.replace(
-                    SMALL, train=dataclasses.replace(SMALL.train, crop=(24, 96, 96))
+                    SMALL, train=dataclasses.replace(SMALL.train, crop=(24, 48, 48))
                 )
             ),
-            r"got crop \(24, 96, 96\) and volume \(20, 96, 96\)",
+            r"got crop \(24, 48, 48\) and volume \(20, 48, 48\)",
         ),
         (
             lambda: complete(

@@ -203,7 +203,6 @@ def test_encoder_inside_an_nnx_model():
         ),
         (lambda: TINY_3D.stage_shapes((1, 2, 2)), "must keep more than one voxel"),
         (lambda: TINY_3D.stage_shapes((16, 16)), "3 axes of space"),
-        (lambda: FusionConfig(kind="sum"), "fusion must be one of"),
         (lambda: FusionConfig(gate_kernel=2), "gate's kernel must be odd"),
         (lambda: NetworkConfig(modalities=("t2w", "t2w")), "distinct names"),
         (lambda: NetworkConfig(num_classes=0), "num_classes must be at least 1"),
@@ -223,3 +222,10 @@ def test_encoder_inside_an_nnx_model():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_unknown_fusion_is_refused_also_where_types_are_not_checked():
+    config = FusionConfig()
+    object.__setattr__(config, "kind", "sum")
+    with pytest.raises(ConfigError, match="fusion must be one of scff, concat, mean, max"):
+        config.__post_init__()
