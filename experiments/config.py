@@ -27,7 +27,7 @@ Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
 class TrainConfig:
     """How the network is trained."""
 
-    steps: int = 220
+    steps: int = 250
     """Updates for each fold."""
     batch_size: int = 2
     """Examples for each update, over all devices."""
@@ -55,7 +55,7 @@ class PredictConfig:
     """Least share of a window that its neighbour sees as well."""
     batch_size: int = 1
     """Windows for each call."""
-    flip: bool = False
+    flip: bool = True
     """Average over the left-right mirror image."""
     threshold: float = 0.5
     """Probability above which a voxel belongs to the target."""
@@ -119,7 +119,6 @@ PRESETS: dict[str, Config] = {
             average_decay=0.999,
             validations=20,
         ),
-        predict=PredictConfig(flip=True),
     ),
     "slice2d": Config(
         preset="slice2d",
@@ -134,7 +133,7 @@ PRESETS: dict[str, Config] = {
             average_decay=0.999,
             validations=20,
         ),
-        predict=PredictConfig(flip=True, batch_size=8),
+        predict=PredictConfig(batch_size=8),
     ),
 }
 """Named starting points: a small one for CPUs, and two for accelerators in the style of nnU-Net."""

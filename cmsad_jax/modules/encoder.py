@@ -20,13 +20,13 @@ class EncoderConfig:
     stages work in plane, later ones in all directions.
     """
 
-    channels: tuple[int, ...] = (8, 16, 32)
+    channels: tuple[int, ...] = (8, 16, 32, 64)
     """Output channels of each stage."""
-    kernels: tuple[tuple[int, ...], ...] = ((1, 3, 3), (1, 3, 3), (3, 3, 3))
+    kernels: tuple[tuple[int, ...], ...] = ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3))
     """Kernel size of each stage, odd."""
-    strides: tuple[tuple[int, ...], ...] = ((1, 1, 1), (1, 2, 2), (2, 2, 2))
+    strides: tuple[tuple[int, ...], ...] = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 2, 2))
     """Down-sampling at the entry of each stage."""
-    blocks: tuple[int, ...] = (1, 1, 1)
+    blocks: tuple[int, ...] = (1, 1, 1, 1)
     """Residual blocks of each stage."""
     norm: Norm = "instance"
     """Normalisation over one example: each channel, or groups of 8 channels."""
