@@ -7,9 +7,10 @@ overrides one field, and the whole is written into the run folder.
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -20,6 +21,7 @@ from cmsad_jax.training import LossConfig, OptimizerConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataConfig, PreprocessConfig
 
+T = TypeVar("T")
 Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
 
 
@@ -221,6 +223,33 @@ def window(config: Config) -> tuple[int, ...]:
 def to_json(config: Any) -> Any:
     """A configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(value: Mapping[str, Any], kind: type[T] = Config) -> T:
+    """The configuration that ``to_json`` turned into ``value``.
+
+    Fields that ``value`` lacks, as those of an older run may, take their defaults.
+
+    Raises:
+        ConfigError: ``value`` holds a field that there is not.
+    """
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(value.keys() - hints.keys()):
+        raise ConfigError(
+            f"{kind.__name__} has the fields {', '.join(hints)}; got {', '.join(unknown)}. "
+            "Use the version that wrote this configuration."
+        )
+    return kind(**{name: _from_json(item, hints[name]) for name, item in value.items()})
+
+
+def _from_json(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(value, hint)
+    if isinstance(value, list):
+        return tuple(_from_json(item, None) for item in value)
+    if isinstance(value, str) and Path in (hint, *typing.get_args(hint)):
+        return Path(value)
+    return value
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Where a run happens: accelerator, versions, logging of progress, errors without tracebacks."""
 
+import contextlib
 import datetime
+import errno
 import importlib.metadata
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,6 +105,25 @@ def progress(items: Iterable[T], *, description: str, total: int | None = None) 
         dynamic_ncols=True,
         smoothing=0.1,
     )
+
+
+def log(message: str) -> None:
+    """A line of the run's account on stdout, at once."""
+    print(message, flush=True)
+
+
+@contextlib.contextmanager
+def naming_path(path: Path, action: str = "write") -> Iterator[None]:
+    """Whatever fails in storage inside becomes an ``OSError`` that names ``path``.
+
+    A full disk says so without a name, and libraries that write raise errors of their own.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise OSError(number or errno.EIO, f"cannot {action}: {reason}", str(path)) from error
 
 
 def run_main(main: Callable[[], None]) -> None:

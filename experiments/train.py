@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from cmsad_jax import kernels, parallel
 from cmsad_jax.inference import sliding_window
@@ -21,8 +19,9 @@ from cmsad_jax.training import TrainState, init_state, train_step
 from cmsad_jax.types import Device
 from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT, Case
-from experiments.config import Config, to_json, window
-from experiments.runtime import progress
+from experiments.checkpoints import Checkpoints
+from experiments.config import Config, window
+from experiments.runtime import log, progress
 
 LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""
@@ -246,49 +245,3 @@ def write_history(path: Path, history: Sequence[dict[str, float | None]]) -> Non
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(history)
-
-
-class Checkpoints:
-    """Orbax checkpoints ``last`` and ``best`` of a fold, each with the configuration beside it.
-
-    The configuration holds the preprocessing, so that a checkpoint is enough to predict with.
-    """
-
-    def __init__(self, directory: Path, config: Config):
-        self._config = to_json(config)
-        self._managers = {
-            name: ocp.CheckpointManager(
-                (directory / name).absolute(),
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=1, enable_async_checkpointing=False
-                ),
-            )
-            for name in ("last", "best")
-        }
-
-    def save(self, name: str, state: TrainState) -> None:
-        """Write ``state``; the one of that name before is removed once this one is complete."""
-        self._managers[name].save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self._config)
-            ),
-        )
-
-    def restore(self, name: str, like: TrainState) -> TrainState:
-        """The newest checkpoint of that name, with the structure and placement of ``like``."""
-        manager = self._managers[name]
-        return manager.restore(
-            manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        )["state"]
-
-    def close(self) -> None:
-        """Wait for everything that is being written."""
-        for manager in self._managers.values():
-            manager.close()
-
-
-def log(message: str) -> None:
-    """A line of the run's account on stdout, at once."""
-    print(message, flush=True)
-    sys.stdout.flush()
