@@ -15,6 +15,7 @@ verifies the manifest first, because Orbax restores flipped bytes without notici
 import hashlib
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ import orbax.checkpoint as ocp
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataError, MissingDataError
-from experiments.config import Config, differences, to_json
+from experiments.config import Config, differences, from_json, to_json
 from experiments.runtime import log, naming_path
 
 SCHEMA = 1
@@ -63,7 +64,7 @@ class Checkpoints:
         self._config = config
         self._identity = {"fold": fold, "data_fingerprint": data_fingerprint}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._writing: deque[Future[None]] = deque()
 
     def save(
         self,
@@ -82,9 +83,10 @@ class Checkpoints:
             progress: JSON values to find again at ``resume``.
 
         Raises:
-            OSError: the write before this one failed; it names the path.
+            OSError: a write before this one failed; it names the path.
         """
-        self.wait()
+        while len(self._writing) > 1 or (self._writing and self._writing[0].done()):
+            self._writing.popleft().result()
         host = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
         step = int(host.step) if step is None else step
         record = {
@@ -94,7 +96,7 @@ class Checkpoints:
             "config": to_json(self._config),
             "progress": dict(progress or {}),
         }
-        self._writing = self._writer.submit(self._write, name, host, record)
+        self._writing.append(self._writer.submit(self._write, name, host, record))
 
     def restore(self, name: str, like: TrainState) -> TrainState:
         """The newest intact checkpoint of that name, with the structure and placement of ``like``.
@@ -118,9 +120,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return once everything is written; a fault of the writing is raised here."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        while self._writing:
+            self._writing.popleft().result()
 
     def close(self) -> None:
         """Wait for everything that is being written, and end the thread."""
@@ -135,7 +136,7 @@ class Checkpoints:
         if found is None:
             return None
         path, record = found
-        changed = differences(record["config"], to_json(self._config))
+        changed = differences(to_json(from_json(Config, record["config"])), to_json(self._config))
         changed += [
             f"{field}: {record[field]} -> {value}"
             for field, value in self._identity.items()
@@ -153,7 +154,7 @@ class Checkpoints:
         folder = self._directory / name
         final = folder / f"{record['step']:08d}"
         partial = folder / f".{final.name}.tmp"
-        with naming_path(final, "write the checkpoint"):
+        with naming_path(final, "write the checkpoint", faults=(Exception,)):
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(".*.tmp"):  # of a process that was killed
                 shutil.rmtree(left)
@@ -328,7 +329,7 @@ def _steps(folder: Path) -> list[Path]:
 def _sums(path: Path) -> dict[str, str]:
     """SHA-256 of every file below ``path`` but the manifest, by relative name."""
     return {
-        str(file.relative_to(path)): _sha256(file)
+        str(file.relative_to(path)): file_sha256(file)
         for file in _files(path)
         if file != path / _MANIFEST
     }
@@ -338,6 +339,7 @@ def _files(path: Path) -> Iterator[Path]:
     return (file for file in sorted(path.rglob("*")) if not file.is_dir())
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
