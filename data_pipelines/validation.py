@@ -87,7 +87,7 @@ def check_ids(case_ids: Iterable[str]) -> list[Problem]:
                 None,
                 "case ids must differ in more than upper and lower case; got "
                 f"{case_id!r} and {folded[case_id.casefold()] - 1} like it. Rename all but one.",
-        )
+            )
             for case_id in counts
             if folded[case_id.casefold()] > 1
         ]
