@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install cv test lint benchmark
+.PHONY: help install cv test faults lint benchmark
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,9 @@ cv: $(VENV)/.experiments ## five-fold cross-validation, e.g. make cv ARGS="--acc
 
 test: $(VENV)/.dev ## run the tests
 	@$(RUN) pytest -n auto --maxprocesses 4 $(ARGS)
+
+faults: $(VENV)/.dev ## kill, corrupt, fill the disk, and count what is lost, e.g. make faults ARGS="--share 0.1"
+	@$(RUN) tests.faults $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, its formatter, pyright
 	@$(BIN)/ruff check

@@ -271,6 +271,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update: augment, differentiate, clip, step, average.
 
+    Where the loss or the norm of its gradient is not finite, the state stays as it was.
+
     Args:
         state: before the step.
         batch: one key for each example under ``key``.
@@ -284,7 +286,8 @@ def train_step(
         axis_name: the mapped axis over which gradients are averaged (under ``pmap``).
 
     Returns:
-        The next state, and the mean of the loss and of each term, with ``gradient_norm``.
+        The next state, and the mean of the loss and of each term, with ``gradient_norm`` and
+        ``skipped`` (1 where nothing was updated, else 0).
     """
     batch = dict(batch)
     keys = jax.vmap(jax.random.wrap_key_data)(jnp.asarray(batch.pop("key")))
@@ -311,5 +314,8 @@ def train_step(
         # Early averages would remember the random start: begin short, lengthen.
         decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
+    updated = TrainState(state.step + 1, params, average, opt_state)
     metrics["gradient_norm"] = optax.global_norm(gradient)
-    return TrainState(state.step + 1, params, average, opt_state), metrics
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+    metrics["skipped"] = 1.0 - finite
+    return jax.tree.map(partial(jnp.where, finite), updated, state), metrics

@@ -10,7 +10,7 @@ from data_pipelines.case import DataConfig, DataError
 from data_pipelines.preprocessing import REFERENCE, overlap_fault, overlaps
 from data_pipelines.volume_io import Grid, read_grid
 
-_CASE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_CASE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +55,43 @@ class CaseFiles:
 
 
 def check_ids(case_ids: Iterable[str]) -> list[Problem]:
-    """Ids that occur twice or cannot become file names."""
+    """Ids that occur twice or cannot become file names.
+
+    Some file systems take upper and lower case for the same; so ids must differ in more than that.
+    """
     counts = Counter(case_ids)
-    return [
-        Problem(
-            case_id,
-            None,
-            f"a case id must be unique; got it {count} times. Rename or remove the others.",
-        )
-        for case_id, count in counts.items()
-        if count > 1
-    ] + [
-        Problem(
-            case_id,
-            None,
-            "a case id must consist of letters, digits, '.', '_' and '-' and start with neither "
-            f"'.' nor '-'; got {case_id!r}. Rename its files.",
-        )
-        for case_id in counts
-        if not _CASE_ID.fullmatch(case_id)
-    ]
+    folded = Counter(case_id.casefold() for case_id in counts)
+    return (
+        [
+            Problem(
+                case_id,
+                None,
+                f"a case id must be unique; got it {count} times. Rename or remove the others.",
+            )
+            for case_id, count in counts.items()
+            if count > 1
+        ]
+        + [
+            Problem(
+                case_id,
+                None,
+                "a case id must consist of at most 64 letters a to z, digits, '.', '_' and '-' and "
+                f"start with neither '.' nor '-'; got {case_id!r:.80}. Rename its files.",
+            )
+            for case_id in counts
+            if not _CASE_ID.fullmatch(case_id)
+        ]
+        + [
+            Problem(
+                case_id,
+                None,
+                "case ids must differ in more than upper and lower case; got "
+                f"{case_id!r} and {folded[case_id.casefold()] - 1} like it. Rename all but one.",
+            )
+            for case_id in counts
+            if folded[case_id.casefold()] > 1
+        ]
+    )
 
 
 def check_files(entries: Sequence[CaseFiles], config: DataConfig) -> list[Problem]:

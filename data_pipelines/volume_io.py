@@ -65,8 +65,11 @@ def read_volume(path: Path) -> Volume:
     return Volume(array, grid.affine)
 
 
-def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, *, case_id: str = "") -> None:
     """Write ``array`` (``d h w``, uint8 or float32) as NIfTI, whole or not at all.
+
+    ``case_id`` (up to 79 bytes of it) goes into the header's ``descrip``, so that a file that was
+    renamed still says whose it is.
 
     Loaded with nibabel the file has shape ``(w, h, d)`` and this affine (as float32, which is what
     the format holds), so it overlays the file from which the affine was read.
@@ -80,6 +83,7 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
     image.header.set_xyzt_units("mm")
+    image.header["descrip"] = case_id.encode()[:79]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name.removesuffix(suffix)}.{os.getpid()}{suffix}")
     try:

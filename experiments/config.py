@@ -7,9 +7,10 @@ overrides one field, and the whole is written into the run folder.
 import dataclasses
 import json
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import tyro
 
@@ -19,6 +20,8 @@ from cmsad_jax.modules.network import NetworkConfig
 from cmsad_jax.training import LossConfig, OptimizerConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataConfig, PreprocessConfig
+
+T = TypeVar("T")
 
 Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
 
@@ -45,6 +48,10 @@ class TrainConfig:
     """How often the validation fold is looked at, at even distances, to choose ``best``."""
     read_threads: int = 2
     """Threads that read cases; does not change the batches."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, which a killed run continues from with the same result."""
+    max_skipped: int = 10
+    """Updates in a row that may be skipped because loss or gradient is not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +125,7 @@ PRESETS: dict[str, Config] = {
             optimizer=OptimizerConfig(learning_rate=1e-3),
             average_decay=0.999,
             validations=20,
+            checkpoint_every=500,
         ),
     ),
     "slice2d": Config(
@@ -132,6 +140,7 @@ PRESETS: dict[str, Config] = {
             optimizer=OptimizerConfig(learning_rate=1e-3),
             average_decay=0.999,
             validations=20,
+            checkpoint_every=500,
         ),
         predict=PredictConfig(batch_size=8),
     ),
@@ -139,7 +148,16 @@ PRESETS: dict[str, Config] = {
 """Named starting points: a small one for CPUs, and two for accelerators in the style of nnU-Net."""
 
 # Fields that say where and how much of a run is done, not what it is.
-_NOT_IDENTITY = ("accelerator", "output", "folds", "parallel", "data.cache", "train.read_threads")
+_NOT_IDENTITY = (
+    "accelerator",
+    "output",
+    "folds",
+    "parallel",
+    "data.cache",
+    "train.read_threads",
+    "train.checkpoint_every",
+    "train.max_skipped",
+)
 
 
 def parse(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
@@ -175,7 +193,12 @@ def complete(config: Config) -> Config:
     network = dataclasses.replace(
         config.network, modalities=data.modalities, num_classes=data.num_classes
     )
-    for field, value in (("train.steps", train.steps), ("train.batch-size", train.batch_size)):
+    for field, value in (
+        ("train.steps", train.steps),
+        ("train.batch-size", train.batch_size),
+        ("train.checkpoint-every", train.checkpoint_every),
+        ("train.max-skipped", train.max_skipped),
+    ):
         if value < 1:
             raise ConfigError(f"{field} must be at least 1; got {value}. Use --{field}=1 or more.")
     size = data.preprocess.size
@@ -220,6 +243,32 @@ def window(config: Config) -> tuple[int, ...]:
 def to_json(config: Any) -> Any:
     """A configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(kind: type[T], values: Any) -> T:
+    """A configuration from its JSON values; a field that is not there has its default.
+
+    Raises:
+        ConfigError: for a field that ``kind`` does not have.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ConfigError(
+            f"a stored configuration must have the fields of this version; got {unknown[0]!r} in "
+            f"{kind.__name__}. Use the version of cmsad-jax that wrote it."
+        )
+    return kind(**{name: _from_json(hints[name], value) for name, value in values.items()})
+
+
+def _from_json(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(cast(type, hint), value)
+    if isinstance(value, list):
+        return tuple(_from_json(None, item) for item in value)
+    if isinstance(value, str) and Path in (hint, *typing.get_args(hint)):
+        return Path(value)
+    return value
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

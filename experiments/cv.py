@@ -4,6 +4,7 @@
 their own T2W files, measures, and writes the report. Folds that are done are not done again.
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -11,14 +12,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from cmsad_jax.types import ConfigError
+from cmsad_jax.types import ConfigError, Device
 from data_pipelines import loading, preprocessing, splits, volume_io
 from data_pipelines.case import Case, DataError, spacing_of
 from experiments import evaluate, report
-from experiments.config import Config, differences, parse, to_json
-from experiments.runtime import environment, progress, run_main, select_accelerator
+from experiments.checkpoints import file_sha256
+from experiments.config import Config, differences, from_json, parse, to_json
+from experiments.runtime import (
+    LOCK,
+    TEMPORARY,
+    deferred_signals,
+    environment,
+    locked,
+    naming_path,
+    progress,
+    remove_temporary_files,
+    run_main,
+    select_accelerator,
+    whole_file,
+)
 from experiments.train import (
     Programs,
     compile_programs,
@@ -42,9 +57,28 @@ def run(config: Config) -> dict[str, Any]:
     output = config.output
     assert output is not None, "complete() names the run folder"
     refuse_other_run(output, config)
-    source = loading.build(config.data)
+    with naming_path(config.data.cache.expanduser(), "build the data set"):
+        source = loading.build(config.data)
     folds = make_folds(config, source)
-    open_run(output, config, source, folds)
+    with naming_path(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        refuse_other_run(output, config)
+        remove_temporary_files(output)
+        open_run(output, config, source, folds)
+        return run_folds(config, devices, programs, source, folds)
+
+
+def run_folds(
+    config: Config,
+    devices: Sequence[Device],
+    programs: Programs,
+    source: loading.CaseSource,
+    folds: splits.Folds,
+) -> dict[str, Any]:
+    """The folds asked for that are not done, and the report, in an open and locked run folder."""
+    output = config.output
+    assert output is not None, "complete() names the run folder"
     positive = sum(info.positive for info in source.info)
     log(
         f"{len(source)} cases, {positive} with {config.data.target}, "
@@ -63,7 +97,11 @@ def run(config: Config) -> dict[str, Any]:
 
 def refuse_other_run(output: Path, config: Config) -> None:
     """Raise ``ConfigError`` if the folder holds something that is not this run."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    begun = {LOCK, "folds.json", "environment.json"}  # written before config.json
+    if not output.exists() or (
+        output.is_dir()
+        and all(p.name in begun or TEMPORARY.fullmatch(p.name) for p in output.iterdir())
+    ):
         return
     file = output / "config.json"
     if not file.is_file():
@@ -71,7 +109,8 @@ def refuse_other_run(output: Path, config: Config) -> None:
             f"the run folder must be new or hold a run; {output} holds other files. "
             "Name another folder with --output."
         )
-    changed = differences(json.loads(file.read_text())["config"], to_json(config))
+    before = to_json(from_json(Config, read_json(file)["config"]))
+    changed = differences(before, to_json(config))
     if changed:
         raise ConfigError(
             "a run folder holds one configuration; "
@@ -100,10 +139,10 @@ def make_folds(config: Config, source: loading.CaseSource) -> splits.Folds:
 
 
 def open_run(output: Path, config: Config, source: loading.CaseSource, folds: splits.Folds) -> None:
-    """Create the run folder, or check that it was made from the same data and folds."""
+    """Fill a new run folder, or check that it was made from the same data and folds."""
     record = {"config": to_json(config), "data_fingerprint": source.fingerprint}
     if (output / "config.json").exists():
-        old = json.loads((output / "config.json").read_text())
+        old = read_json(output / "config.json")
         if (
             old["data_fingerprint"] != source.fingerprint
             or splits.Folds.load(output / "folds.json").sha256 != folds.sha256
@@ -113,8 +152,8 @@ def open_run(output: Path, config: Config, source: loading.CaseSource, folds: sp
                 "changed since. Name another folder with --output, or restore the data."
             )
         return
-    output.mkdir(parents=True, exist_ok=True)
-    folds.save(output / "folds.json")
+    with naming_path(output / "folds.json"):
+        folds.save(output / "folds.json")
     write_json(output / "environment.json", environment())
     write_json(output / "config.json", record)
 
@@ -127,10 +166,9 @@ def run_fold(
     fold: int,
     directory: Path,
 ) -> None:
-    """Train, predict and measure one fold; ``metrics.json``, written last, marks it as done."""
-    if directory.exists():
-        shutil.rmtree(directory)  # left by an interrupted run
-    directory.mkdir()
+    """Train, predict and measure what is not done yet; ``metrics.json``, written last, ends it."""
+    with naming_path(directory):
+        directory.mkdir(exist_ok=True)
     title = f"fold {fold + 1}/{config.num_folds}"
     validation = folds.validation[fold]
     params, summary = train_fold(
@@ -143,13 +181,26 @@ def run_fold(
         directory=directory,
     )
     started = time.perf_counter()
-    rows = []
-    for case in progress(
-        loading.eval_cases(source, validation),
-        description=f"{title} predicting",
-        total=len(validation),
-    ):
-        rows += predict_and_measure(config, programs, params, case, fold, directory)
+    weights = weights_sha256(params)
+    found = {case_id: stored_rows(directory, case_id, weights) for case_id in validation}
+    missing = [case_id for case_id, rows in found.items() if rows is None]
+    if len(missing) < len(validation):
+        log(
+            f"{title}: {len(validation) - len(missing)} of {len(validation)} cases predicted before"
+        )
+    with deferred_signals() as stop:
+        for case in progress(
+            loading.eval_cases(source, missing),
+            description=f"{title} predicting",
+            total=len(missing),
+        ):
+            if stop.number is not None:
+                break
+            rows = predict_and_measure(config, programs, params, case, fold, directory)
+            store_rows(directory, case.case_id, weights, rows, config.data.classes)
+            found[case.case_id] = rows
+    rows = [row for rows in found.values() for row in rows or ()]
+    shutil.rmtree(directory / "figures", ignore_errors=True)
     for case_id in cases_to_show(rows, config.predict.figures):
         save_figure(config, programs, params, source[case_id], directory)
     summary["predict_s"] = round(time.perf_counter() - started, 2)
@@ -159,7 +210,7 @@ def run_fold(
     log(
         f"{title}: {config.train.steps} steps in {summary['train_s']:.0f} s "
         f"({summary['examples_per_s']:.1f} examples/s, first step {summary['first_step_s']:.0f} s)"
-        f", loss {summary['loss']:.3f}; {len(validation)} cases predicted in "
+        f", loss {summary['loss'] or np.nan:.3f}; {len(validation)} cases predicted in "
         f"{summary['predict_s']:.0f} s; {result}"
     )
 
@@ -174,18 +225,61 @@ def predict_and_measure(
     )
     mask = to_mask(probability, config.predict.threshold)
     affine = case.original_affine
-    volume_io.write_nifti(directory / "masks" / f"{case.case_id}.nii.gz", mask, affine)
     foreground = probability if len(classes) == 1 else probability[..., 1:]
-    for index, name in enumerate(classes):
-        suffix = "" if len(classes) == 1 else f"_{name}"
-        volume_io.write_nifti(
-            directory / "probabilities" / f"{case.case_id}{suffix}.nii.gz",
-            foreground[..., index],
-            affine,
-        )
+    for path, array in zip(
+        prediction_files(directory, case.case_id, classes),
+        [mask, *np.moveaxis(foreground, -1, 0)],
+        strict=True,
+    ):
+        with naming_path(path):
+            volume_io.write_nifti(path, array, affine, case_id=case.case_id)
     measured = evaluate.case_metrics(mask, case.original_truth, spacing_of(affine), classes=classes)
     identity = {"case_id": case.case_id, "patient_id": case.patient_id, "fold": fold}
     return [identity | {"class": name} | values for name, values in measured.items()]
+
+
+def prediction_files(directory: Path, case_id: str, classes: Sequence[str]) -> list[Path]:
+    """The mask of a case, then the probabilities of each class."""
+    suffixes = [""] if len(classes) == 1 else [f"_{name}" for name in classes]
+    return [directory / "masks" / f"{case_id}.nii.gz"] + [
+        directory / "probabilities" / f"{case_id}{suffix}.nii.gz" for suffix in suffixes
+    ]
+
+
+def store_rows(
+    directory: Path,
+    case_id: str,
+    weights: str,
+    rows: Sequence[dict[str, Any]],
+    classes: Sequence[str],
+) -> None:
+    """Mark a case as predicted: its rows, with the hashes of the weights and of its files."""
+    files = {
+        str(path.relative_to(directory)): file_sha256(path)
+        for path in prediction_files(directory, case_id, classes)
+    }
+    write_json(
+        directory / "cases" / f"{case_id}.json", {"weights": weights, "files": files, "rows": rows}
+    )
+
+
+def stored_rows(directory: Path, case_id: str, weights: str) -> list[dict[str, Any]] | None:
+    """The rows of a case that these weights predicted and whose files are intact, else None."""
+    path = directory / "cases" / f"{case_id}.json"
+    try:
+        record = json.loads(path.read_text())
+        files = {name: file_sha256(directory / name) for name in record["files"]}
+    except (OSError, ValueError):
+        return None
+    return record["rows"] if (record["weights"], record["files"]) == (weights, files) else None
+
+
+def weights_sha256(params: Any) -> str:
+    """Hash of the weights, by name."""
+    digest = hashlib.sha256()
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode() + np.asarray(value).tobytes())
+    return digest.hexdigest()
 
 
 def cases_to_show(rows: Sequence[dict[str, Any]], count: int) -> list[str]:
@@ -203,19 +297,19 @@ def save_figure(
     config: Config, programs: Programs, params: Any, case: Case, directory: Path
 ) -> None:
     """Keep a case's images, truth, probability and attention maps for the report's pictures."""
-    (directory / "figures").mkdir(exist_ok=True)
     modalities = config.data.modalities
     attention = predict_case(programs.attention, params, case, config, len(modalities))
     probability = predict_case(programs.predict, params, case, config, config.network.num_classes)
-    np.savez_compressed(
-        directory / "figures" / f"{case.case_id}.npz",
-        image=scaled_image(case).astype(np.float16),
-        modalities=np.array(modalities),
-        truth=case.label,
-        probability=probability.astype(np.float16),
-        attention=(attention / np.maximum(attention.max((0, 1, 2)), 1e-12)).astype(np.float16),
-        spacing_mm=np.array(spacing_of(case.affine)),
-    )
+    with whole_file(directory / "figures" / f"{case.case_id}.npz") as partial:
+        np.savez_compressed(
+            partial,
+            image=scaled_image(case).astype(np.float16),
+            modalities=np.array(modalities),
+            truth=case.label,
+            probability=probability.astype(np.float16),
+            attention=(attention / np.maximum(attention.max((0, 1, 2)), 1e-12)).astype(np.float16),
+            spacing_mm=np.array(spacing_of(case.affine)),
+        )
 
 
 def mean_shape_baseline(
@@ -264,7 +358,7 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
     for fold in range(config.num_folds):
         file = output / f"fold_{fold}" / "metrics.json"
         if file.exists():
-            done[fold] = json.loads(file.read_text())
+            done[fold] = read_json(file)
     rows = [row for record in done.values() for row in record["metric_per_case"]]
     metrics = evaluate.summarise(rows, folds=list(done)) | {
         "target": config.data.target,
@@ -277,8 +371,10 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
         "best_checkpoint": {fold: record["summary"]["best"] for fold, record in done.items()},
         "fold_summaries": {fold: record["summary"] for fold, record in done.items()},
     }
-    evaluate.write_metrics(metrics, output / "metrics.json", output / "metrics.csv")
-    page = report.write_report(output)
+    with naming_path(output / "metrics.json"):
+        evaluate.write_metrics(metrics, output / "metrics.json", output / "metrics.csv")
+    with naming_path(output / "report.html"):
+        page = report.write_report(output)
     log(evaluate.format_summary(metrics))
     shape = baseline["mean_dice"]
     if shape is not None:
@@ -292,7 +388,23 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
-    evaluate.write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run folder.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(
+            f"a file of a run must be as it was written; {path}: {error}. "
+            "Restore it from a copy, or remove the folder that holds it to do that part again."
+        ) from error
 
 
 def main() -> None:

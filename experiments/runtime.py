@@ -1,11 +1,19 @@
 """Where a run happens: accelerator, versions, logging of progress, errors without tracebacks."""
 
+import contextlib
 import datetime
+import errno
+import fcntl
 import importlib.metadata
+import os
 import platform
+import re
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,12 +100,15 @@ def git_commit() -> str | None:
         return None
 
 
-def progress(items: Iterable[T], *, description: str, total: int | None = None) -> "tqdm[T]":
+def progress(
+    items: Iterable[T], *, description: str, total: int | None = None, initial: int = 0
+) -> "tqdm[T]":
     """A progress bar on a terminal; nothing where output goes to a file."""
     return tqdm(
         items,
         desc=description,
         total=total,
+        initial=initial,
         leave=False,
         disable=not sys.stderr.isatty(),
         dynamic_ncols=True,
@@ -105,13 +116,171 @@ def progress(items: Iterable[T], *, description: str, total: int | None = None) 
     )
 
 
+def log(message: str) -> None:
+    """A line of the run's account on stdout, at once."""
+    print(message, flush=True)
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on until its cause is removed; the message holds cause and remedy."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to end, and all that it had is saved."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Stop:
+    """Whether a signal has asked to stop; ``number`` is that signal, or None."""
+
+    number: int | None = None
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[Stop]:
+    """Inside, SIGINT and SIGTERM only set ``number``, for the code to save and leave at its time.
+
+    A second signal ends the process at once, also while XLA compiles, when Python runs no handler:
+    a thread reads the signals from a socket. ``Interrupted`` is raised at the end if one came.
+    Outside the main thread, which alone may handle signals, nothing is changed.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def listen() -> None:
+        while received := receiver.recv(1):
+            number = received[0]
+            if number not in _SIGNALS:
+                continue
+            if stop.number is not None:
+                os._exit(128 + number)
+            stop.number = number
+            log(f"{signal.Signals(number).name}: finishing this step and saving; again to quit now")
+
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
+    handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sender.close()
+        thread.join()
+        receiver.close()
+    if stop.number is not None:
+        raise Interrupted(stop.number)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; the kernel frees it when the process ends, however it does.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"one process works on a run folder at a time; {folder} is in use by "
+                f"{file.read().strip()}. Wait for it to end, or name another folder with --output."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+LOCK = ".lock"
+"""File by which a process holds a run folder; it stays, and means nothing when no one holds it."""
+
+TEMPORARY = re.compile(r"\..+\.\d+(\.tmp)?(\.[a-z.]+)?")
+"""Names under which files are written before they are renamed."""
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed processes left half-written under ``folder``, which must be locked."""
+    for path in folder.rglob(".*"):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to; it becomes ``path`` if nothing is raised."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    with naming_path(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming_path(
+    path: Path, action: str = "write", *, faults: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """Turn ``faults`` of storage inside into an ``OSError`` that names ``path``.
+
+    A full disk says so without a name, and some libraries have errors of their own for it.
+    """
+    try:
+        yield
+    except (ConfigError, DataError):
+        raise
+    except faults as error:
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+        raise OSError(number, f"cannot {action}: {reason}", str(path)) from error
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program: a user's mistake ends in one message and status 2, never in a traceback."""
+    """Run a program and end with its status; what a user can mend ends in one message.
+
+    0 done; 1 a fault of the program, with a traceback; 2 the request or the data cannot work; 3
+    stopped by something outside it (full disk, memory, values that are not finite): mend that and
+    run the same command again; 130 and 143 stopped by SIGINT and SIGTERM: run it again to continue.
+    """
+
+    def interrupt(number: int, _: Any) -> None:
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; finished folds are kept, run again to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}. What was finished before is intact. "
+            "Mend the storage and run the same command again to continue.",
+            file=sys.stderr,
+        )
+        raise SystemExit(3) from None
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        print("interrupted; what is done is kept, run again to continue", file=sys.stderr)
+        raise SystemExit(128 + number) from None

@@ -1,18 +1,18 @@
 """One fold: compiled programs, the training loop, checkpoints. ``cv`` runs it for every fold."""
 
+import contextlib
 import csv
 import dataclasses
-import sys
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from cmsad_jax import kernels, parallel
 from cmsad_jax.inference import sliding_window
@@ -21,8 +21,10 @@ from cmsad_jax.training import TrainState, init_state, train_step
 from cmsad_jax.types import Device
 from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT, Case
+from experiments import memory
+from experiments.checkpoints import Checkpoints
 from experiments.config import Config, to_json, window
-from experiments.runtime import progress
+from experiments.runtime import RunError, deferred_signals, log, progress, whole_file
 
 LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""
@@ -147,6 +149,80 @@ def to_mask(probability: np.ndarray, threshold: float) -> np.ndarray:
     return probability.argmax(-1).astype(np.uint8)
 
 
+class Step(NamedTuple):
+    """One step that was made: its number from 1, the cases of its batch, the batch, its metrics."""
+
+    number: int
+    case_ids: Sequence[str]
+    batch: dict[str, np.ndarray]
+    metrics: dict[str, jax.Array]
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a fold has measured so far: JSON values, saved with every checkpoint.
+
+    Attributes:
+        history: rows of ``history.csv``.
+        pending: metrics of the steps since the last row.
+        best: step and score of the best look at the validation fold.
+        skipped, skipped_in_a_row: updates left out because something was not finite.
+        first_step_s: of the first step, most of it to compile.
+        train_s: all time spent, over all starts.
+        steady_s, steady_steps: the same without the first step after each start, and its steps.
+    """
+
+    history: list[dict[str, float | None]] = dataclasses.field(default_factory=list)
+    pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    best: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"step": None, "validation_dice": None}
+    )
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    first_step_s: float = 0.0
+    train_s: float = 0.0
+    steady_s: float = 0.0
+    steady_steps: int = 0
+
+    def fetch(self) -> None:
+        """Wait for the pending metrics, which until then may lie on the device."""
+        self.pending = [{name: float(v) for name, v in row.items()} for row in self.pending]
+
+    def add_row(self, **facts: float | None) -> dict[str, float | None]:
+        """Turn the pending metrics into a row: their means over the steps that made an update."""
+        self.fetch()
+        made = [row for row in self.pending if not row["skipped"]]
+        row = {
+            name: float(np.mean([row[name] for row in made])) if made else None
+            for name in self.pending[0]
+            if name != "skipped"
+        }
+        self.pending = []
+        self.history.append(row | facts)
+        return self.history[-1]
+
+    def count(self, step: Step, title: str) -> None:
+        """Note whether a step made its update; waits for the step."""
+        if not float(step.metrics["skipped"]):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        log(
+            f"{title}: step {step.number}: loss or gradient not finite, update skipped; cases "
+            + ", ".join(step.case_ids)
+        )
+
+    def time(self, seconds: float, *, first: bool) -> None:
+        """Add the time of a step, ``first`` after a start or not."""
+        self.train_s += seconds
+        if first:
+            self.first_step_s = self.first_step_s or seconds
+        else:
+            self.steady_s += seconds
+            self.steady_steps += 1
+
+
 def train_fold(
     config: Config,
     programs: Programs,
@@ -157,19 +233,125 @@ def train_fold(
     validation: Sequence[str],
     directory: Path,
 ) -> tuple[Any, dict[str, Any]]:
-    """Train one fold; returns the weights to evaluate and a summary for the log.
+    """Train one fold, or what is left of it; returns the weights to evaluate and a summary.
 
-    Writes ``history.csv`` and the checkpoints ``last`` and ``best`` into ``directory``. The
-    weights returned are the last ones (their moving average if configured), never ``best``.
+    Writes ``history.csv`` and the checkpoints ``last`` and ``best`` into ``directory``, and goes on
+    from the newest intact ``last`` there: on the same devices, the result is bit for bit that of a
+    run never interrupted. The weights returned are the last ones (their moving average if
+    configured), never ``best``.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
+        RunError: too many updates in a row were not finite, or a step needs too much memory.
+        OSError: a checkpoint cannot be written; it names the path.
     """
+    train, title = config.train, f"fold {fold + 1}/{config.num_folds}"
+    state = programs.init(jax.random.fold_in(jax.random.key(config.seed), fold))
+    done, start = Progress(), 0
+    checkpoints = Checkpoints(
+        directory / "checkpoints", config, fold=fold, data_fingerprint=source.fingerprint
+    )
+    with contextlib.closing(checkpoints), deferred_signals() as stop:
+        resumed = checkpoints.resume(state)
+        if resumed is not None:
+            state, record = resumed
+            done, start = Progress(**record["progress"]), record["step"]
+            log(f"{title}: going on after step {start} of {train.steps}")
+        state = programs.step.place_state(state)
+        schedule = train.optimizer.schedule(train.steps)
+        log_every = max(1, train.steps // LOG_POINTS)
+        check_at = {
+            round(train.steps * (i + 1) / train.validations) for i in range(train.validations)
+        }
+        batches = train_batches(config, source, training, fold=fold, start=start)
+        bar = progress(batches, description=f"{title} training", total=train.steps, initial=start)
+        uncounted: list[Step] = []
+        row_from = done.steady_steps, done.steady_s
+        mark = time.perf_counter()
+        for number, batch in enumerate(bar, start + 1):
+            case_ids = [training[int(i)] for i in batch.pop("case_index")]
+            if config.network.encoder.rank == 2:
+                batch |= {name: batch[name][:, 0] for name in ("image", "label")}
+            with memory.explained(config):
+                placed = programs.step.place_batch(batch)
+                if number == start + 1:
+                    memory.check(config, programs.step.step, state, placed)
+                state, metrics = programs.step.step(state, placed)
+                if number == start + 1:
+                    jax.block_until_ready(state)
+            done.pending.append(metrics)
+            uncounted.append(Step(number, case_ids, batch, metrics))
+            stopping = stop.number is not None
+            saving = stopping or number in check_at or number == train.steps
+            saving |= number % train.checkpoint_every == 0
+            # Looking at a step waits for it; one step behind, the device is kept busy.
+            while len(uncounted) > (0 if saving or done.skipped_in_a_row else 1):
+                step = uncounted.pop(0)
+                done.count(step, title)
+                if done.skipped_in_a_row >= train.max_skipped:
+                    fetched = programs.step.fetch_state(state)
+                    _give_up(config, checkpoints, fetched, step, done, fold, directory)
+            done.time(time.perf_counter() - mark, first=number == start + 1)
+            mark = time.perf_counter()
+            if number % log_every == 0 or number == train.steps:
+                steps, seconds = done.steady_steps - row_from[0], done.steady_s - row_from[1]
+                row = done.add_row(
+                    step=number,
+                    learning_rate=float(jnp.asarray(schedule(number - 1))),
+                    examples_per_s=steps * train.batch_size / seconds if seconds else None,
+                    validation_dice=None,
+                )
+                bar.set_postfix(loss=row["loss"], examples_per_s=row["examples_per_s"])
+                row_from = done.steady_steps, done.steady_s
+            if not saving:
+                continue
+            fetched = programs.step.fetch_state(state)
+            if number in check_at:
+                score = reference_dice(
+                    programs, fetched.average, loading.eval_cases(source, validation), config
+                )
+                if done.history:
+                    done.history[-1]["validation_dice"] = score
+                best = done.best["validation_dice"]
+                if score is not None and (best is None or score > best):
+                    done.best = {"step": number, "validation_dice": score}
+                    checkpoints.save("best", fetched, step=number)
+            done.fetch()
+            done.train_s += time.perf_counter() - mark
+            mark = time.perf_counter()
+            checkpoints.save("last", fetched, step=number, progress=dataclasses.asdict(done))
+            if stopping:
+                checkpoints.wait()
+                log(f"{title}: saved after step {number} of {train.steps}")
+                break
+    write_history(directory / "history.csv", done.history)
+    return programs.step.fetch_state(state).average, {
+        "first_step_s": round(done.first_step_s, 2),
+        "train_s": round(done.train_s, 2),
+        "examples_per_s": round(done.steady_steps * train.batch_size / max(done.steady_s, 1e-9), 2),
+        "loss": done.history[-1]["loss"],
+        "skipped_updates": done.skipped,
+        "best": done.best,
+    }
+
+
+def train_batches(
+    config: Config,
+    source: loading.CaseSource,
+    training: Sequence[str],
+    *,
+    fold: int,
+    start: int = 0,
+) -> Iterator[loading.Batch]:
+    """Batches for the steps of a fold after ``start``; the same however often it was resumed."""
     train = config.train
-    key = jax.random.fold_in(jax.random.key(config.seed), fold)
-    state = programs.step.place_state(programs.init(key))
+    if start == train.steps:
+        return iter(())
     share = train.foreground_share
     if share and not any(source.foreground(case_id).size for case_id in training):
         share = 0.0
         log(f"fold {fold + 1}: no training case holds the target; crops are drawn at random")
-    batches = loading.train_batches(
+    return loading.train_batches(
         source,
         training,
         crop=train.crop,
@@ -177,118 +359,53 @@ def train_fold(
         seed=config.seed * 1000 + fold,
         foreground_share=share,
         num_steps=train.steps,
+        start_step=start,
         num_threads=train.read_threads,
     )
-    schedule = train.optimizer.schedule(train.steps)
-    log_every = max(1, train.steps // LOG_POINTS)
-    check_at = {round(train.steps * (i + 1) / train.validations) for i in range(train.validations)}
-    history: list[dict[str, float | None]] = []
-    pending: list[dict[str, jax.Array]] = []
-    best: dict[str, Any] = {"step": None, "validation_dice": None}
-    checkpoints = Checkpoints(directory / "checkpoints", config)
-    started = first_done = mark = time.perf_counter()
-    bar = progress(
-        batches, description=f"fold {fold + 1}/{config.num_folds} training", total=train.steps
-    )
-    for step, batch in enumerate(bar, 1):
-        batch = {name: value for name, value in batch.items() if name != "case_index"}
-        if config.network.encoder.rank == 2:
-            batch |= {name: batch[name][:, 0] for name in ("image", "label")}
-        state, metrics = programs.step.step(state, programs.step.place_batch(batch))
-        pending.append(metrics)
-        if step == 1:
-            jax.block_until_ready(state)
-            first_done = mark = time.perf_counter()
-        if step % log_every == 0 or step == train.steps:
-            row = {name: float(np.mean([float(m[name]) for m in pending])) for name in pending[0]}
-            now = time.perf_counter()
-            row |= {
-                "step": step,
-                "learning_rate": float(jnp.asarray(schedule(step - 1))),
-                "examples_per_s": len(pending) * train.batch_size / max(now - mark, 1e-9),
-                "validation_dice": None,
-            }
-            bar.set_postfix(
-                loss=f"{row['loss']:.3f}", examples_per_s=f"{row['examples_per_s']:.1f}"
-            )
-            history.append(row)
-            pending, mark = [], now
-        if step in check_at:
-            fetched = programs.step.fetch_state(state)
-            score = reference_dice(
-                programs, fetched.average, loading.eval_cases(source, validation), config
-            )
-            if history:
-                history[-1]["validation_dice"] = score
-            if score is not None and (best["step"] is None or score > best["validation_dice"]):
-                best = {"step": step, "validation_dice": score}
-                checkpoints.save("best", fetched)
-            mark = time.perf_counter()
-    finished = time.perf_counter()
-    final = programs.step.fetch_state(state)
-    checkpoints.save("last", final)
-    checkpoints.close()
-    write_history(directory / "history.csv", history)
-    steady = (train.steps - 1) * train.batch_size / max(finished - first_done, 1e-9)
-    return final.average, {
-        "first_step_s": round(first_done - started, 2),
-        "train_s": round(finished - started, 2),
-        "examples_per_s": round(steady, 2),
-        "loss": history[-1]["loss"],
-        "best": best,
+
+
+def _give_up(
+    config: Config,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    step: Step,
+    done: Progress,
+    fold: int,
+    directory: Path,
+) -> NoReturn:
+    """Save, keep what is needed to repeat ``step``, and raise. ``state`` is that before it."""
+    file = directory / f"not_finite_{step.number:08d}.npz"
+    facts = {
+        "config": to_json(config),
+        "fold": fold,
+        "step": step.number,
+        "case_ids": step.case_ids,
     }
+    arrays = {f"state/{name}": value for name, value in state_arrays(state).items()}
+    arrays |= {f"batch/{name}": np.asarray(value) for name, value in step.batch.items()}
+    with whole_file(file) as partial:
+        np.savez_compressed(partial, allow_pickle=False, facts=json.dumps(facts), **arrays)
+    again = dataclasses.replace(done, skipped_in_a_row=0)
+    again.fetch()
+    checkpoints.save("last", state, step=step.number, progress=dataclasses.asdict(again))
+    checkpoints.wait()
+    raise RunError(
+        f"loss and gradient must be finite; got {done.skipped_in_a_row} steps in a row of fold "
+        f"{fold + 1} that are not, up to step {step.number}. See python -m experiments.reproduce "
+        f"{file}; use a lower --train.optimizer.learning-rate, or run again to go on regardless."
+    )
+
+
+def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """Every array of a state by the path of its leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def write_history(path: Path, history: Sequence[dict[str, float | None]]) -> None:
     """Training curves as CSV; empty cells where nothing was measured."""
     names = ["step", *(name for name in history[0] if name != "step")]
-    with path.open("w", newline="") as file:
+    with whole_file(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(history)
-
-
-class Checkpoints:
-    """Orbax checkpoints ``last`` and ``best`` of a fold, each with the configuration beside it.
-
-    The configuration holds the preprocessing, so that a checkpoint is enough to predict with.
-    """
-
-    def __init__(self, directory: Path, config: Config):
-        self._config = to_json(config)
-        self._managers = {
-            name: ocp.CheckpointManager(
-                (directory / name).absolute(),
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=1, enable_async_checkpointing=False
-                ),
-            )
-            for name in ("last", "best")
-        }
-
-    def save(self, name: str, state: TrainState) -> None:
-        """Write ``state``; the one of that name before is removed once this one is complete."""
-        self._managers[name].save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self._config)
-            ),
-        )
-
-    def restore(self, name: str, like: TrainState) -> TrainState:
-        """The newest checkpoint of that name, with the structure and placement of ``like``."""
-        manager = self._managers[name]
-        return manager.restore(
-            manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        )["state"]
-
-    def close(self) -> None:
-        """Wait for everything that is being written."""
-        for manager in self._managers.values():
-            manager.close()
-
-
-def log(message: str) -> None:
-    """A line of the run's account on stdout, at once."""
-    print(message, flush=True)
-    sys.stdout.flush()

@@ -103,6 +103,11 @@ def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
     _check_classes(description, config, root / "dataset.json")
     channels = _channels(description, wanted, root / "dataset.json")
     ending = description.get("file_ending", ".nii.gz")
+    if ending not in SUFFIXES:
+        raise DataError(
+            f'{root / "dataset.json"} must give one of {", ".join(SUFFIXES)} as "file_ending"; '
+            f"got {ending!r:.80}. Correct the file."
+        )
     images: dict[str, dict[str, Path]] = {}
     for path in sorted((root / "imagesTr").glob(f"*{ending}")):
         case_id, _, number = path.name.removesuffix(ending).rpartition("_")

@@ -16,8 +16,9 @@ from cmsad_jax.types import ConfigError
 from data_pipelines import loading
 from data_pipelines.case import DataConfig, DataError, PreprocessConfig
 from experiments import cv
+from experiments.checkpoints import Checkpoints
 from experiments.config import Config, PredictConfig, TrainConfig, complete
-from experiments.train import Checkpoints, compile_programs, to_mask
+from experiments.train import compile_programs, to_mask
 
 ENCODER = EncoderConfig(
     channels=(4, 6),

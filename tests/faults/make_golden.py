@@ -1,0 +1,49 @@
+"""Write ``golden.tar.xz``: checkpoints as this version writes them, for later ones to read.
+
+``python -m tests.faults.make_golden`` trains a fold of ``tests.faults.job.tiny`` for 2 steps. Make
+a new one only together with a new schema, and keep the old one beside it.
+"""
+
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+
+import jax
+
+from data_pipelines import loading
+from experiments.checkpoints import load_params
+from experiments.cv import weights_sha256
+from experiments.train import compile_programs, train_fold
+from tests.faults.job import tiny
+
+GOLDEN = Path(__file__).with_name("golden.tar.xz")
+
+
+def main() -> None:
+    """Train, and pack the fold."""
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name) / "run"
+        config = tiny(run, Path(name) / "cache", steps=2, checkpoint_every=1)
+        source = loading.build(config.data)
+        ids = source.case_ids
+        train_fold(
+            config,
+            compile_programs(config, jax.devices()[:1]),
+            source,
+            fold=0,
+            training=ids[2:],
+            validation=ids[:2],
+            directory=run / "fold_0",
+        )
+        facts = {"weights": weights_sha256(load_params(run, 0)), "data": source.fingerprint}
+        (run / "facts.json").write_text(json.dumps(facts))
+        with tarfile.open(GOLDEN, "w:xz") as archive:
+            archive.add(run / "facts.json", "run/facts.json")
+            last = "fold_0/checkpoints/last/00000002"
+            archive.add(run / last, f"run/{last}")
+    print(GOLDEN, GOLDEN.stat().st_size)
+
+
+if __name__ == "__main__":
+    main()
