@@ -23,11 +23,12 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def export_program(
 
 
 def save(
-    target: Path | IO[bytes],
+    target: Path | io.BytesIO,
     *,
     description: Description,
     programs: Mapping[str, bytes],
@@ -137,7 +138,7 @@ def save(
     """Write an artifact; a file appears whole or not at all.
 
     Args:
-        target: path, or a binary file to write into.
+        target: path, or a buffer to write into.
         description: with one name in ``members`` for each of ``weights``.
         programs: ``predict``, and others by name.
         weights: of each member.
@@ -171,7 +172,7 @@ def save(
         partial.unlink(missing_ok=True)
 
 
-def load(source: Path | str | IO[bytes]) -> "Model":
+def load(source: Path | str | io.BytesIO) -> "Model":
     """Read an artifact; the weights go to the default device.
 
     Raises:
@@ -214,7 +215,7 @@ def load(source: Path | str | IO[bytes]) -> "Model":
             f"programs for {', '.join(known)}. Set JAX_PLATFORMS=cpu."
         )
     weights = tuple(from_safetensors(files[path], f"{name}: {path}") for path in members)
-    _check_weights(programs["predict"], weights, name)
+    _check_fit(programs["predict"], description, weights, name)
     # On CPUs the full effort doubles the time to compile and gains no speed.
     options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
     return Model(
@@ -226,7 +227,7 @@ def load(source: Path | str | IO[bytes]) -> "Model":
         weights=tuple(jax.device_put(dict(member)) for member in weights),
         card=files[_CARD].decode() if _CARD in files else "",
         license_text=files[_LICENSE].decode() if _LICENSE in files else "",
-        sha256=_identity(description, [manifest["files"][path]["sha256"] for path in members]),
+        digests=tuple(manifest["files"][path]["sha256"] for path in members),
     )
 
 
@@ -240,7 +241,7 @@ class Model:
         weights: of each member, on the device.
         card: model card, Markdown.
         license_text: terms of use in full.
-        sha256: identity: of the weights and of all that the result depends on besides them.
+        digests: SHA-256 of each member's weights file.
     """
 
     description: Description
@@ -248,7 +249,15 @@ class Model:
     weights: tuple[Mapping[str, Array], ...]
     card: str
     license_text: str
-    sha256: str
+    digests: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Identity: of the weights and of what they mean; not of settings such as the threshold."""
+        facts = dataclasses.asdict(self.description)
+        names = ("modalities", "target", "classes", "window", "preprocess", "members")
+        meaning = [{name: facts[name] for name in names}, self.digests]
+        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
     def __call__(
         self,
@@ -307,6 +316,7 @@ class Model:
             self,
             description=dataclasses.replace(self.description, members=tuple(members)),
             weights=tuple(self.weights[names.index(name)] for name in members),
+            digests=tuple(self.digests[names.index(name)] for name in members),
         )
 
     def compile(self, program: str = "predict") -> None:
@@ -403,7 +413,7 @@ def unflatten_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _write_archive(file: IO[bytes], files: Mapping[str, bytes]) -> None:
+def _write_archive(file: io.BytesIO | io.BufferedWriter, files: Mapping[str, bytes]) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in files.items():
             # The earliest time a zip can hold: equal contents give equal archives.
@@ -411,7 +421,7 @@ def _write_archive(file: IO[bytes], files: Mapping[str, bytes]) -> None:
 
 
 def _read_archive(
-    source: Path | str | IO[bytes], name: str
+    source: Path | str | io.BytesIO, name: str
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Manifest and the files it lists, each verified. Entries that it does not list are refused."""
 
@@ -472,29 +482,37 @@ def _description(manifest: Mapping[str, Any], name: str) -> Description:
         raise ConfigError(
             f"{name} must describe its model; got no {', '.join(absent)}. Export the run again."
         )
-    known = {field.name: values[field.name] for field in fields if field.name in values}
-    return Description(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+    known: dict[str, Any] = {
+        field.name: tuple(values[field.name])
+        if isinstance(values[field.name], list)
+        else values[field.name]
+        for field in fields
+        if field.name in values
+    }
+    return Description(**known)
 
 
-def _check_weights(
-    program: jax_export.Exported, weights: Sequence[Mapping[str, np.ndarray]], name: str
+def _check_fit(
+    program: jax_export.Exported,
+    description: Description,
+    weights: Sequence[Mapping[str, np.ndarray]],
+    name: str,
 ) -> None:
-    """Every member must have the names and shapes that the program was exported with."""
-    arguments, _ = jax.tree.unflatten(program.in_tree, program.in_avals)
-    expected = {key: aval.shape for key, aval in arguments[0].items()}
+    """The program must take what is described, and every member's weights."""
+    (expected, windows, _), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+    space = (*description.window, len(description.modalities))
+    if windows.shape[1:] != space:
+        raise ConfigError(
+            f"{name} must hold a program for what it describes, windows of shape {space}; got one "
+            f"for {windows.shape[1:]}. Export the run again."
+        )
+    shapes = {key: value.shape for key, value in expected.items()}
     for member in weights:
-        if {key: value.shape for key, value in member.items()} != expected:
+        if {key: value.shape for key, value in member.items()} != shapes:
             raise ConfigError(
                 f"{name} must hold the weights its program takes; got other names or shapes. "
                 "Export the run again."
             )
-
-
-def _identity(description: Description, digests: Sequence[str]) -> str:
-    facts = dataclasses.asdict(description)
-    for field in ("provenance", "metrics", "license"):
-        del facts[field]
-    return hashlib.sha256(json.dumps([facts, list(digests)], sort_keys=True).encode()).hexdigest()
 
 
 def _require_flatbuffers() -> None:

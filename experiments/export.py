@@ -6,10 +6,11 @@ tpu, and all that surrounds them. :mod:`cmsad_jax.export` says what the file hol
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -110,13 +111,13 @@ def fold_weights(run: Path, config: Config, folds: Sequence[int]) -> list[dict[s
 
 def write_artifact(
     run: Path,
-    target: Path | IO[bytes],
+    target: Path | io.BytesIO,
     *,
     folds: Sequence[int] | None = None,
     license: str = "",
     platforms: Sequence[str] = export.PLATFORMS,
 ) -> export.Description:
-    """Export ``run`` into a file or a binary stream; returns what is said of it.
+    """Export ``run`` into a file or a buffer; returns what is said of it.
 
     Raises:
         ConfigError: no run, or folds that are not done.
@@ -136,27 +137,13 @@ def write_artifact(
             num_modalities=len(config.data.modalities),
             platforms=platforms,
         )
-    metrics = _json(run / "metrics.json")
     file = Path(license)
     text = file.read_text() if license and file.is_file() else license or UNSTATED_LICENSE
-    description = export.Description(
-        modalities=config.data.modalities,
-        target=config.data.target,
-        classes=config.data.classes,
-        window=window(config),
-        preprocess=dataclasses.asdict(config.data.preprocess),
-        overlap=config.predict.overlap,
-        batch_size=config.predict.batch_size,
-        flip=config.predict.flip,
-        threshold=config.predict.threshold,
-        allow_missing=config.data.allow_missing or config.train.modality_dropout > 0,
-        members=tuple(f"fold_{fold}" for fold in chosen),
+    description = describe(
+        config,
+        members=[f"fold_{fold}" for fold in chosen],
         provenance={**_without_paths(record), "environment": _json(run / "environment.json")},
-        metrics={
-            key: metrics[key]
-            for key in ("mean", "sd", "num_cases", "num_positive", "num_defined")
-            if key in metrics
-        },
+        metrics=_json(run / "metrics.json"),
         license=text.strip().splitlines()[0] if license else "unspecified",
     )
     card = model_card(description, sum(values.size for values in weights[0].values()))
@@ -169,6 +156,34 @@ def write_artifact(
         license_text=text.strip() + "\n",
     )
     return description
+
+
+def describe(
+    config: Config,
+    *,
+    members: Sequence[str],
+    provenance: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    license: str,
+) -> export.Description:
+    """What an artifact of a run says of itself."""
+    kept = ("mean", "sd", "num_cases", "num_positive", "num_defined")
+    return export.Description(
+        modalities=config.data.modalities,
+        target=config.data.target,
+        classes=config.data.classes,
+        window=window(config),
+        preprocess=dataclasses.asdict(config.data.preprocess),
+        overlap=config.predict.overlap,
+        batch_size=config.predict.batch_size,
+        flip=config.predict.flip,
+        threshold=config.predict.threshold,
+        allow_missing=config.data.allow_missing or config.train.modality_dropout > 0,
+        members=tuple(members),
+        provenance=provenance,
+        metrics={key: metrics[key] for key in kept if key in metrics},
+        license=license,
+    )
 
 
 def model_card(description: export.Description, num_parameters: int) -> str:
@@ -218,7 +233,8 @@ python -m experiments.predict --model model.cmsad --input CASES --output PREDICT
 ```
 
 or, on arrays and with no other package than jax and flatbuffers,
-`cmsad_jax.export.load("model.cmsad")`. The weights are `weights/*.safetensors` of this archive (`unzip` opens it).
+`cmsad_jax.export.load("model.cmsad")`. The weights are `weights/*.safetensors` of this archive, a
+zip file.
 """
 
 

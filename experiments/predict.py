@@ -50,6 +50,9 @@ R = TypeVar("R")
 READ_AHEAD = 2
 """Cases held in memory before, and after, the one that is computed."""
 
+OPTIONS = ("threshold", "overlap", "flip", "batch_size")
+"""Settings of a model that the command line may change."""
+
 DISCLAIMER = "Research software, not a medical device: not for diagnosis or treatment."
 
 
@@ -101,8 +104,7 @@ def open_model(command: PredictCommand) -> export.Model:
             f"the model must be a run folder or an artifact; got nothing at {command.model}. "
             "Check --model."
         )
-    options = ("overlap", "flip", "batch_size", "threshold")
-    changes = {name: getattr(command, name) for name in options}
+    changes = {name: getattr(command, name) for name in OPTIONS}
     given = {name: value for name, value in changes.items() if value is not None}
     description = dataclasses.replace(model.description, **given)
     if not 0 < description.threshold < 1 or not 0 <= description.overlap < 1:
@@ -324,7 +326,8 @@ def lesion_candidates(
         For each ``volume_ml``, ``centre_mm`` (mean position of its voxels, x y z in RAS+) and
         ``confidence`` (its highest probability).
     """
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    labels = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, structure=np.ones((3, 3, 3)), output=labels)
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     found = []
     for number, box in enumerate(ndimage.find_objects(labels), 1):
@@ -338,7 +341,6 @@ def lesion_candidates(
                 "confidence": round(float(probability[box][inside].max()), 6),
             }
         )
-    assert len(found) == count
     return sorted(found, key=lambda candidate: -candidate["confidence"])
 
 
@@ -366,7 +368,8 @@ def run(command: PredictCommand) -> int:
         "data_fingerprint": facts.provenance.get("data_fingerprint"),
         "license": facts.license,
     }
-    refuse_other_model(command.output, model.sha256)
+    settings = {name: getattr(facts, name) for name in OPTIONS}
+    refuse_other_results(command.output, identity, settings)
     programs = ["predict", *(["attention"] if command.attention else [])]
     for name in programs:
         model.compile(name)
@@ -417,9 +420,7 @@ def run(command: PredictCommand) -> int:
         "disclaimer": DISCLAIMER,
         "model": identity,
         "cmsad_jax": __version__,
-        "settings": {
-            name: getattr(facts, name) for name in ("threshold", "overlap", "flip", "batch_size")
-        },
+        "settings": settings,
         "coordinates": "centre_mm is x y z in RAS+ millimetres (NIfTI's world)",
         "wall_s": round(wall, 3),
         "compute_s": round(computing, 3),
@@ -435,16 +436,21 @@ def run(command: PredictCommand) -> int:
     return failed
 
 
-def refuse_other_model(output: Path, sha256: str) -> None:
-    """Raise ``ConfigError`` if a folder holds the results of another model."""
+def refuse_other_results(
+    output: Path, identity: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Raise ``ConfigError`` if a folder holds the results of another model or other settings."""
     file = output / "predictions.json"
-    if file.is_file():
-        old = json.loads(file.read_text())["model"]["sha256"]
-        if old != sha256:
-            raise ConfigError(
-                f"a folder holds the results of one model; {output} holds those of {old[:12]}, and "
-                f"this is {sha256[:12]}. Name another folder with --output."
-            )
+    if not file.is_file():
+        return
+    old = json.loads(file.read_text())
+    before, now = old["model"]["sha256"][:12], identity["sha256"][:12]
+    if before != now or old["settings"] != dict(settings):
+        raise ConfigError(
+            f"a folder holds the results of one model and its settings; {output} holds those of "
+            f"{before} with {old['settings']}, and this is {now} with {dict(settings)}. "
+            "Name another folder with --output."
+        )
 
 
 def read_ahead(
