@@ -12,17 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
-import numpy as np
 import tyro
 
 from cmsad_jax import export
-from cmsad_jax.modules.network import CMSAD
-from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
+from experiments.checkpoints import load_params
 from experiments.config import Config, from_json, window
-from experiments.runtime import run_main, select_accelerator
-from experiments.train import Checkpoints, log, window_functions
+from experiments.runtime import log, run_main, select_accelerator
+from experiments.train import window_functions
 
 UNSTATED_LICENSE = (
     "The terms of use of these weights were not stated when they were exported. Ask whoever made "
@@ -84,31 +81,6 @@ def run_members(run: Path, config: Config, folds: Sequence[int] | None) -> list[
     return wanted
 
 
-def fold_weights(run: Path, config: Config, folds: Sequence[int]) -> list[dict[str, np.ndarray]]:
-    """The evaluated weights of each fold, flat: moving averages of the last checkpoint."""
-    network = CMSAD(config.network)
-    optimizer = config.train.optimizer.optimizer(config.train.steps)
-    image = jax.ShapeDtypeStruct((1, *window(config), len(config.data.modalities)), np.float32)
-    params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
-    like = TrainState(
-        step=jax.ShapeDtypeStruct((), np.int32),
-        params=params,
-        average=params,
-        opt_state=jax.eval_shape(optimizer.init, params),
-    )
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
-    )
-    weights = []
-    for fold in folds:
-        checkpoints = Checkpoints(run / f"fold_{fold}" / "checkpoints", config)
-        state = checkpoints.restore("last", like)
-        checkpoints.close()
-        weights.append(jax.tree.map(np.asarray, export.flatten_weights(state.average)))
-    return weights
-
-
 def write_artifact(
     run: Path,
     target: Path | io.BytesIO,
@@ -124,7 +96,7 @@ def write_artifact(
     """
     config, record = read_run(run)
     chosen = run_members(run, config, folds)
-    weights = fold_weights(run, config, chosen)
+    weights = [export.flatten_weights(load_params(run, fold)) for fold in chosen]
     programs = {}
     names = ("predict", "attention")
     for name, function in zip(names, window_functions(config), strict=True):

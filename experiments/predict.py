@@ -4,7 +4,7 @@
 whatever the data pipeline reads, one case or thousands. While one case is computed, the next ones
 are read and the ones before are written. A run is exported in memory first, so that a run and an
 artifact take one path. A case that cannot be predicted is named and passed over, and the exit
-status is then 1.
+status is then 4.
 """
 
 import collections
@@ -41,8 +41,8 @@ from data_pipelines.validation import CaseFiles, Problem
 from experiments.config import Accelerator, from_json
 from experiments.evaluate import write_text
 from experiments.export import write_artifact
-from experiments.runtime import progress, run_main, select_accelerator
-from experiments.train import log, to_mask
+from experiments.runtime import log, progress, run_main, select_accelerator
+from experiments.train import to_mask
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,6 +52,9 @@ READ_AHEAD = 2
 
 OPTIONS = ("threshold", "overlap", "flip", "batch_size")
 """Settings of a model that the command line may change."""
+
+PASSED_OVER = 4
+"""Exit status if a case could not be predicted and the others were."""
 
 DISCLAIMER = "Research software, not a medical device: not for diagnosis or treatment."
 
@@ -467,10 +470,10 @@ def read_ahead(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; exit status 1 if a case was passed over."""
+    """Command line; exit status 4 if a case was passed over, else as ``run_main``."""
     command = tyro.cli(PredictCommand, prog="python -m experiments.predict", args=arguments)
     if run(command):
-        raise SystemExit(1)
+        raise SystemExit(PASSED_OVER)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from cmsad_jax.modules import CMSAD, EncoderConfig, FusionConfig
 from cmsad_jax.training import TrainState
 from data_pipelines.case import DataConfig, PreprocessConfig
+from experiments.checkpoints import Checkpoints
 from experiments.config import Config, TrainConfig, complete, to_json
-from experiments.train import Checkpoints
 from tests.networks import random_params
 
 ENCODER = EncoderConfig(
@@ -52,10 +52,9 @@ def make_untrained_run(folder: Path, config: Config, *, done: int = 2) -> list[d
         image = jnp.zeros((1, *config.train.crop, len(config.data.modalities)))
         average = random_params(CMSAD(config.network), image, seed=fold)
         other = random_params(CMSAD(config.network), image, seed=100 + fold)
-        checkpoints = Checkpoints(directory / "checkpoints", config)
-        checkpoints.save(
-            "last", TrainState(jnp.asarray(7, jnp.int32), other, average, optimizer.init(other))
-        )
+        checkpoints = Checkpoints(directory / "checkpoints", config, fold=fold)
+        step = jnp.asarray(config.train.steps, jnp.int32)
+        checkpoints.save("last", TrainState(step, other, average, optimizer.init(other)))
         checkpoints.close()
         (directory / "metrics.json").write_text("{}")
         members.append(average)
