@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install cv test faults lint benchmark
+.PHONY: help install cv test faults lint benchmark docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ lint: $(VENV)/.dev ## ruff, its formatter, pyright
 
 benchmark: $(VENV)/.experiments ## time the kernels, e.g. make benchmark ARGS=--quick
 	@$(RUN) benchmarks.kernels $(ARGS)
+
+docs: $(VENV)/.dev ## build the documentation into site/, or serve it: make docs ARGS=serve
+	@$(RUN) mkdocs $(or $(ARGS),build --strict)
 
 # A stamp is newer than pyproject.toml once its extra is installed, so a second run starts at once.
 $(VENV)/.experiments: pyproject.toml | $(BIN)/python

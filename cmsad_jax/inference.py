@@ -1,7 +1,9 @@
 """Whole volumes through a network that sees windows: Gaussian-weighted sliding window, flips."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -81,7 +83,7 @@ def sliding_window(
     space = image.shape[:-1]
     missing = [max(0, n - size) for n, size in zip(window, space, strict=True)]
     padding = [(gap // 2, gap - gap // 2) for gap in missing]
-    padded = np.pad(image, [*padding, (0, 0)])
+    padded = np.pad(image, [*padding, (0, 0)]) if any(missing) else image
     weight = importance(window)[..., None]
     total = np.zeros((*padded.shape[:-1], num_classes), np.float32)
     mass = np.zeros((*padded.shape[:-1], 1), np.float32)
@@ -109,4 +111,61 @@ def sliding_window(
     inner = tuple(
         slice(before, before + size) for (before, _), size in zip(padding, space, strict=True)
     )
-    return (total / mass)[inner]
+    total /= mass
+    return total[inner]
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsemblePrediction:
+    """What several members say of one image.
+
+    Attributes:
+        probability: mean over the members.
+        disagreement: their standard deviation (population), 0 for one member.
+    """
+
+    probability: Float[np.ndarray, "*space k"]
+    disagreement: Float[np.ndarray, "*space k"]
+
+
+def predict_ensemble(
+    members: Sequence[Predict],
+    image: Float[np.ndarray, "*space m"],
+    present: Bool[np.ndarray, " m"],
+    **options: Any,
+) -> EnsemblePrediction:
+    """Mean and spread of :func:`sliding_window` over ``members``, one after the other.
+
+    Memory does not grow with the number of members: mean and squared deviation are updated as
+    each member is done (Welford 1962), in float32. ``options`` are those of ``sliding_window``.
+
+    Raises:
+        ConfigError: without any member, or as ``sliding_window``.
+    """
+    if not members:
+        raise ConfigError("an ensemble must have at least one member; got none. Pass one or more.")
+    mean = sliding_window(members[0], image, present, **options)
+    squares = np.zeros_like(mean)
+    for count, member in enumerate(members[1:], 2):
+        deviation = sliding_window(member, image, present, **options)
+        deviation -= mean
+        mean += deviation / count
+        deviation *= deviation
+        squares += deviation * ((count - 1) / count)
+    return EnsemblePrediction(mean, np.sqrt(squares / len(members), out=squares))
+
+
+def entropy(probability: Float[np.ndarray, "*space k"]) -> Float[np.ndarray, "*space"]:
+    """Uncertainty of each voxel's class, float32: 0 where it is certain, 1 where all are equal.
+
+    Entropy of the foreground and its complement for ``k = 1``, else of the ``k`` classes, divided
+    by the logarithm of their number. 0 where all probabilities are 0 (outside what was predicted).
+    """
+    probability = np.asarray(probability, np.float32)
+    parts = [probability[..., k] for k in range(probability.shape[-1])]
+    if len(parts) == 1:
+        parts.append(1 - parts[0])
+    total = np.zeros(probability.shape[:-1], np.float32)
+    for p in parts:
+        total -= p * np.log(np.maximum(p, np.finfo(np.float32).tiny))
+    return total / np.float32(np.log(len(parts)))

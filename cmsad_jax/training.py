@@ -51,7 +51,7 @@ class LossConfig:
     attention: AttentionConfig = AttentionConfig()
     stages: tuple[int, ...] | None = None
     """Encoder stages that are distilled; None is the three deepest."""
-    pairs: tuple[str, ...] | Literal["mutual"] = "mutual"
+    pairs: Literal["mutual"] | tuple[str, ...] = "mutual"
     """Who teaches whom: every ordered pair, or a list such as ``adc->t2w``."""
     distance: Literal["l2", "kl"] = "l2"
     """Between maps; ``kl`` needs softmax-normalised attention."""

@@ -62,20 +62,30 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
         modality_dropout=config.train.modality_dropout,
         average_decay=config.train.average_decay,
     )
-    space = window(config)
-    image_shape = (1, *space, len(config.data.modalities))
+    image_shape = (1, *window(config), len(config.data.modalities))
 
     # On CPUs the full effort doubles the time to compile and gains no speed: the convolutions are
     # library calls.
     options = {"xla_backend_optimization_level": 1} if devices[0].platform == "cpu" else None
+    predict, attention = window_functions(config)
+    return Programs(
+        init=lambda key: init_state(network, optimizer, image_shape, key=key),
+        step=parallel.parallelize(
+            step, mode=config.parallel, devices=devices, compiler_options=options
+        ),
+        predict=jax.jit(predict, compiler_options=options),
+        attention=jax.jit(attention, compiler_options=options),
+    )
 
-    @partial(jax.jit, compiler_options=options)
+
+def window_functions(config: Config) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """``predict`` and ``attention`` of :class:`Programs`, not yet jitted."""
+    network = CMSAD(config.network)
+    finest = config.loss.distilled_stages(config.network.encoder.num_stages)[0]
+
     def predict(params, windows, present):
         return probabilities(apply(network, params, windows, present).logits)
 
-    finest = config.loss.distilled_stages(config.network.encoder.num_stages)[0]
-
-    @partial(jax.jit, compiler_options=options)
     def attention(params, windows, present):
         features = apply(network, params, windows, present).features
         maps = [
@@ -86,16 +96,9 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
             )
             for name in config.data.modalities
         ]
-        return jnp.stack([kernels.resize_map(q, space) for q in maps], -1)
+        return jnp.stack([kernels.resize_map(q, window(config)) for q in maps], -1)
 
-    return Programs(
-        init=lambda key: init_state(network, optimizer, image_shape, key=key),
-        step=parallel.parallelize(
-            step, mode=config.parallel, devices=devices, compiler_options=options
-        ),
-        predict=predict,
-        attention=attention,
-    )
+    return predict, attention
 
 
 def scaled_image(case: Case) -> np.ndarray:

@@ -3,7 +3,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cmsad_jax.inference import importance, sliding_window, window_starts
+from cmsad_jax.inference import (
+    entropy,
+    importance,
+    predict_ensemble,
+    sliding_window,
+    window_starts,
+)
 from cmsad_jax.types import ConfigError
 
 
@@ -83,3 +89,35 @@ def test_overlap_outside_its_range_is_refused():
             num_classes=1,
             overlap=1.0,
         )
+
+
+def test_ensemble_is_mean_and_spread_of_its_members():
+    image = np.random.default_rng(0).uniform(size=(3, 9, 9, 1)).astype(np.float32)
+    members = [lambda x, p, power=power: x**power for power in (1, 2, 3, 5)]
+    result = predict_ensemble(
+        members, image, np.ones(1, bool), window=(2, 8, 8), num_classes=1, overlap=0.5
+    )
+    values = np.stack([image**power for power in (1, 2, 3, 5)])
+    np.testing.assert_allclose(result.probability, values.mean(0), atol=1e-6)
+    np.testing.assert_allclose(result.disagreement, values.std(0), atol=1e-6)
+
+
+def test_members_that_agree_have_no_disagreement():
+    image = np.full((2, 8, 8, 1), 0.999, np.float32)
+    result = predict_ensemble(
+        [identity] * 5, image, np.ones(1, bool), window=(2, 8, 8), num_classes=1
+    )
+    assert not result.disagreement.any()
+
+
+def test_ensemble_without_members_is_refused():
+    with pytest.raises(ConfigError, match="at least one member; got none"):
+        predict_ensemble([], np.zeros((2, 8, 8, 1)), np.ones(1, bool), window=(2, 8, 8))
+
+
+def test_entropy_is_0_where_certain_and_1_where_all_are_equal():
+    binary = np.array([[0.0], [0.5], [1.0], [0.25]], np.float32)
+    expected = [0, 1, 0, -(0.25 * np.log2(0.25) + 0.75 * np.log2(0.75))]
+    np.testing.assert_allclose(entropy(binary), expected, atol=1e-6)
+    several = np.array([[1, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0, 0, 0]], np.float32)
+    np.testing.assert_allclose(entropy(several), [0, 1, 0], atol=1e-6)

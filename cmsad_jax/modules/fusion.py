@@ -150,7 +150,7 @@ class Fusion(nn.Module):
         kernel = (1,) * (rank - 2) + (in_plane, in_plane)
         gates = jax.nn.sigmoid(Conv(num_modalities, kernel, name="gate")(r))
 
-        loss = jnp.zeros(len(r), jnp.float32)
+        loss = jnp.zeros(r.shape[0], jnp.float32)
         for pair, (i, j) in enumerate(pairs):
             g = projected[j].astype(jnp.float32)
             a, b, c = (x[:, i, j].reshape(-1, *ones, self.channels) for x in (alpha, beta, gamma))

@@ -1,0 +1,279 @@
+"""What prediction takes: memory against the size of the volume, and cases a minute from files.
+
+``python -m benchmarks.inference`` predicts with a preset's network of random weights in five folds,
+through an artifact and ``experiments.predict``, as a user would.
+
+Memory: one case whose T2W has 24 x 320 x 320 voxels and one with 60 x 640 x 640, each in a process
+of its own, with every image that ``--uncertainty`` writes. *Device* is XLA's account of the program
+(arguments, result, temporaries) plus all other arrays that live on the device while windows run.
+*Host* is the peak of the resident memory after compilation.
+
+Speed: phantom cases written as NIfTI files, read, predicted and written again; the share is that of
+the wall time in which the main thread waits for, or feeds, the device.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import timing
+from cmsad_jax import export
+from cmsad_jax.modules.network import CMSAD
+from data_pipelines import volume_io
+from data_pipelines.case import Volume
+from data_pipelines.phantom.phantom import case_id_of, make_case
+from experiments import predict
+from experiments.config import PRESETS, Config, complete, window
+from experiments.export import describe, model_card
+from experiments.train import window_functions
+
+VOLUMES = ((24, 320, 320), (60, 640, 640))
+NUM_MEMBERS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRow:
+    """Memory for one size of volume."""
+
+    preset: str
+    volume: str
+    voxels: int
+    device_mb: float
+    host_peak_mb: float
+    bytes_per_additional_voxel: float | None
+    device: str
+    versions: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedRow:
+    """Many cases from files to files."""
+
+    preset: str
+    num_cases: int
+    num_members: int
+    wall_s: float
+    cases_per_minute: float
+    compute_share: float
+    device: str
+    versions: str
+
+
+def random_artifact(config: Config, target: Path | io.BytesIO) -> None:
+    """An artifact of ``config`` with random weights of the network's own scale."""
+    network = CMSAD(config.network)
+    shape = (1, *window(config), len(config.data.modalities))
+    image = jax.ShapeDtypeStruct(shape, np.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+    members = []
+    for seed in range(NUM_MEMBERS):
+        rng = np.random.default_rng(seed)
+        members.append(
+            {
+                name: rng.normal(
+                    scale=math.sqrt(2 / max(1, math.prod(leaf.shape[:-1]))), size=leaf.shape
+                ).astype(np.float32)
+                for name, leaf in export.flatten_weights(shapes).items()
+            }
+        )
+    function = window_functions(config)[0]
+    program = export.export_program(
+        lambda flat, windows, present: function(export.unflatten_weights(flat), windows, present),
+        members[0],
+        window=window(config),
+        num_modalities=len(config.data.modalities),
+        platforms=[{"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())],
+    )
+    names = [f"fold_{fold}" for fold in range(NUM_MEMBERS)]
+    record = {"config": {"data": {"name": "none"}}, "data_fingerprint": "", "environment": {}}
+    description = describe(config, members=names, provenance=record, metrics={}, license="none")
+    export.save(
+        target,
+        description=description,
+        programs={"predict": program},
+        weights=members,
+        card=model_card(description, sum(value.size for value in members[0].values())),
+        license_text="none\n",
+    )
+
+
+def measure_volume(preset: str, shape: tuple[int, int, int]) -> dict[str, float]:
+    """Bytes on device and host for one case of this size, in this process."""
+    config = complete(PRESETS[preset])
+    archive = io.BytesIO()
+    random_artifact(config, archive)
+    archive.seek(0)
+    model = export.load(archive)
+    facts = model.description
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        _write_noise(root / "in/case", shape)
+        model.compile()
+        program, live = model.programs["predict"], [0]
+
+        def watched(*arguments):
+            result = program(*arguments)
+            live[0] = max(live[0], sum(array.nbytes for array in jax.live_arrays()))
+            return result
+
+        watched_model = dataclasses.replace(model, programs={"predict": watched})
+        (entry,) = predict.find_inputs(root / "in", facts.modalities)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        case = predict.read_case(entry, predict.data_config(facts))
+        computed = predict.compute(watched_model, case, attention=False)
+        predict.write_case(computed, facts, root / "out", uncertainty=True)
+        peak = _resident("VmHWM")
+    windows = np.zeros((facts.batch_size, *facts.window, len(facts.modalities)), np.float32)
+    present = np.ones((facts.batch_size, len(facts.modalities)), bool)
+    analysis: Any = program.lower(model.weights[0], windows, present).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
+    size = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return {"device": size + analysis.temp_size_in_bytes + live[0], "host": peak}
+
+
+def _write_noise(folder: Path, shape: tuple[int, int, int]) -> None:
+    """T2W of ``shape`` over 160 mm in plane and 3 mm slices; ADC and HBV four times coarser."""
+    rng = np.random.default_rng(0)
+    for name, step in (("t2w", 1), ("adc", 4), ("hbv", 4)):
+        size = (shape[0], shape[1] // step, shape[2] // step)
+        affine = np.diag([160 / size[2], 160 / size[1], 3.0, 1.0])
+        # write_nifti takes uint8 and float32; a scanner's files are of the former's kind, integers
+        array = rng.integers(0, 255, size, np.uint8)
+        volume_io.write_nifti(folder / f"{name}.nii", array, affine)
+
+
+def _resident(field: str) -> float:
+    """Bytes of a field of ``/proc/self/status``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * float(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def memory_rows(preset: str) -> list[MemoryRow]:
+    """One row for each size, the second with the bytes for each voxel more than the first."""
+    rows: list[MemoryRow] = []
+    for shape in VOLUMES:
+        command = [sys.executable, "-m", "benchmarks.inference", "--presets", preset, "--volume"]
+        done = subprocess.run(
+            [*command, *map(str, shape)], check=True, stdout=subprocess.PIPE, text=True
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        voxels = math.prod(shape)
+        more = None
+        if rows:
+            more = (found["host"] - 1e6 * rows[0].host_peak_mb) / (voxels - rows[0].voxels)
+        rows.append(
+            MemoryRow(
+                preset=preset,
+                volume="x".join(map(str, shape)),
+                voxels=voxels,
+                device_mb=found["device"] / 1e6,
+                host_peak_mb=found["host"] / 1e6,
+                bytes_per_additional_voxel=more,
+                device=timing.device(),
+                versions=timing.versions(),
+            )
+        )
+    return rows
+
+
+def speed_row(preset: str, num_cases: int) -> SpeedRow:
+    """Phantom cases as files, predicted by every member."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        random_artifact(complete(PRESETS[preset]), root / "model.cmsad")
+        for index in range(num_cases):
+            for name, volume in make_case(index).images.items():
+                _write_volume(root / "in" / case_id_of(index) / f"{name}.nii.gz", volume)
+        failed = predict.run(
+            predict.PredictCommand(
+                model=root / "model.cmsad", input=root / "in", output=root / "out"
+            )
+        )
+        if failed:
+            raise ArithmeticError(f"every case must be predicted; {failed} were not.")
+        record = json.loads((root / "out/predictions.json").read_text())
+    return SpeedRow(
+        preset=preset,
+        num_cases=num_cases,
+        num_members=NUM_MEMBERS,
+        wall_s=record["wall_s"],
+        cases_per_minute=60 * num_cases / record["wall_s"],
+        compute_share=record["compute_s"] / record["wall_s"],
+        device=timing.device(),
+        versions=timing.versions(),
+    )
+
+
+def _write_volume(path: Path, volume: Volume) -> None:
+    volume_io.write_nifti(path, volume.array.astype(np.float32), volume.affine)
+
+
+def memory_table(rows: Sequence[MemoryRow]) -> str:
+    """The rows as a Markdown table."""
+    header = ("preset", "T2W volume", "device MB", "host peak MB", "bytes per additional voxel")
+    cells = [
+        (
+            row.preset,
+            row.volume,
+            f"{row.device_mb:.1f}",
+            f"{row.host_peak_mb:.0f}",
+            timing.number(row.bytes_per_additional_voxel, ".1f"),
+        )
+        for row in rows
+    ]
+    return timing.markdown([header, *cells])
+
+
+def speed_table(rows: Sequence[SpeedRow]) -> str:
+    """The rows as a Markdown table."""
+    header = ("preset", "cases", "folds", "wall s", "cases/min", "share computing")
+    cells = [
+        (
+            row.preset,
+            str(row.num_cases),
+            str(row.num_members),
+            f"{row.wall_s:.1f}",
+            f"{row.cases_per_minute:.1f}",
+            f"{row.compute_share:.0%}",
+        )
+        for row in rows
+    ]
+    return timing.markdown([header, *cells])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print both tables, and write them where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
+    parser.add_argument("--num-cases", type=int, default=50, help="phantom cases for the speed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["small"])
+    parser.add_argument("--volume", type=int, nargs=3, help="measure memory for one size, as JSON")
+    options = parser.parse_args(arguments)
+    if options.volume:
+        print(json.dumps(measure_volume(options.presets[0], tuple(options.volume))))
+        return
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = f"python -m benchmarks.inference {shlex.join(arguments)}".strip()
+
+    print(f"{timing.device()}; {timing.versions()}\n`{command}`\n")
+    memory = [row for preset in options.presets for row in memory_rows(preset)]
+    print(memory_table(memory) + "\n")
+    speed = [speed_row(preset, options.num_cases) for preset in options.presets]
+    print(speed_table(speed))
+    if options.json:
+        timing.save_json(options.json, [*memory, *speed], command=command)
+
+
+if __name__ == "__main__":
+    main()

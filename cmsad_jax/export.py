@@ -1,0 +1,528 @@
+"""A trained model in one file that JAX runs alone: programs, weights, and what surrounds them.
+
+An artifact (``model.cmsad``) is a zip archive, nothing in it compressed:
+
+``manifest.json``
+    format name and version, the :class:`Description`, and the size and SHA-256 of every other file.
+``programs/<name>.stablehlo``
+    ``jax.export`` programs for cpu, cuda and tpu with a symbolic batch size. ``predict`` maps
+    ``(weights, windows, present)`` to probabilities ``b *window k``; ``attention`` to the attention
+    energy ``b *window m``.
+``weights/<member>.safetensors``
+    float32 weights of each member of the ensemble, named by their path in the network
+    (``encoder_t2w/stage0_block0/...``).
+``MODEL_CARD.md``, ``LICENSE``
+    for people.
+
+:func:`load` needs jax and flatbuffers; neither Flax nor any code of the network. Nothing is ever
+unpacked to disk, and nothing in an archive is executed as Python. The checksums find damage, not
+malice: run models of people you trust.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+from jaxtyping import Array, Bool, Float
+
+from cmsad_jax.inference import EnsemblePrediction, predict_ensemble
+from cmsad_jax.types import ConfigError
+
+FORMAT = "cmsad-model"
+VERSION = 1
+"""Of the archive's layout. A reader takes its own version and older ones."""
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+"""What programs are exported for."""
+
+Weights = Mapping[str, Float[Array | np.ndarray, "..."]]
+"""float32 arrays by their path in the network, joined by ``/``."""
+
+_MANIFEST = "manifest.json"
+_CARD = "MODEL_CARD.md"
+_LICENSE = "LICENSE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a model takes, gives, and where it comes from.
+
+    Attributes:
+        modalities: names of the channels ``m``, in order.
+        target: what is segmented.
+        classes: names of the foreground classes; one of them means ``k = 1`` (sigmoid), else
+            ``k`` counts the background as well, first.
+        window: spatial shape the programs take.
+        preprocess: reference grid and intensity scaling (``data_pipelines.PreprocessConfig``).
+        overlap, batch_size, flip: of the sliding window; ``flip`` averages over left and right.
+        threshold: probability above which a voxel belongs to the target.
+        allow_missing: whether the model was trained for the absence of modalities.
+        members: name of each set of weights, such as ``fold_0``.
+        provenance: configuration, versions, commit, fingerprint of the data.
+        metrics: of the run, per class.
+        license: terms of use of the weights.
+    """
+
+    modalities: tuple[str, ...]
+    target: str
+    classes: tuple[str, ...]
+    window: tuple[int, ...]
+    preprocess: Mapping[str, Any]
+    overlap: float
+    batch_size: int
+    flip: bool
+    threshold: float
+    allow_missing: bool
+    members: tuple[str, ...]
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    license: str = "unspecified"
+
+    @property
+    def num_outputs(self) -> int:
+        """``k``: probabilities for each voxel."""
+        return 1 if len(self.classes) == 1 else len(self.classes) + 1
+
+
+def export_program(
+    function: Callable[[Weights, Array, Array], Array],
+    weights: Weights,
+    *,
+    window: Sequence[int],
+    num_modalities: int,
+    platforms: Sequence[str] = PLATFORMS,
+) -> bytes:
+    """Serialise ``function(weights, windows, present)`` for any batch size.
+
+    Args:
+        function: pure, of windows ``b *window m`` (float32) and ``present`` ``b m``.
+        weights: an example; only its names and shapes count.
+        window: spatial shape of the windows.
+        num_modalities: ``m``.
+        platforms: what it shall run on.
+
+    Raises:
+        ConfigError: flatbuffers, which ``jax.export`` writes with, is not installed.
+    """
+    _require_flatbuffers()
+    (b,) = jax_export.symbolic_shape("b")
+    shapes = {name: jax.ShapeDtypeStruct(w.shape, jnp.float32) for name, w in weights.items()}
+    exported = jax_export.export(jax.jit(function), platforms=tuple(platforms))(
+        shapes,
+        jax.ShapeDtypeStruct((b, *window, num_modalities), jnp.float32),
+        jax.ShapeDtypeStruct((b, num_modalities), jnp.bool_),
+    )
+    return bytes(exported.serialize())
+
+
+def save(
+    target: Path | io.BytesIO,
+    *,
+    description: Description,
+    programs: Mapping[str, bytes],
+    weights: Sequence[Weights],
+    card: str,
+    license_text: str,
+) -> None:
+    """Write an artifact; a file appears whole or not at all.
+
+    Args:
+        target: path, or a buffer to write into.
+        description: with one name in ``members`` for each of ``weights``.
+        programs: ``predict``, and others by name.
+        weights: of each member.
+        card: the model card, Markdown.
+        license_text: terms of use in full.
+    """
+    files = {f"programs/{name}.stablehlo": program for name, program in programs.items()}
+    for member, values in zip(description.members, weights, strict=True):
+        files[f"weights/{member}.safetensors"] = to_safetensors(values)
+    files |= {_CARD: card.encode(), _LICENSE: license_text.encode()}
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "description": dataclasses.asdict(description),
+        "files": {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        },
+    }
+    files = {_MANIFEST: json.dumps(manifest, indent=1).encode(), **files}
+    if not isinstance(target, Path):
+        _write_archive(target, files)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            _write_archive(file, files)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(source: Path | str | io.BytesIO) -> "Model":
+    """Read an artifact; the weights go to the default device.
+
+    Raises:
+        ConfigError: no such file; not an artifact, damaged, or of a newer version; no program for
+            the accelerator at hand; or flatbuffers is missing.
+    """
+    name = str(source) if isinstance(source, Path | str) else "the artifact"
+    if isinstance(source, Path | str) and not Path(source).is_file():
+        raise ConfigError(f"an artifact must be a file; got {source}. Check the path.")
+    manifest, files = _read_archive(source, name)
+    _require_flatbuffers()
+    description = _description(manifest, name)
+    try:
+        programs = {
+            path.removeprefix("programs/").removesuffix(".stablehlo"): jax_export.deserialize(
+                bytearray(content)
+            )
+            for path, content in files.items()
+            if path.startswith("programs/")
+        }
+    except Exception as error:  # jax.export promises no type
+        raise ConfigError(
+            f"{name} must hold programs that this JAX can read; got: {_first_line(error)} "
+            f"(JAX {jax.__version__}). Install the JAX it was exported with, or export the run "
+            "again."
+        ) from error
+    members = [f"weights/{member}.safetensors" for member in description.members]
+    absent = [path for path in ("programs/predict.stablehlo", *members) if path not in files]
+    if absent:
+        raise ConfigError(
+            f"{name} must hold a program and the weights of each member; got no {absent[0]}. "
+            "Export the run again."
+        )
+    platform = jax.default_backend()
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    known = programs["predict"].platforms
+    if platform not in known:
+        raise ConfigError(
+            f"the accelerator must be one that {name} was exported for; got {platform}, and "
+            f"programs for {', '.join(known)}. Set JAX_PLATFORMS=cpu."
+        )
+    weights = tuple(from_safetensors(files[path], f"{name}: {path}") for path in members)
+    _check_fit(programs["predict"], description, weights, name)
+    # On CPUs the full effort doubles the time to compile and gains no speed.
+    options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
+    return Model(
+        description=description,
+        programs={
+            key: jax.jit(program.call, compiler_options=options)
+            for key, program in programs.items()
+        },
+        weights=tuple(jax.device_put(dict(member)) for member in weights),
+        card=files[_CARD].decode() if _CARD in files else "",
+        license_text=files[_LICENSE].decode() if _LICENSE in files else "",
+        digests=tuple(manifest["files"][path]["sha256"] for path in members),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded artifact.
+
+    Attributes:
+        description: what it takes and gives.
+        programs: ``(weights, windows, present) -> b *window k`` by name, jitted.
+        weights: of each member, on the device.
+        card: model card, Markdown.
+        license_text: terms of use in full.
+        digests: SHA-256 of each member's weights file.
+    """
+
+    description: Description
+    programs: Mapping[str, Callable[..., Array]]
+    weights: tuple[Mapping[str, Array], ...]
+    card: str
+    license_text: str
+    digests: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Identity: of the weights and of what they mean; not of settings such as the threshold."""
+        facts = dataclasses.asdict(self.description)
+        names = ("modalities", "target", "classes", "window", "preprocess", "members")
+        meaning = [{name: facts[name] for name in names}, self.digests]
+        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+    def __call__(
+        self,
+        image: Float[np.ndarray, "*space m"],
+        present: Bool[np.ndarray, " m"] | None = None,
+    ) -> Float[np.ndarray, "*space k"]:
+        """Probabilities of one preprocessed case: the mean over members, windows and flips."""
+        return self.predict(image, present).probability
+
+    def predict(
+        self,
+        image: Float[np.ndarray, "*space m"],
+        present: Bool[np.ndarray, " m"] | None = None,
+        *,
+        program: str = "predict",
+    ) -> EnsemblePrediction:
+        """Run a program over a whole image, with every member of the ensemble.
+
+        Args:
+            image: one case on the reference grid, scaled, float32; 0 where there is nothing.
+            present: its modalities; None is all.
+            program: ``predict``, or ``attention`` for the energy of each modality.
+
+        Raises:
+            ConfigError: channels that are not the model's modalities, a modality missing that the
+                model was not trained to miss, or an unknown program.
+        """
+        facts = self.description
+        num_modalities = len(facts.modalities)
+        present = np.ones(num_modalities, bool) if present is None else np.asarray(present, bool)
+        self._check(image, present, program)
+        return predict_ensemble(
+            [functools.partial(self.programs[program], weights) for weights in self.weights],
+            image,
+            present,
+            window=facts.window,
+            num_classes=num_modalities if program == "attention" else facts.num_outputs,
+            overlap=facts.overlap,
+            batch_size=facts.batch_size,
+            flip_axes=(len(facts.window) - 1,) if facts.flip else (),
+        )
+
+    def select(self, members: Sequence[str]) -> "Model":
+        """The model with some of its members, by name.
+
+        Raises:
+            ConfigError: for a name that is not among the members, or none.
+        """
+        names = self.description.members
+        if not members or not set(members) <= set(names):
+            raise ConfigError(
+                f"members must be among {', '.join(names)}; got {', '.join(members) or 'none'}. "
+                "Leave them out for all."
+            )
+        return dataclasses.replace(
+            self,
+            description=dataclasses.replace(self.description, members=tuple(members)),
+            weights=tuple(self.weights[names.index(name)] for name in members),
+            digests=tuple(self.digests[names.index(name)] for name in members),
+        )
+
+    def compile(self, program: str = "predict") -> None:
+        """Compile a program now rather than at the first image."""
+        facts = self.description
+        windows = np.zeros((facts.batch_size, *facts.window, len(facts.modalities)), np.float32)
+        present = np.ones((facts.batch_size, len(facts.modalities)), bool)
+        jax.block_until_ready(self.programs[program](self.weights[0], windows, present))
+
+    def _check(self, image: np.ndarray, present: np.ndarray, program: str) -> None:
+        names = self.description.modalities
+        if image.shape[-1] != len(names) or present.shape != (len(names),):
+            raise ConfigError(
+                f"the image must have one channel, and present one entry, for each of {names}; "
+                f"got shapes {image.shape} and {present.shape}. Stack the modalities on the last "
+                "axis."
+            )
+        missing = [name for name, there in zip(names, present, strict=True) if not there]
+        if missing and (not self.description.allow_missing or len(missing) == len(names)):
+            raise ConfigError(
+                f"the model needs every one of {', '.join(names)}; got none for "
+                f"{', '.join(missing)}. Add the missing modality, or use a model trained with "
+                "--train.modality-dropout."
+            )
+        if program not in self.programs:
+            raise ConfigError(
+                f"the program must be one of {', '.join(self.programs)}; got {program!r}. "
+                "Export the run again for others."
+            )
+
+
+def to_safetensors(weights: Weights) -> bytes:
+    """float32 weights in the safetensors format, in the order of their names."""
+    arrays = {name: np.asarray(weights[name], "<f4", order="C") for name in sorted(weights)}
+    header, position = {}, 0
+    for name, array in arrays.items():
+        span = [position, position + array.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": span}
+        position += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join(
+        [len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())]
+    )
+
+
+def from_safetensors(content: bytes, name: str = "the file") -> dict[str, np.ndarray]:
+    """float32 arrays of a safetensors file, read-only.
+
+    Raises:
+        ConfigError: ``content`` is something else, or holds other types.
+    """
+    try:
+        length = int.from_bytes(content[:8], "little")
+        data = memoryview(content)[8 + length :]
+        header = json.loads(content[8 : 8 + length])
+        header.pop("__metadata__", None)
+        arrays = {}
+        for key, entry in header.items():
+            start, stop = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            if entry["dtype"] != "F32" or not 0 <= start <= stop <= len(data):
+                raise ValueError(
+                    f"{key} is {entry['dtype']} at {start}:{stop} of {len(data)} bytes"
+                )
+            arrays[key] = np.frombuffer(data[start:stop], "<f4").reshape(shape)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"weights must be float32 in the safetensors format; got {name} with: "
+            f"{_first_line(error)}. Copy or export it again."
+        ) from error
+    return arrays
+
+
+def flatten_weights(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested weights as one dictionary, keys joined by ``/`` and sorted."""
+    flat = {}
+    for key in sorted(tree):
+        path = f"{prefix}/{key}" if prefix else key
+        value = tree[key]
+        flat |= flatten_weights(value, path) if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested weights of a network; undoes :func:`flatten_weights`."""
+    tree: dict[str, Any] = {}
+    for path, value in weights.items():
+        *folders, leaf = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = value
+    return tree
+
+
+def _write_archive(file: io.BytesIO | io.BufferedWriter, files: Mapping[str, bytes]) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in files.items():
+            # The earliest time a zip can hold: equal contents give equal archives.
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)
+
+
+def _read_archive(
+    source: Path | str | io.BytesIO, name: str
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Manifest and the files it lists, each verified. Entries that it does not list are refused."""
+
+    def refuse(reason: str) -> ConfigError:
+        return ConfigError(
+            f"{name} must be an undamaged artifact of python -m experiments.export; got {reason}. "
+            "Copy or export it again."
+        )
+
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            names = [entry.filename for entry in entries]
+            if not stored or len(set(names)) != len(names):
+                raise refuse("compressed or repeated entries")
+            if _MANIFEST not in names:
+                raise refuse(f"an archive without {_MANIFEST}")
+            manifest = json.loads(archive.read(_MANIFEST))
+            if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+                raise refuse(f"a manifest that is not of format {FORMAT}")
+            version = manifest.get("version")
+            if not isinstance(version, int) or not 1 <= version <= VERSION:
+                raise ConfigError(
+                    f"the format version must be 1 to {VERSION}; got {version} in {name}. "
+                    "Install a newer cmsad-jax: pip install --upgrade cmsad-jax."
+                )
+            listed = manifest["files"]
+            if {*names} != {_MANIFEST, *listed}:
+                odd = sorted({*names} ^ {_MANIFEST, *listed})
+                raise refuse(f"entries that differ from the manifest: {', '.join(odd[:3])}")
+            files = {}
+            for path, expected in listed.items():
+                content = archive.read(path)
+                if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+                    raise refuse(f"a wrong checksum of {path}")
+                files[path] = content
+    except ConfigError:
+        raise
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise refuse(_first_line(error)) from error
+    return manifest, files
+
+
+def _description(manifest: Mapping[str, Any], name: str) -> Description:
+    """The description in a manifest; fields that this version does not know are passed over."""
+    values = manifest.get("description")
+    values = values if isinstance(values, dict) else {}
+    fields = dataclasses.fields(Description)
+    absent = [
+        field.name
+        for field in fields
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if absent:
+        raise ConfigError(
+            f"{name} must describe its model; got no {', '.join(absent)}. Export the run again."
+        )
+    known: dict[str, Any] = {
+        field.name: tuple(values[field.name])
+        if isinstance(values[field.name], list)
+        else values[field.name]
+        for field in fields
+        if field.name in values
+    }
+    return Description(**known)
+
+
+def _check_fit(
+    program: jax_export.Exported,
+    description: Description,
+    weights: Sequence[Mapping[str, np.ndarray]],
+    name: str,
+) -> None:
+    """The program must take what is described, and every member's weights."""
+    (expected, windows, _), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+    space = (*description.window, len(description.modalities))
+    if windows.shape[1:] != space:
+        raise ConfigError(
+            f"{name} must hold a program for what it describes, windows of shape {space}; got one "
+            f"for {windows.shape[1:]}. Export the run again."
+        )
+    shapes = {key: value.shape for key, value in expected.items()}
+    for member in weights:
+        if {key: value.shape for key, value in member.items()} != shapes:
+            raise ConfigError(
+                f"{name} must hold the weights its program takes; got other names or shapes. "
+                "Export the run again."
+            )
+
+
+def _require_flatbuffers() -> None:
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ConfigError(
+            "artifacts need the package flatbuffers, which jax.export reads and writes with; got "
+            "none. pip install flatbuffers."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

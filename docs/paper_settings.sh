@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Every setting that the paper's abstract leaves open, at the values of the preset volume3d. Whoever
+# holds the paper sets what it says. Further options, such as --data.path, are passed on:
+#   bash docs/paper_settings.sh --data.name=nifti_folder --data.path=mine
+set -euo pipefail
+
+settings=(
+  # Data: which contrasts, on which grid, scaled how (the abstract: different modalities)
+  --data.modalities t2w adc hbv
+  --data.preprocess.spacing-mm 3.0 0.5 0.5
+  --data.preprocess.size 20 256 256
+  --data.preprocess.clip-percentiles 0.5 99.5
+  # Folds (the abstract: five, of 358 cases)
+  --num-folds 5
+  --folds-file None
+  --seed 0
+  # Encoders: stages, width, kernels and strides d h w, normalisation, shared weights or not
+  --network.encoder.channels 32 64 128 256 320 320
+  --network.encoder.kernels.0 1 3 3
+  --network.encoder.kernels.1 1 3 3
+  --network.encoder.kernels.2 3 3 3
+  --network.encoder.kernels.3 3 3 3
+  --network.encoder.kernels.4 3 3 3
+  --network.encoder.kernels.5 3 3 3
+  --network.encoder.strides.0 1 1 1
+  --network.encoder.strides.1 1 2 2
+  --network.encoder.strides.2 1 2 2
+  --network.encoder.strides.3 2 2 2
+  --network.encoder.strides.4 2 2 2
+  --network.encoder.strides.5 1 2 2
+  --network.encoder.blocks 1 1 2 2 2 2
+  --network.encoder.norm instance
+  --network.share-encoders False
+  # Spatial correlated feature fusion: its form (the abstract: complementary correlation, non-linear)
+  --network.fusion.kind scff
+  --network.fusion.expression nonlinear
+  --network.fusion.hidden 16
+  --network.fusion.gate-kernel 3
+  # Decoder: deep supervision, first bias
+  --network.deep-supervision 3
+  --network.head-bias -4.0
+  # Segmentation losses
+  --loss.region dice
+  --loss.voxel cross_entropy
+  --loss.region-weight 1.0
+  --loss.voxel-weight 1.0
+  --loss.smooth 1.0
+  --loss.deep-weight 0.5
+  # Attention maps and who teaches whom, at which stages, by which distance, how strongly
+  --loss.cross-modal-weight 0.1
+  --loss.self-weight 0.1
+  --loss.correlation-weight 0.0
+  --loss.attention.kind mean
+  --loss.attention.exponent 2.0
+  --loss.attention.normalization l2
+  --loss.attention.temperature 1.0
+  --loss.stages None
+  --loss.pairs mutual
+  --loss.distance l2
+  --loss.warmup-steps 1000
+  # Optimiser and schedule
+  --train.optimizer.learning-rate 0.001
+  --train.optimizer.weight-decay 0.0001
+  --train.optimizer.warmup-fraction 0.05
+  --train.optimizer.clip-norm 1.0
+  # Augmentation
+  --train.augmentation.flip-probability 0.5
+  --train.augmentation.affine-probability 0.5
+  --train.augmentation.rotation-degrees 15.0
+  --train.augmentation.scale 0.85 1.15
+  --train.augmentation.translation-voxels 4.0
+  --train.augmentation.misalignment-probability 0.3
+  --train.augmentation.misalignment-voxels 2.0
+  --train.augmentation.blur-probability 0.1
+  --train.augmentation.blur-sd-voxels 0.5 1.0
+  --train.augmentation.bias-probability 0.2
+  --train.augmentation.bias-amplitude 0.3
+  --train.augmentation.contrast-probability 0.2
+  --train.augmentation.contrast 0.8 1.25
+  --train.augmentation.brightness 0.2
+  --train.augmentation.gamma-probability 0.2
+  --train.augmentation.gamma 0.7 1.5
+  --train.augmentation.noise-probability 0.2
+  --train.augmentation.noise-sd 0.2
+  # Steps, batch, crop, sampling, averaging of the weights
+  --train.steps 20000
+  --train.batch-size 2
+  --train.crop 20 160 160
+  --train.foreground-share 0.3333333333333333
+  --train.modality-dropout 0.0
+  --train.average-decay 0.999
+  --train.validations 20
+  # Prediction
+  --predict.overlap 0.5
+  --predict.flip True
+  --predict.threshold 0.5
+)
+
+python -m experiments.cv --preset=volume3d "${settings[@]}" "$@"

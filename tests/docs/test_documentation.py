@@ -1,0 +1,231 @@
+"""What the documentation tells people to type can be typed, and the site builds."""
+
+import dataclasses
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tyro
+
+import cmsad_jax
+from experiments.config import PRESETS, complete, flatten, parse, to_json
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "data_pipelines").rglob("*.md")]
+)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAPER = ROOT / "docs/paper_settings.sh"
+
+NOT_OF_THE_METHOD = {
+    "accelerator",
+    "data.allow_missing",
+    "data.cache",
+    "data.name",
+    "data.num_cases",
+    "data.path",
+    "data.seed",
+    "data.target",
+    "folds",
+    "network.dtype",
+    "network.modalities",  # follow from the data
+    "network.num_classes",
+    "output",
+    "parallel",
+    "predict.batch_size",
+    "predict.figures",
+    "preset",
+    "train.checkpoint_every",
+    "train.max_skipped",
+    "train.read_threads",
+}
+"""Where and how a run is done, and on whose data: not the paper's to say."""
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The code blocks of a page in these languages."""
+    return [block for language, block in BLOCK.findall(text) if language in languages]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command: in a shell's code block or one without language, and inline."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        lines = [line for block in blocks(text, "", "bash") for line in block.splitlines()]
+        lines += re.findall(r"`((?:python -m|make) [^`]+)`", text)
+        for line in lines:
+            line = line.removeprefix("$ ").split("  #")[0].strip()
+            if re.match(r"(python|make|pip|bash) ", line) and "$" not in line:
+                found.append((str(page.relative_to(ROOT)), line))
+    return found
+
+
+class ParsedError(Exception):
+    """The command line was understood."""
+
+
+def understood(module: str, arguments: list[str], monkeypatch) -> None:
+    """Run a program up to the point where it has parsed its arguments."""
+    import argparse
+
+    parse_args, cli = argparse.ArgumentParser.parse_args, tyro.cli
+
+    def stop_after(function):
+        def stopping(*positional, **keywords):
+            function(*positional, **keywords)
+            raise ParsedError
+
+        return stopping
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(parse_args))
+    monkeypatch.setattr(tyro, "cli", stop_after(cli))
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(ParsedError):
+        runpy.run_module(module, run_name="__main__")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(("page", "command"), sorted({*commands()}))
+def test_command_of_the_documentation_is_understood(page, command, monkeypatch):
+    words = shlex.split(command)
+    if words[:2] == ["python", "-m"] and words[2].split(".")[0] in ("experiments", "benchmarks"):
+        if "." in words[2] and len(words) > 3:
+            understood(words[2], words[3:], monkeypatch)
+        else:
+            assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
+    elif words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file()
+    elif words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        understood(
+            "experiments.cv", ["--preset=volume3d", *paper_settings(), *words[2:]], monkeypatch
+        )
+    elif words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+    else:
+        assert words[:2] == ["pip", "install"]
+        for extra in re.findall(r"\[([\w,]+)\]", command):
+            project = (ROOT / "pyproject.toml").read_text()
+            for name in extra.split(","):
+                assert re.search(rf"^{name} = \[", project, re.MULTILINE)
+
+
+def test_commands_were_found():
+    found = commands()
+    assert len(found) > 25
+    assert {page for page, _ in found} >= {"README.md", "docs/tutorial.md", "docs/predict.md"}
+
+
+def paper_settings() -> list[str]:
+    """The options in the template for the paper's values."""
+    block = re.search(r"settings=\(\n(.*?)\n\)", PAPER.read_text(), re.DOTALL)
+    assert block
+    return shlex.split(block[1], comments=True)
+
+
+def test_paper_template_is_the_preset_and_names_every_field_of_the_method():
+    config = parse(["--preset=volume3d", *paper_settings()])
+    assert to_json(config) == to_json(complete(PRESETS["volume3d"]))
+    named = {
+        re.sub(r"\.\d+$", "", word.removeprefix("--")).replace("-", "_")
+        for word in paper_settings()
+        if word.startswith("--")
+    }
+    fields = flatten(dataclasses.asdict(PRESETS["volume3d"])).keys()
+    assert fields - named == NOT_OF_THE_METHOD, (
+        "a new field belongs into docs/paper_settings.sh, or into NOT_OF_THE_METHOD above"
+    )
+
+
+def test_paper_template_runs_what_it_holds(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", str(PAPER), "--data.path=mine"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = ["-m", "experiments.cv", "--preset=volume3d", *paper_settings(), "--data.path=mine"]
+    assert done.stdout.splitlines() == words
+
+
+def test_api_page_documents_the_whole_public_surface():
+    page = (ROOT / "docs/api.md").read_text()
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", page, re.MULTILINE)}
+    assert {*cmsad_jax.__all__} <= documented
+
+
+def test_python_of_the_documentation_is_right_about_its_shapes(monkeypatch):
+    """What is jitted is traced alone, since compiling it would take half a minute."""
+
+    def traced(function):
+        def zeros(*arguments):
+            structure = []
+
+            def leaves(*inner):
+                flat, tree = jax.tree.flatten(function(*inner))
+                structure.append(tree)
+                return flat
+
+            shapes = jax.eval_shape(leaves, *arguments)
+            flat = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes]
+            return jax.tree.unflatten(structure[0], flat)
+
+        return zeros
+
+    monkeypatch.setattr(jax, "jit", traced)
+    num_shapes = 0
+    for page in ("README.md", "docs/concepts/attention_maps.md"):
+        for block in blocks((ROOT / page).read_text(), "python"):
+            namespace: dict = {}
+            exec(compile(block, page, "exec"), namespace)
+            for expression, shape in re.findall(r"^(\S+\.shape)  # (\(.*\))$", block, re.MULTILINE):
+                assert eval(expression, namespace) == eval(shape)
+                num_shapes += 1
+    assert num_shapes == 4
+
+
+def test_site_builds_without_a_warning(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "api/index.html").read_text()
+    assert "cross_modal_distillation_loss" in api
+    assert "Attention of one modality teaches that of another" in api
+
+
+def test_completion_completes(tmp_path):
+    """The recipe of docs/commands.md, for one program, in bash itself."""
+    script = f"""
+source <({sys.executable} -m experiments.predict --tyro-print-completion bash \
+  | sed 's/ python -m experiments/ experiments/')
+COMP_WORDS=(experiments.predict --accelerator ""); COMP_CWORD=2
+COMP_LINE="experiments.predict --accelerator "; COMP_POINT=${{#COMP_LINE}}
+$(complete -p experiments.predict | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+echo "${{COMPREPLY[@]}}"
+"""
+    (tmp_path / "script").write_text(script)
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    done = subprocess.run(
+        ["/bin/bash", str(tmp_path / "script")],
+        cwd=ROOT,
+        env={"PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["auto", "cpu", "gpu", "tpu"]

@@ -1,0 +1,109 @@
+"""From a run folder to an artifact: what goes in, what is said, what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import cmsad_jax.export
+from cmsad_jax.types import ConfigError
+from experiments import export
+from experiments.config import Config, from_json, to_json
+from tests.experiments.untrained_run import make_untrained_run, tiny_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, make_untrained_run(folder, tiny_config())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, run):
+    folder = tmp_path_factory.mktemp("exported")
+    arguments = [str(run[0]), "--output", str(folder / "model.cmsad"), "--license", "CC-BY-NC-4.0"]
+    export.main([*arguments, "--safetensors", str(folder / "weights"), "--folds", "1"])
+    return folder
+
+
+def test_artifact_holds_the_averaged_weights_of_the_chosen_folds(exported, run):
+    model = cmsad_jax.export.load(exported / "model.cmsad")
+    expected = cmsad_jax.export.flatten_weights(run[1][1])
+    (weights,) = model.weights
+    also = safetensors.numpy.load_file(exported / "weights/fold_1.safetensors")
+    assert weights.keys() == also.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(weights[name], value)
+        np.testing.assert_array_equal(also[name], value)
+
+
+def test_artifact_says_what_surrounds_the_weights(exported):
+    model = cmsad_jax.export.load(exported / "model.cmsad")
+    facts = model.description
+    config = tiny_config()
+    assert facts.modalities == ("t2w", "adc")
+    assert facts.window == config.train.crop
+    assert tuple(facts.preprocess["size"]) == config.data.preprocess.size
+    assert (facts.threshold, facts.allow_missing) == (0.5, False)
+    assert facts.members == ("fold_1",)
+    assert facts.metrics["mean"]["lesion"]["dice"] == 0.5
+    assert facts.provenance["environment"]["git_commit"] == "abc123"
+    assert facts.provenance["config"]["train"]["steps"] == config.train.steps
+    assert facts.license == "CC-BY-NC-4.0"
+    assert model.license_text == "CC-BY-NC-4.0\n"
+    text = json.dumps(facts.provenance)
+    assert "cache" not in text, "folders of the machine are nobody's business"
+
+
+def test_card_says_what_a_person_must_know(exported):
+    card = cmsad_jax.export.load(exported / "model.cmsad").card
+    for words in (
+        "not a medical device",
+        "Segments lesion in prostate MRI from t2w, adc",
+        "must all be there",
+        "6 x 16 x 16 voxels",
+        "percentiles\n  0.5 to 99.5",
+        "| lesion | dice | 0.500 | 0.500 | 3 |",
+        "| lesion | sensitivity | undefined |",
+        "CC-BY-NC-4.0",
+    ):
+        assert words in card
+
+
+def test_training_with_dropout_or_missing_cases_allows_for_missing_modalities():
+    def allowed(config):
+        return export.describe(config, members=(), provenance={}, metrics={}, license="")
+
+    config = tiny_config()
+    incomplete = dataclasses.replace(config.data, allow_missing=True)
+    assert not allowed(config).allow_missing
+    assert allowed(tiny_config(modality_dropout=0.1)).allow_missing
+    assert allowed(dataclasses.replace(config, data=incomplete)).allow_missing
+
+
+def test_unfinished_folds_are_refused_with_a_way_out(tmp_path):
+    make_untrained_run(tmp_path / "run", tiny_config(), done=1)
+    with pytest.raises(ConfigError, match=r"lacks 1\. Run python -m .*, or pass --folds 0\."):
+        export.main([str(tmp_path / "run"), "--output", str(tmp_path / "m.cmsad")])
+    assert not (tmp_path / "m.cmsad").exists()
+
+
+def test_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"a run folder must hold config.json; got none in"):
+        export.main([str(tmp_path)])
+
+
+def test_stored_configuration_comes_back_whole():
+    for config in (tiny_config(), tiny_config(modality_dropout=0.5)):
+        assert from_json(Config, to_json(config)) == config
+
+
+def test_stored_configuration_of_another_version_is_refused_or_completed():
+    values = to_json(tiny_config())
+    del values["train"]["modality_dropout"]
+    assert from_json(Config, values) == tiny_config()
+    values["train"]["colour"] = "blue"
+    with pytest.raises(ConfigError, match=r"got 'colour' in TrainConfig. Use the version"):
+        from_json(Config, values)

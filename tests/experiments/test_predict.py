@@ -1,0 +1,326 @@
+"""Prediction of new cases, from files to files, with models of random weights."""
+
+import dataclasses
+import json
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from cmsad_jax.types import ConfigError
+from data_pipelines import preprocessing
+from data_pipelines.case import DataError, Volume
+from experiments import cv, export, predict
+from experiments.train import compile_programs
+from tests.data_pipelines.fabricate import affine, raw_case, save, write_folder
+from tests.experiments.untrained_run import make_untrained_run, tiny_config
+
+MODALITIES = ("t2w", "adc")
+
+
+def case_of(case_id="a", *, seed=0, images=MODALITIES):
+    raw = raw_case(case_id, seed=seed)
+    return dataclasses.replace(raw, images={name: raw.images[name] for name in images}, label=None)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny_config()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, config):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, make_untrained_run(folder, config)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, run):
+    file = tmp_path_factory.mktemp("artifacts") / "model.cmsad"
+    export.main([str(run[0]), "--output", str(file)])
+    return file
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory, artifact):
+    """Three cases, one of them broken, in two formats."""
+    root = tmp_path_factory.mktemp("predicted")
+    write_folder(root / "in", case_of("a"), ending=".nii.gz")
+    write_folder(root / "in", case_of("b", seed=1), ending=".mha")
+    write_folder(root / "in", case_of("c", seed=2))
+    (root / "in/c/adc.nii.gz").write_bytes(b"broken")
+    arguments = ["--model", str(artifact), "--input", str(root / "in"), "--attention"]
+    with pytest.raises(SystemExit) as stopped:
+        predict.main([*arguments, "--uncertainty", "--output", str(root / "out")])
+    assert stopped.value.code == 4, "a case was passed over"
+    return root
+
+
+def load(path):
+    return nib.load(path).get_fdata(dtype=np.float32).T
+
+
+def test_probability_is_that_of_the_run_itself(predicted, run, config):
+    """The mean over the folds of what ``cv`` writes for a validation case of that fold."""
+    _, members = run
+    programs = compile_programs(config, jax.devices()[:1])
+    raw = dataclasses.replace(case_of("a"), label=raw_case("a").label)
+    case = preprocessing.preprocess_case(raw, config.data)
+    expected = []
+    for fold, params in enumerate(members):
+        directory = predicted / f"cv_{fold}"
+        cv.predict_and_measure(config, programs, params, case, fold, directory)
+        expected.append(load(directory / "probabilities/a.nii.gz"))
+    probability = load(predicted / "out/probabilities/a.nii.gz")
+    np.testing.assert_allclose(probability, np.mean(expected, 0), atol=1e-5)
+    assert probability.std() > 0.01
+    disagreement = load(predicted / "out/disagreement/a.nii.gz")
+    inside = disagreement > 0  # elsewhere is outside the grid
+    # the spread is resampled, not recomputed: equal on the reference grid, which voxels share here
+    np.testing.assert_allclose(disagreement[inside], np.std(expected, 0)[inside], atol=0.05)
+
+
+@pytest.mark.parametrize("case_id", ["a", "b"])
+def test_images_lie_in_the_frame_of_the_t2w_file(predicted, case_id):
+    (t2w,) = (predicted / "in" / case_id).glob("t2w*")
+    source = sitk.ReadImage(str(t2w))
+    names = ["masks/{}", "probabilities/{}", "entropy/{}", "disagreement/{}"]
+    names += ["attention/{}_t2w", "attention/{}_adc"]
+    for name in names:
+        image = sitk.ReadImage(str(predicted / "out" / f"{name.format(case_id)}.nii.gz"))
+        assert image.GetSize() == source.GetSize()
+        for of_image, of_source in (
+            (image.GetOrigin(), source.GetOrigin()),
+            (image.GetSpacing(), source.GetSpacing()),
+            (image.GetDirection(), source.GetDirection()),
+        ):
+            np.testing.assert_allclose(of_image, of_source, atol=1e-4)
+        values = sitk.GetArrayFromImage(image)
+        assert values.min() >= 0
+        assert 0 < values.max() <= 1 + 1e-6
+
+
+def test_mask_and_entropy_follow_from_the_probability(predicted):
+    probability = load(predicted / "out/probabilities/a.nii.gz")
+    np.testing.assert_array_equal(load(predicted / "out/masks/a.nii.gz"), probability > 0.5)
+    p = np.clip(probability.astype(np.float64), 1e-12, 1 - 1e-12)
+    expected = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    np.testing.assert_allclose(load(predicted / "out/entropy/a.nii.gz"), expected, atol=1e-5)
+
+
+def test_account_names_the_model_the_candidates_and_what_failed(predicted, capsys):
+    record = json.loads((predicted / "out/predictions.json").read_text())
+    assert "not a medical device" in record["disclaimer"]
+    assert record["model"]["members"] == ["fold_0", "fold_1"]
+    assert record["model"]["git_commit"] == "abc123"
+    assert record["settings"]["threshold"] == 0.5
+    a, b, c = record["cases"]
+    assert (a["case_id"], b["case_id"], c["case_id"]) == ("a", "b", "c")
+    assert "adc.nii.gz must be a readable image" in c["error"]
+    assert not (predicted / "out/masks/c.nii.gz").exists()
+    assert a["modalities"] == ["t2w", "adc"]
+    assert a["missing_modalities"] == []
+    mask = load(predicted / "out/masks/a.nii.gz")
+    voxel_ml = 3.0 / 1000
+    volume = sum(candidate["volume_ml"] for candidate in a["candidates"])
+    assert volume == pytest.approx(mask.sum() * voxel_ml, abs=1e-3)
+    confidences = [candidate["confidence"] for candidate in a["candidates"]]
+    assert confidences == sorted(confidences, reverse=True)
+    assert confidences[0] == a["highest_probability"]["lesion"]
+
+
+def test_run_and_artifact_are_one_model(predicted, run, tmp_path, capsys):
+    predict.main(
+        ["--model", str(run[0]), "--input", str(predicted / "in/a"), "--output", str(tmp_path)]
+    )
+    ours = json.loads((tmp_path / "predictions.json").read_text())
+    theirs = json.loads((predicted / "out/predictions.json").read_text())
+    assert ours["model"] == theirs["model"]
+    np.testing.assert_array_equal(
+        load(tmp_path / "probabilities/a.nii.gz"),
+        load(predicted / "out/probabilities/a.nii.gz"),
+    )
+    assert "1 of 1 cases predicted" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "masks",
+        "probabilities",
+        "predictions.json",
+    }
+
+
+def test_chosen_folds_and_windows_change_the_result(predicted, artifact, tmp_path):
+    predict.main(
+        [
+            *("--model", str(artifact), "--input", str(predicted / "in/a")),
+            *("--output", str(tmp_path), "--folds", "1", "--overlap", "0", "--uncertainty"),
+        ]
+    )
+    record = json.loads((tmp_path / "predictions.json").read_text())
+    assert record["model"]["members"] == ["fold_1"]
+    assert record["settings"]["overlap"] == 0
+    assert not load(tmp_path / "disagreement/a.nii.gz").any()
+
+
+def test_results_of_another_model_are_refused(predicted, artifact):
+    arguments = ["--model", str(artifact), "--input", str(predicted / "in/a"), "--folds", "0"]
+    with pytest.raises(ConfigError, match="holds the results of one model and its settings"):
+        predict.main([*arguments, "--output", str(predicted / "out")])
+
+
+def test_missing_modality_is_a_fault_unless_trained_for(artifact, tmp_path, capsys):
+    write_folder(tmp_path / "in", case_of("a", images=("adc",)), case_of("b"))
+    arguments = ["--input", str(tmp_path / "in"), "--model"]
+    with pytest.raises(SystemExit):
+        predict.main([*arguments, str(artifact), "--output", str(tmp_path / "strict")])
+    assert "case a is passed over: a case must have every modality" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "strict/masks").iterdir()] == ["b.nii.gz"]
+
+    with zipfile.ZipFile(artifact) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(files["manifest.json"])
+    manifest["description"]["allow_missing"] = True  # as after training with modality dropout
+    files["manifest.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(tmp_path / "ready.cmsad", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    ready = str(tmp_path / "ready.cmsad")
+    predict.main([*arguments, ready, "--output", str(tmp_path / "trained")])
+    case = json.loads((tmp_path / "trained/predictions.json").read_text())["cases"][0]
+    assert case["modalities"] == ["adc"]
+    assert case["missing_modalities"] == ["t2w"]
+    mask = nib.load(tmp_path / "trained/masks/a.nii.gz")
+    assert mask.shape == nib.load(tmp_path / "in/a/adc.nii.gz").shape, "without T2W, ADC's frame"
+
+
+def test_candidates_are_components_with_volume_centre_and_confidence():
+    mask = np.zeros((4, 10, 12), bool)
+    mask[1:3, 2:4, 5:7] = True
+    mask[3, 4, 7] = True  # touches the corner of the first
+    mask[0, 8, 0:3] = True
+    probability = np.where(mask, 0.6, 0.1).astype(np.float32)
+    probability[0, 8, 1] = 0.9
+    grid = affine((3.0, 0.5, 0.4))
+    second, first = predict.lesion_candidates(mask, probability, grid)
+    assert first["volume_ml"] == pytest.approx(9 * 0.6 / 1000, abs=1e-4)
+    assert first["confidence"] == pytest.approx(0.6)
+    assert second["confidence"] == pytest.approx(0.9)
+    expected = nib.affines.apply_affine(grid, [1, 8, 0])
+    np.testing.assert_allclose(second["centre_mm"], expected, atol=0.01)
+    assert predict.lesion_candidates(np.zeros((2, 3, 4), bool), probability[:2], grid) == []
+
+
+def names_of(root):
+    return {
+        case.case_id: {name: path.name for name, path in case.images.items()}
+        for case in predict.find_inputs(root, MODALITIES)
+    }
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def test_cases_are_found_in_every_layout(tmp_path):
+    touch(tmp_path / "one", "T2W.nii.gz", "adc_map.nrrd", "lesion.nii.gz", "notes.txt")
+    assert names_of(tmp_path / "one") == {"one": {"t2w": "T2W.nii.gz", "adc": "adc_map.nrrd"}}
+
+    touch(tmp_path / "many", "x/t2w.mha", "x/adc.mha", "y/t2.nii", "y/adc.nii", ".z/adc.nii.gz")
+    assert names_of(tmp_path / "many").keys() >= {"x", "y"}
+
+    picai = tmp_path / "picai"
+    for study in ("10000_1000000", "10000_1000001"):
+        touch(picai, *(f"images/10000/{study}_{name}.mha" for name in ("t2w", "adc", "hbv", "sag")))
+    touch(picai, "labels/10000_1000000.nii.gz")
+    assert names_of(picai) == {
+        study: {name: f"{study}_{name}.mha" for name in MODALITIES}
+        for study in ("10000_1000000", "10000_1000001")
+    }
+
+    nnunet = tmp_path / "nnunet"
+    touch(
+        nnunet, "imagesTs/p_1_0000.nii.gz", "imagesTs/p_1_0001.nii.gz", "imagesTs/p_1_0002.nii.gz"
+    )
+    channels = {"0": "T2W", "1": "ADC map", "2": "PET"}
+    (nnunet / "dataset.json").write_text(json.dumps({"channel_names": channels}))
+    assert names_of(nnunet) == {"p_1": {"t2w": "p_1_0000.nii.gz", "adc": "p_1_0001.nii.gz"}}
+
+    touch(tmp_path / "flat", "kim_t2_tse.mha", "kim_adc.mha", "lee-t2w.mha", "lee-adc.mha")
+    assert names_of(tmp_path / "flat") == {
+        "kim": {"t2w": "kim_t2_tse.mha", "adc": "kim_adc.mha"},
+        "lee": {"t2w": "lee-t2w.mha", "adc": "lee-adc.mha"},
+    }
+
+
+def test_inputs_without_a_case_are_refused(tmp_path):
+    touch(tmp_path, "lesion.nii.gz", "t2w.txt")
+    with pytest.raises(
+        DataError, match=r"named by modality \(t2w, adc\), such as CASE/t2w.nii.gz .* found none"
+    ):
+        predict.find_inputs(tmp_path, MODALITIES)
+    with pytest.raises(DataError, match="the input must be a folder"):
+        predict.find_inputs(tmp_path / "nowhere", MODALITIES)
+    touch(tmp_path, "n/imagesTs/a_0000.nii.gz")
+    (tmp_path / "n/dataset.json").write_text("[1]")
+    with pytest.raises(DataError, match='must hold "channel_names"'):
+        predict.find_inputs(tmp_path / "n", MODALITIES)
+
+
+def test_ambiguous_cases_are_passed_over(tmp_path, artifact, capsys):
+    write_folder(tmp_path / "in", case_of("a"), case_of("b"))
+    write_folder(tmp_path / "in/other", case_of("a"))
+    save(tmp_path / "in/b/t2.nii.gz", Volume(np.zeros((2, 3, 3), np.int16), affine()))
+    arguments = ["--model", str(artifact), "--input", str(tmp_path / "in")]
+    with pytest.raises(SystemExit):
+        predict.main([*arguments, "--output", str(tmp_path / "out")])
+    errors = capsys.readouterr().err
+    assert errors.count("case a is passed over: a case id must be unique; got it 2 times") == 2
+    assert "must have one file for 't2w'; got t2.nii.gz, t2w.nii.gz" in errors
+    assert not (tmp_path / "out/masks").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threshold", "1"], "threshold must lie between 0 and 1"),
+        (["--overlap", "1"], "overlap be 0 or more and below 1"),
+        (["--batch-size", "0"], "batch size must be 1 or more; got 0"),
+        (["--folds", "7"], "members must be among fold_0, fold_1; got fold_7"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(artifact, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        predict.main(
+            ["--model", str(artifact), "--input", str(tmp_path), "--output", "out", *options]
+        )
+
+
+def test_no_model_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="the model must be a run folder or an artifact"):
+        predict.main(
+            ["--model", str(tmp_path / "none"), "--input", str(tmp_path), "--output", "out"]
+        )
+
+
+def test_cases_are_read_ahead_but_not_all_of_them():
+    read, ready = [], threading.Event()
+
+    def slow(item):
+        read.append(item)
+        if len(read) == 2:
+            ready.set()
+        return item * item
+
+    with ThreadPoolExecutor(1) as executor:
+        results = predict.read_ahead(executor, slow, range(20))
+        assert next(results) == 0
+        assert ready.wait(10), "the next one is read while this one is used"
+        assert [next(results) for _ in range(5)] == [1, 4, 9, 16, 25]
+        assert len(read) <= 6 + predict.READ_AHEAD
+        assert list(results) == [n * n for n in range(6, 20)]
