@@ -227,4 +227,3 @@ def _unreadable(path: Path, came: str) -> DataError:
     return DataError(
         f"{path} must be a readable image; got: {came}. Copy or convert the file again."
     )
-

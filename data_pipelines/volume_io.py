@@ -53,6 +53,11 @@ def read_volume(path: Path, channel: int | None = None) -> Volume:
     with _faults_named(path):
         grid, load = _open(path, channel)
         array = load()
+        _check_values(path, array)
+    return Volume(array, grid.affine)
+
+
+def _check_values(path: Path, array: np.ndarray) -> None:
     if array.dtype.kind not in "buif":
         raise DataError(
             f"{path} must hold one real number a voxel; got {array.dtype}. "
@@ -64,7 +69,6 @@ def read_volume(path: Path, channel: int | None = None) -> Volume:
             f"{path} must hold finite values; got {num_bad} NaN or infinite voxels. "
             "Repair or leave out this file."
         )
-    return Volume(array, grid.affine)
 
 
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
@@ -94,21 +98,25 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 @contextlib.contextmanager
 def _faults_named(path: Path) -> Iterator[None]:
     """Whatever the readers raise on a broken file becomes a ``DataError`` that names it."""
-    if not path.exists():
-        raise MissingDataError(f"no file at {path}. Check the path.")
-    if path.is_dir() and path.name.lower().endswith(SUFFIXES):
-        raise DataError(f"{path} must be a file; got a folder. Check the path.")
-    if not path.is_dir() and not path.is_file():
-        raise DataError(f"{path} must be a regular file; got a device or pipe. Check the path.")
     try:
+        if not path.exists():
+            raise MissingDataError(f"no file at {path}. Check the path.")
+        if path.is_dir() and path.name.lower().endswith(SUFFIXES):
+            raise DataError(f"{path} must be a file; got a folder. Check the path.")
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"{path} must be a regular file; got a device or pipe. Check the path.")
         yield
-    except DataError:
+    except DataError as error:
+        error.file = path
         raise
     except Exception as error:  # hostile bytes make readers raise anything
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise DataError(
+        lines = str(error).strip().splitlines()
+        reason = lines[-1] if lines else type(error).__name__
+        fault = DataError(
             f"{path} must be a readable image; got: {reason}. Copy or convert the file again."
-        ) from error
+        )
+        fault.file = path
+        raise fault from error
 
 
 def _open(path: Path, channel: int | None) -> tuple[Grid, Callable[[], np.ndarray]]:
@@ -146,8 +154,10 @@ def _open_nifti(path: Path, channel: int | None) -> tuple[Grid, Callable[[], np.
 
 
 def _open_itk(path: Path) -> tuple[Grid, Callable[[], np.ndarray]]:
-    check = file_checks.check_nrrd if path.suffix.lower() == ".nrrd" else file_checks.check_metaimage
-    check(path)
+    if path.suffix.lower() == ".nrrd":
+        file_checks.check_nrrd(path)
+    else:
+        file_checks.check_metaimage(path)
     sitk.ProcessObject.GlobalWarningDisplayOff()
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading, preprocessing, splits, volume_io
+from data_pipelines import loading, preprocessing, splits, validate, volume_io
 from data_pipelines.case import Case, DataError, spacing_of
 from experiments import evaluate, report
 from experiments.config import Config, differences, parse, to_json
@@ -42,6 +42,7 @@ def run(config: Config) -> dict[str, Any]:
     output = config.output
     assert output is not None, "complete() names the run folder"
     refuse_other_run(output, config)
+    validate.check(config.data, log)
     source = loading.build(config.data)
     folds = make_folds(config, source)
     open_run(output, config, source, folds)

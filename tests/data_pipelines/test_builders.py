@@ -27,6 +27,12 @@ def assert_same(a: Case, b: Case) -> None:
             assert left.dtype == right.dtype, field.name
 
 
+def assert_nothing_built(config: DataConfig) -> None:
+    """No data set is visible; finished cases may wait in a hidden folder."""
+    left = {path.relative_to(config.cache).parts[1:2] for path in config.cache.rglob("*")}
+    assert left <= {(), (".staging",)}
+
+
 def build(config: DataConfig, builder=FolderBuilder):
     built = builder(config)
     built.prepare()
@@ -110,7 +116,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
 def test_all_faults_of_all_cases_are_told_at_once(tmp_path):
     cases = [raw_case(name) for name in "abcdef"]
-    cases[3].label.array[0, 0, 0] = 999  # found only when voxels are read
+    cases[3].label.array[0, 0, 0] = 999
     config = write_folder(tmp_path / "data", *cases)
     (config.path / "a" / "hbv.nii.gz").unlink()
     (config.path / "b" / "lesion.nii.gz").unlink()
@@ -122,17 +128,18 @@ def test_all_faults_of_all_cases_are_told_at_once(tmp_path):
     with pytest.raises(DataError) as caught:
         FolderBuilder(config).prepare()
     text = str(caught.value)
-    assert "the data set cannot be built; faults: 5, cases: 6." in text
+    assert "the data set cannot be built; faults: 6, cases: 6." in text
+    assert "- d: label values must be whole numbers from 0 to 255" in text
     assert "- a: a case must have every modality; got no 'hbv', looked for hbv{.nii.gz" in text
     assert "Remove the case, use --data.modalities t2w adc or pass --data.allow-missing." in text
     assert "- b: a case must have a label for the target 'lesion'; got none, looked for" in text
     assert "t2w.nii.gz must be a readable image" in text
     assert "- e: 'adc' must overlap the reference image" in text
     assert "- f 1: a case id must consist of letters, digits, '.', '_' and '-'" in text
-    assert not config.cache.exists() or not list(config.cache.rglob("*"))
+    assert_nothing_built(config)
 
 
-def test_faults_in_voxels_are_told_at_once_and_nothing_is_left(tmp_path):
+def test_faults_in_voxels_are_told_at_once_and_nothing_is_built(tmp_path):
     cases = [raw_case(name) for name in "abc"]
     cases[1].label.array[0, 0, 0] = 999
     cases[2].images["hbv"].array[:] = 4
@@ -146,7 +153,7 @@ def test_faults_in_voxels_are_told_at_once_and_nothing_is_left(tmp_path):
     assert "- b: label values must be whole numbers from 0 to 255" in text
     assert "- c: 'hbv' must vary within the crop; got the constant 4" in text
     assert "hbv.nii.gz must hold finite values; got 1 NaN or infinite voxels" in text
-    assert not list(config.cache.rglob("*"))
+    assert_nothing_built(config)
     save(config.path / "b" / "lesion.nii.gz", raw_case().label)
     save(config.path / "c" / "hbv.nii.gz", raw_case().images["hbv"])
     shutil.rmtree(config.path / "d")
@@ -154,33 +161,85 @@ def test_faults_in_voxels_are_told_at_once_and_nothing_is_left(tmp_path):
     assert list(built) == ["a", "b", "c"]
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
-    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"), raw_case("c"))
     builder = FolderBuilder(config)
-    read = builder.read_case
+    read = FolderBuilder.read_available
+    begun = []
 
-    def interrupt(entry):
-        if entry.case_id == "b":
+    def interrupt(self, entry):
+        begun.append(entry.case_id)
+        if len(begun) == 2:
             raise KeyboardInterrupt
-        return read(entry)
+        return read(self, entry)
 
-    monkeypatch.setattr(builder, "read_case", interrupt)
+    monkeypatch.setattr(FolderBuilder, "read_available", interrupt)
     with pytest.raises(KeyboardInterrupt):
         builder.prepare()
     assert not builder.is_prepared()
-    assert not list(config.cache.rglob("*"))
+    assert_nothing_built(config)
+    _, cases = build(config)
+    assert begun == ["a", "b", "b", "c"]
+    assert list(cases) == ["a", "b", "c"]
+    expected = preprocess_case(builder.read_case(builder.entries[0]), config)
+    assert_same(cases["a"], expected)
+    assert not (config.cache / "nifti_folder" / ".staging").exists()
+
+
+def test_repairing_one_case_does_not_repeat_the_others(tmp_path, monkeypatch):
+    cases = [raw_case(name) for name in "ab"]
+    cases[1].label.array[0, 0, 0] = 999
+    config = write_folder(tmp_path / "data", *cases)
+    with pytest.raises(DataError, match="faults: 1, cases: 2"):
+        FolderBuilder(config).prepare()
+    save(config.path / "b" / "lesion.nii.gz", raw_case().label)
+    read, begun = FolderBuilder.read_available, []
+
+    def counted(self, entry):
+        begun.append(entry.case_id)
+        return read(self, entry)
+
+    monkeypatch.setattr(FolderBuilder, "read_available", counted)
+    _, built = build(config)
+    assert begun == ["b"]
+    assert list(built) == ["a", "b"]
+
+
+def test_a_killed_write_leaves_no_data_set_and_is_made_good(tmp_path, monkeypatch):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+    monkeypatch.setattr(FolderBuilder, "_write_info", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        FolderBuilder(config).prepare()
+    monkeypatch.undo()
+    builder = FolderBuilder(config)
+    assert not builder.is_prepared()
+    _, cases = build(config)
+    assert list(cases) == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_data_set(tmp_path):
+    raws = [raw_case(name, seed=i, positive=i % 2 == 0) for i, name in enumerate("abcde")]
+    config = write_folder(tmp_path / "data", *raws)
+    alone, _ = build(config)
+    pooled = FolderBuilder(dataclasses.replace(config, cache=tmp_path / "other"))
+    pooled.prepare(num_workers=2)
+    assert pooled.fingerprint == alone.fingerprint
+    assert pooled.infos == alone.infos
+    with pytest.raises(DataError, match=r"at least one worker; got 0. Use --num-workers=1"):
+        FolderBuilder(dataclasses.replace(config, cache=tmp_path / "third")).prepare(num_workers=0)
 
 
 def test_a_slower_process_takes_the_result_of_a_faster_one(tmp_path):
     config = write_folder(tmp_path / "data", raw_case())
     slow = FolderBuilder(config)
-    read = slow.read_case
+    read = slow.read_available
 
     def overtaken(entry):
         FolderBuilder(config).prepare()
         return read(entry)
 
-    slow.read_case = overtaken
+    slow.read_available = overtaken
     slow.prepare()
     assert [decode(record).case_id for record in slow.source()] == ["a"]
 
