@@ -7,12 +7,14 @@ its end, where its checksum is.
 """
 
 import gzip
+import itertools
 import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 
 from data_pipelines.case import DataError, MissingDataError
 
@@ -40,6 +42,15 @@ _METAIMAGE_BYTES = {
     "MET_ULONG_LONG": 8,
     "MET_FLOAT": 4,
     "MET_DOUBLE": 8,
+}
+_METAIMAGE_GEOMETRY = {
+    ("TransformMatrix", "Rotation", "Orientation"): 2,
+    ("Offset", "Position", "Origin"): 1,
+    ("ElementSpacing", "ElementSize"): 1,
+}
+_NRRD_SPACES = {
+    *("right-anterior-superior", "ras", "left-anterior-superior", "las"),
+    *("left-posterior-superior", "lps"),
 }
 _NRRD_BYTES = {
     **dict.fromkeys(("signed char", "int8", "int8_t", "uchar", "unsigned char"), 1),
@@ -74,9 +85,10 @@ def nifti_content(path: Path) -> tuple[type[nib.Nifti1Image], bytes]:
             raise _unreadable(path, "no NIfTI header")
         kind = kinds[header_size]
         start += stream.read(header_size - 4)
-        header = kind.header_class(start, check=True)
+        header = kind.header_class(start, check=False)  # a check would mend zero spacings
         if bytes(header["magic"]).rstrip(b"\0")[:3] not in (b"n+1", b"n+2"):
             raise _unreadable(path, f"the magic {bytes(header['magic'])!r}")
+        _check_nifti_place(path, header)
         voxel_bytes = header.get_data_dtype().itemsize
         offset = header.get_data_offset()
         expected = offset + _num_bytes(path, header.get_data_shape(), voxel_bytes)
@@ -88,6 +100,33 @@ def nifti_content(path: Path) -> tuple[type[nib.Nifti1Image], bytes]:
         more = "more" if len(content) > expected else len(content)
         raise _unreadable(path, f"{more} of the {expected} bytes that its header declares")
     return kind, content
+
+
+def _check_nifti_place(path: Path, header: nib.Nifti1Header) -> None:
+    """Whether the header says where the voxels lie, and one place only."""
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if min(codes) < 0 or not any(codes):
+        raise _placeless(path, "sform or qform")
+    pixdim = header["pixdim"][1:4]
+    if not codes[0] and not (pixdim > 0).all():
+        raise DataError(
+            f"{path} must have a positive voxel size; got {pixdim.tolist()} mm. "
+            "Repair the header of the file."
+        )
+    if np.isinf([header["scl_slope"], header["scl_inter"]]).any():
+        raise _unreadable(path, f"the intensity scale {header['scl_slope']}")
+    if not all(codes):
+        return
+    extent = np.subtract((*header.get_data_shape(), 1, 1, 1)[:3], 1)
+    corners = np.array(list(itertools.product((0, 1), repeat=3))) * extent
+    sform, qform = header.get_sform(), header.get_qform()
+    apart = (sform - qform)[:3, :3] @ corners.T + (sform - qform)[:3, 3:]
+    farthest = np.linalg.norm(apart, axis=0).max()
+    if not farthest <= max(np.linalg.norm(sform[:3, :3], axis=0).min(), 1e-3):
+        raise DataError(
+            f"{path} must lie in one place; got an sform and a qform up to {farthest:.1f} mm apart"
+            ". Set the code of the wrong one to 0."
+        )
 
 
 def check_metaimage(path: Path) -> None:
@@ -111,6 +150,11 @@ def check_metaimage(path: Path) -> None:
     if voxel_bytes is None or fields.get("BinaryData", "True").lower() != "true":
         raise _unreadable(path, f"voxels of type {fields.get('ElementType')}, or as text")
     channels = _integers(path, fields.get("ElementNumberOfChannels", "1"), "channels")
+    for names, count in _METAIMAGE_GEOMETRY.items():
+        given = [fields[name] for name in names if name in fields]
+        if not given:
+            raise _placeless(path, names[0])
+        _numbers(path, given[0], names[0], len(shape) ** count)
     expected = _num_bytes(path, (*shape, *channels), voxel_bytes)
     data = path
     if fields["ElementDataFile"].upper() not in ("LOCAL", "LIST"):
@@ -119,6 +163,8 @@ def check_metaimage(path: Path) -> None:
         raise _unreadable(path, "a list of files")
     header_bytes = _integers(path, fields.get("HeaderSize", "0"), "HeaderSize", least=-1)[0]
     compressed = fields.get("CompressedData", "False").lower() == "true"
+    if not compressed and fields.get("CompressedData", "False").lower() != "false":
+        raise _unreadable(path, f"CompressedData {fields['CompressedData']!r:.60}")
     if header_bytes == -1 and not compressed:
         offset = max(data.stat().st_size - expected, 0)
     else:
@@ -149,6 +195,14 @@ def check_nrrd(path: Path) -> None:
     for skip in ("byte skip", "byteskip", "line skip", "lineskip"):
         if fields.get(skip, "0") != "0":
             raise _unreadable(path, f"a {skip} of {fields[skip]}")
+    for name in ("space", "space directions", "space origin"):
+        if name not in fields:
+            raise _placeless(path, name)
+    if fields["space"].lower() not in _NRRD_SPACES:
+        raise _unreadable(path, f"the space {fields['space']!r:.60}")
+    vectors = [v for v in fields["space directions"].split() if v != "none"]
+    for text in (*vectors, fields["space origin"]):
+        _numbers(path, text.strip("()").replace(",", " "), "space", 3)
     detached = fields.get("data file", fields.get("datafile"))
     data, offset = (path, end + gap) if detached is None else (_data_file(path, detached), 0)
     expected = _num_bytes(path, shape, voxel_bytes)
@@ -188,7 +242,7 @@ def _check_voxels(path: Path, data: Path, offset: int, expected: int, *, compres
 
 
 def _deflated_size(path: Path, offset: int, most: int) -> int:
-    """Bytes in the zlib or gzip stream from ``offset`` on; stops one beyond ``most``."""
+    """Bytes in the zlib or gzip stream from ``offset`` on and after it; stops beyond ``most``."""
     stream = zlib.decompressobj(wbits=47)
     total = 0
     with path.open("rb") as file:
@@ -198,7 +252,7 @@ def _deflated_size(path: Path, offset: int, most: int) -> int:
             if not packed:
                 raise EOFError("the compressed voxels end too early")
             total += len(stream.decompress(packed, _CHUNK))
-    return total
+        return total + len(stream.unused_data) + len(file.read(1))
 
 
 def _data_file(path: Path, name: str) -> Path:
@@ -221,6 +275,23 @@ def _integers(path: Path, text: str, name: str, *, least: int = 0) -> tuple[int,
     if min(numbers) < least:
         raise _unreadable(path, f"{name} {text!r:.60}")
     return numbers
+
+
+def _numbers(path: Path, text: str, name: str, count: int) -> None:
+    """Check that a header field holds so many finite numbers."""
+    try:
+        finite = [math.isfinite(float(word)) for word in text.split()]
+    except ValueError:
+        finite = []
+    if len(finite) != count or not all(finite):
+        raise _unreadable(path, f"{name} {text!r:.60}")
+
+
+def _placeless(path: Path, name: str) -> DataError:
+    return DataError(
+        f"{path} must say where its voxels lie; got no {name} in its header. Convert the original "
+        "images again."
+    )
 
 
 def _unreadable(path: Path, came: str) -> DataError:
