@@ -159,13 +159,20 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Whether the data set is built: the information file is there only if all else is."""
         return (Path(self.data_dir) / _INFO_FILE).is_file()
 
-    def prepare(self, *, num_workers: int | None = None, beam_runner: str | None = None) -> None:
+    def prepare(
+        self,
+        *,
+        num_workers: int | None = None,
+        beam_runner: str | None = None,
+        beam_options: Sequence[str] = (),
+    ) -> None:
         """Build the data set unless it is there already.
 
         Args:
             num_workers: processes that work through the cases; see ``examine_all``.
             beam_runner: name of an Apache Beam runner that does it instead. It stops at the first
                 fault, so run ``python -m data_pipelines.validate`` before.
+            beam_options: of the runner, as on its command line.
 
         Raises:
             DataError: faults of the data, all cases' in one message. No data set is left behind;
@@ -182,7 +189,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise DataError(_report(errors, len(self.entries)))
         config = None
         if beam_runner is not None:
-            config = tfds.download.DownloadConfig(beam_runner=_known_runner(beam_runner))
+            config = _beam_config(beam_runner, beam_options)
         self._beam = beam_runner is not None
         try:
             with _quiet_tfds():
@@ -464,22 +471,28 @@ def _beam_example(
     return index, _record(worker.examine_anew(entry))
 
 
-def _known_runner(name: str) -> Any:
-    """The Beam runner of that name."""
+def _beam_config(runner: str, options: Sequence[str]) -> tfds.download.DownloadConfig:
+    """TFDS's settings for a Beam runner of that name."""
     try:
+        from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
+            PipelineOptions,
+        )
         from apache_beam.runners import create_runner  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(
-            f"a Beam runner needs Apache Beam; got --beam.runner={name} and no apache_beam. "
+            f"a Beam runner needs Apache Beam; got --beam.runner={runner} and no apache_beam. "
             'Use pip install -e ".[experiments,beam]", in an environment of its own.'
         ) from None
     try:
-        return create_runner(name)
+        known = create_runner(runner)
     except (ValueError, ImportError, AttributeError) as error:
         raise DataError(
-            f"a Beam runner must be one that Beam knows; got {name!r}: {error}. "
+            f"a Beam runner must be one that Beam knows; got {runner!r}: {error}. "
             "Use --beam.runner=DirectRunner."
         ) from None
+    return tfds.download.DownloadConfig(
+        beam_runner=known, beam_options=PipelineOptions(list(options))
+    )
 
 
 @contextlib.contextmanager

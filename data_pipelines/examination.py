@@ -247,6 +247,13 @@ def _label_suspicions(
             f"the {config.target} should have between {low:g} and {high:g} ml; got "
             f"{volume_ml:.3g} ml. Look at the outline on the contact sheet."
         )
+    if config.target == "zones" and {1, 2} <= set(np.unique(label.array).tolist()):
+        behind = _mean_anterior_mm(label, 2) - _mean_anterior_mm(label, 1)
+        if behind < 0:
+            yield (
+                "the peripheral zone (1) should lie behind the transition zone (2); got it "
+                f"{-behind:.1f} mm before it. Check the numbers of the zones and the header."
+            )
     voxels = voxels[:: max(len(voxels) // _MAX_POINTS, 1)]
     points = voxels[:, ::-1] @ label.affine[:3, :3].T + label.affine[:3, 3]
     for name in config.modalities:
@@ -270,6 +277,12 @@ def _label_suspicions(
             f"{config.preprocess.spacing_mm} mm; got {outside:.0%} of it outside. Enlarge "
             "--data.preprocess.size."
         )
+
+
+def _mean_anterior_mm(label: Volume, value: int) -> float:
+    """How far forward the voxels of a class lie, in the mean."""
+    index = np.argwhere(label.array == value).mean(0)[::-1]
+    return float((label.affine[:3, :3] @ index + label.affine[:3, 3])[1])
 
 
 def _frame_suspicions(label: Volume, reference: Volume) -> Iterator[str]:

@@ -119,7 +119,7 @@ def _check_nifti_place(path: Path, header: nib.Nifti1Header) -> None:
         return
     extent = np.subtract((*header.get_data_shape(), 1, 1, 1)[:3], 1)
     corners = np.array(list(itertools.product((0, 1), repeat=3))) * extent
-    sform, qform = header.get_sform(), header.get_qform()
+    sform, qform = np.asarray(header.get_sform()), np.asarray(header.get_qform())
     apart = (sform - qform)[:3, :3] @ corners.T + (sform - qform)[:3, 3:]
     farthest = np.linalg.norm(apart, axis=0).max()
     if not farthest <= max(np.linalg.norm(sform[:3, :3], axis=0).min(), 1e-3):

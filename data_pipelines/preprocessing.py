@@ -5,6 +5,7 @@ alike for training and for prediction, and no statistic crosses from validation 
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -171,25 +172,60 @@ def resample_label(
     is a threshold of one half. At a tie the voxel of the larger index decides, as in ``resample``,
     so that a shape neither grows nor shrinks.
     """
-    if sampling == "nearest":
-        return resample(label, shape, affine, order=0)[0]
     result = np.zeros(shape, np.uint8)
-    classes = np.unique(label.array[label.array > 0])
-    if len(classes) == 0:
+    part, window, part_affine = _foreground_windows(label, shape, affine)
+    size = result[window].shape
+    if 0 in (*part.shape, *size):
         return result
+    if sampling == "nearest":
+        result[window] = resample(part, size, part_affine, order=0)[0]
+        return result
+    classes = np.unique(part.array[part.array > 0])
     shift = np.eye(4)
     shift[:3, 3] = -_TIE
-    highest = np.full(shape, 0.5 if len(classes) == 1 else 0.0, np.float32)
-    background = np.ones(shape, np.float32)
+    chosen = np.zeros(size, np.uint8)
+    highest = np.full(size, 0.5 if len(classes) == 1 else 0.0, np.float32)
+    background = np.ones(size, np.float32)
     for value in classes:
-        indicator = Volume((label.array == value).astype(np.float32), label.affine @ shift)
-        weight, _ = resample(indicator, shape, affine, order=1)
+        indicator = Volume((part.array == value).astype(np.float32), part.affine @ shift)
+        weight, _ = resample(indicator, size, part_affine, order=1)
         wins = weight > highest
-        result[wins], highest[wins] = value, weight[wins]
+        chosen[wins], highest[wins] = value, weight[wins]
         background -= weight
     if len(classes) > 1:
-        result[background > highest] = 0
+        chosen[background > highest] = 0
+    result[window] = chosen
     return result
+
+
+def _foreground_windows(
+    label: Volume, shape: tuple[int, int, int], affine: np.ndarray
+) -> tuple[Volume, tuple[slice, ...], np.ndarray]:
+    """The part of a label around its foreground, and where it can reach in another grid.
+
+    Nothing but background is left out: the foreground has a margin of one voxel. The third result
+    is the affine of the window, of which the second gives the slices.
+    """
+    box, start = _foreground_box(label.array)
+    if box.size == 0:
+        return Volume(box, label.affine), (slice(0, 0),) * 3, affine
+    low = np.maximum(np.subtract(start, 1), 0)
+    high = np.minimum(np.add(start, box.shape) + 1, label.shape)
+    part = label.array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    corners = np.array(list(itertools.product(*zip(low - 1, high, strict=True))))
+    matrix, offset = _index_transform(affine, label.affine)
+    reach = corners @ matrix.T + offset
+    first = np.clip(np.floor(reach.min(0)).astype(int), 0, shape)
+    last = np.clip(np.ceil(reach.max(0)).astype(int) + 1, first, shape)
+    window = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
+    return Volume(part, _moved(label.affine, low)), window, _moved(affine, first)
+
+
+def _moved(affine: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """The affine of the part of a grid that begins at an index ``d h w``."""
+    moved = np.array(affine, np.float64)
+    moved[:3, 3] += moved[:3, :3] @ np.asarray(index)[::-1]
+    return moved
 
 
 def overlaps(

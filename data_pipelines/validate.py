@@ -62,12 +62,15 @@ def validate(builder: CaseBuilder, *, num_workers: int | None = None) -> Finding
     return Findings(problems, facts, tiles, len(builder.entries))
 
 
-def check(config: DataConfig, log: Callable[[str], None]) -> None:
+def check(
+    config: DataConfig, log: Callable[[str], None], *, num_workers: int | None = None
+) -> None:
     """Validate a data set before it is built for a run; one that is built passes at once.
 
     Args:
         config: the data set.
         log: prints warnings.
+        num_workers: processes that read the cases; None chooses.
 
     Raises:
         DataError: all problems, if there is an error among them.
@@ -75,7 +78,7 @@ def check(config: DataConfig, log: Callable[[str], None]) -> None:
     builder = loading.open_builder(config)
     if builder.is_prepared():
         return
-    findings = validate(builder)
+    findings = validate(builder, num_workers=num_workers)
     table = validation.format_table(findings.problems)
     if findings.num_errors:
         raise DataError(f"{summary(findings)}\n{table}")

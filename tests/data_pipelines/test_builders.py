@@ -1,10 +1,14 @@
 """The shared TFDS builder, and the readers of user folders and of PI-CAI."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from data_pipelines.nifti_folder.nifti_folder_dataset_builder import modality_of
 from data_pipelines.picai.picai_dataset_builder import Builder as PicaiBuilder
 from data_pipelines.preprocessing import preprocess_case
 from data_pipelines.splits import CaseInfo
-from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_folder
+from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_dicom, write_folder
 
 
 def assert_same(a: Case, b: Case) -> None:
@@ -462,3 +466,96 @@ def test_duplicate_cases_are_refused(tmp_path):
     builder.entries *= 2
     with pytest.raises(DataError, match=r"- a: a case id must be unique; got it 2 times"):
         builder.prepare()
+
+
+def test_a_table_of_patients_groups_and_availability(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+    table = config.path / "patients.csv"
+    table.write_text("case,patient,group,available\na,p1,north,T2 adc\nb,p2,,\n")
+    config = dataclasses.replace(config, allow_missing=True)
+    built, cases = build(config)
+    assert cases["a"].present.tolist() == [True, True, False]
+    assert cases["b"].present.tolist() == [True, True, True]
+    stored = json.loads((built.data_path / "cases.json").read_text())["cases"]
+    assert [case["metadata"] for case in stored] == [{"group": "north"}, {}]
+    (config.path / "a/adc.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"calls available must have a file; got none for 'adc'"):
+        FolderBuilder(config).prepare()
+    table.write_text("case,patient,available\na,p1,t2w pet\nb,p2,\n")
+    with pytest.raises(DataError, match=r"modalities in the column available, .* got pet. Use"):
+        FolderBuilder(config)
+
+
+def test_dicom_folders_and_a_gland_mask_in_a_case_folder(tmp_path):
+    raw = raw_case("a")
+    config = write_folder(tmp_path / "data", raw)
+    folder = config.path / "a"
+    (folder / "hbv.nii.gz").unlink()
+    write_dicom(
+        folder / "DWI", dataclasses.replace(raw.images["hbv"], array=raw.images["adc"].array)
+    )
+    save(folder / "gland.nii.gz", raw.label)
+    entry = FolderBuilder(config).entries[0]
+    assert entry.images["hbv"] == folder / "DWI"
+    assert entry.gland is None  # not asked for
+    _, cases = build(config)
+    np.testing.assert_allclose(cases["a"].image[..., 2], cases["a"].image[..., 1], atol=2)
+    around = dataclasses.replace(config, preprocess=dataclasses.replace(SMALL, centre="gland"))
+    assert FolderBuilder(around).entries[0].gland == folder / "gland.nii.gz"
+    state = FolderBuilder(config).data_dir
+    (folder / "DWI" / "slice000.dcm").touch()
+    assert FolderBuilder(config).data_dir != state
+
+
+def test_what_was_preprocessed_with_is_kept_with_the_data_set(tmp_path):
+    built, _ = build(write_folder(tmp_path / "data", raw_case()))
+    stored = json.loads((built.data_path / "cases.json").read_text())
+    assert stored["preprocess"] == json.loads(json.dumps(dataclasses.asdict(SMALL)))
+
+
+def run_build(config: DataConfig, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_pipelines.build", f"--data.name={config.name}"]
+    command += [f"--data.path={config.path}", f"--data.cache={config.cache}"]
+    command += ["--data.preprocess.size", "6", "16", "16"]
+    command += ["--data.preprocess.spacing-mm", "3", "1", "1", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.slow
+def test_build_from_the_command_line(tmp_path):
+    config = write_folder(
+        tmp_path / "data", *(raw_case(name, seed=i) for i, name in enumerate("ab"))
+    )
+    done = run_build(config, "--num-workers=2")
+    assert done.returncode == 0, done.stderr
+    assert "2 cases, 2 with lesion: " in done.stdout
+    assert FolderBuilder(config).is_prepared()
+    (config.path / "a/adc.nii.gz").unlink()
+    done = run_build(config)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: the data set cannot be built; cases: 2, errors: 1")
+
+
+def test_beam_is_asked_for_by_name(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case())
+    if importlib.util.find_spec("apache_beam") is None:
+        with pytest.raises(DataError, match=r"needs Apache Beam; got --beam.runner=DirectRunner"):
+            FolderBuilder(config).prepare(beam_runner="DirectRunner")
+    else:
+        with pytest.raises(DataError, match=r"one that Beam knows; got 'NoRunner'"):
+            FolderBuilder(config).prepare(beam_runner="NoRunner")
+    assert_nothing_built(config)
+
+
+def test_beam_builds_the_same_data_set(tmp_path):
+    pytest.importorskip("apache_beam", reason="the extra [beam] is not installed")
+    raws = [raw_case(name, seed=i, positive=i % 2 == 0) for i, name in enumerate("abc")]
+    config = write_folder(tmp_path / "data", *raws)
+    alone, cases = build(config)
+    beamed = FolderBuilder(dataclasses.replace(config, cache=tmp_path / "other"))
+    beamed.prepare(beam_runner="DirectRunner")
+    assert beamed.fingerprint == alone.fingerprint
+    assert {info.case_id for info in beamed.infos} == {info.case_id for info in alone.infos}
+    for record in beamed.source():
+        assert_same(decode(record), cases[decode(record).case_id])
