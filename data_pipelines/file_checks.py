@@ -107,7 +107,7 @@ def _check_nifti_place(path: Path, header: nib.Nifti1Header) -> None:
     codes = int(header["sform_code"]), int(header["qform_code"])
     if min(codes) < 0 or not any(codes):
         raise _placeless(path, "sform or qform")
-    pixdim = header["pixdim"][1:4]
+    pixdim = np.asarray(header["pixdim"], np.float64)[1:4]
     if not codes[0] and not (pixdim > 0).all():
         raise DataError(
             f"{path} must have a positive voxel size; got {pixdim.tolist()} mm. "

@@ -122,9 +122,10 @@ def format_table(problems: Sequence[Problem], *, width: int = 132) -> str:
             problem.level,
             problem.case_id,
             problem.file.name if problem.file else "",
-            problem.rule,
-            problem.came,
-            problem.remedy,
+            *(
+                text.replace(str(problem.file), "the file") if problem.file else text
+                for text in (problem.rule, problem.came, problem.remedy)
+            ),
         )
         for problem in sorted(problems, key=lambda p: (p.level, p.case_id))
     ]
