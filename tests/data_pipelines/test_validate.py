@@ -226,7 +226,7 @@ def test_problems_split_into_rule_what_came_and_remedy():
     lines = table.splitlines()
     assert lines[0].split() == ["case", "file", "rule", "what", "came", "remedy"]
     assert max(map(len, lines)) <= 132
-    assert lines[-1].split() == "warning b x.mha the file must r c R.".split()
+    assert lines[-1].split() == ["warning", "b", "x.mha", "the", "file", "must", "r", "c", "R."]
     assert format_table([]) == ""
 
 
