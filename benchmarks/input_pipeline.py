@@ -28,7 +28,7 @@ from data_pipelines.case import DataConfig
 CROP = (12, 48, 48)
 BATCH_SIZE = 2
 NUM_BATCHES = 400
-_POLL_S = 0.05
+_POLL_S = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
