@@ -6,7 +6,7 @@ is needed to bring a prediction back into the frame of the original T2W file.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +27,38 @@ STORED_UNIT = 1 / 2048
 
 
 class DataError(ValueError):
-    """A fault of the user's data; the message holds the rule, what came and the remedy."""
+    """A fault of the user's data; the message holds the rule, what came and the remedy.
+
+    Attributes:
+        file: the file at fault, where it is one file's fault.
+        part: the modality at fault, or ``label`` or ``gland``.
+    """
+
+    file: Path | None = None
+    part: str | None = None
 
 
 class MissingDataError(DataError, FileNotFoundError):
     """A file or folder that must exist does not."""
+
+
+class DataErrors(DataError):
+    """Several faults at once, one a line of the message."""
+
+    def __init__(self, errors: Sequence[DataError]):
+        super().__init__("\n".join(str(error) for error in errors))
+        self.errors = tuple(errors)
+
+    def __reduce__(self):
+        return type(self), (self.errors,)
+
+
+def raise_all(errors: Sequence[DataError]) -> None:
+    """Raise nothing, the one error, or all of them as one."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise DataErrors(errors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +102,7 @@ class RawCase:
         images: modality name to volume, each on its own grid; an absent modality has no key.
         label: classes on a grid of its own, or None where no label is asked for.
         metadata: further facts worth keeping (centre, grade), as text.
+        gland: a mask of the gland on a grid of its own, for a crop around it.
     """
 
     case_id: str
@@ -82,6 +110,7 @@ class RawCase:
     images: Mapping[str, Volume]
     label: Volume | None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gland: Volume | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +164,12 @@ class PreprocessConfig:
     spacing_mm: tuple[float, float, float] = (3.0, 2.0, 2.0)
     """Voxel size of the reference grid, d h w."""
     size: tuple[int, int, int] = (20, 48, 48)
-    """Voxels of the reference grid, d h w, centred on the image centre of the T2W volume."""
+    """Voxels of the reference grid, d h w."""
+    centre: Literal["image", "gland"] = "image"
+    """What the reference grid is centred on: the T2W image, or a mask of the gland that must then
+    be given for prediction too."""
+    label_sampling: Literal["linear", "nearest"] = "linear"
+    """Labels go between grids by linear weights, the largest of which wins, or by the nearest."""
     clip_percentiles: tuple[float, float] = (0.5, 99.5)
     """Intensities are clipped to these percentiles of the crop before they are scaled."""
 
@@ -145,7 +179,7 @@ class DataConfig:
     """Which data are read, and how they are stored."""
 
     name: str = "phantom"
-    """Builder: phantom, picai or nifti_folder (a folder of data_pipelines)."""
+    """Builder: phantom, picai, prostate158, msd_prostate or nifti_folder."""
     path: Path | None = None
     """Where the user's files lie (not needed by the phantom)."""
     target: Literal["lesion", "gland", "zones"] = "lesion"
@@ -154,6 +188,8 @@ class DataConfig:
     """Contrasts to use, in channel order."""
     allow_missing: bool = False
     """Accept cases that lack a modality (they are marked absent) instead of refusing them."""
+    reader: Literal[1, 2] = 1
+    """Prostate158 only: whose labels are used."""
     num_cases: int = 100
     """Phantom only: number of patients to make."""
     seed: int = 0

@@ -2,33 +2,43 @@
 
 A data set is built once for each configuration and state of the user's files, into
 ``<cache>/<name>/<target>_<hash>/<version>``, as one ArrayRecord split named ``train``. TensorFlow
-is not needed.
+is not needed. Cases are examined first, all of them (see ``examination``), and kept until the whole
+is written (see ``staging``); or Apache Beam does both on many machines.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
-from tqdm import tqdm
 
-from data_pipelines import validation
-from data_pipelines.case import Case, DataConfig, DataError, MissingDataError, RawCase
-from data_pipelines.preprocessing import preprocess_case
+from data_pipelines import examination, staging, validation
+from data_pipelines.case import Case, DataConfig, DataError, MissingDataError, RawCase, raise_all
+from data_pipelines.examination import Examination
+from data_pipelines.preprocessing import check_preprocess
 from data_pipelines.splits import CaseInfo
 from data_pipelines.volume_io import read_volume
 
 SPLIT = "train"
 _INFO_FILE = "cases.json"
 _HASHED_FIELDS = ("target", "modalities", "allow_missing", "preprocess")
-_SOURCES = ("case.py", "case_builder.py", "preprocessing.py", "volume_io.py")
+_SOURCES = (
+    "case.py",
+    "case_builder.py",
+    "dicom.py",
+    "examination.py",
+    "file_checks.py",
+    "preprocessing.py",
+    "volume_io.py",
+)
 
 
 class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -36,14 +46,17 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     A subclass is named ``Builder``, stands in ``<name>/<name>_dataset_builder.py`` beside a
     ``README.md`` and a ``CITATIONS.bib``, and defines ``find_cases`` and ``read_case``. It may
-    also define ``files``, so that changed files are noticed, and add to ``hashed_fields``.
+    also define ``files``, so that changed files are noticed, ``suspicions`` of its own, and add to
+    ``hashed_fields``.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
+    _beam = False
     hashed_fields: tuple[str, ...] = ()
     """Further fields of ``DataConfig`` on which the stored cases depend."""
 
     def __init__(self, config: DataConfig):
+        check_preprocess(config)
         self.data_config = config
         self.entries = list(self.find_cases())
         with _quiet_tfds():
@@ -72,34 +85,137 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """What ``read_case`` reads for ``entry``, by name; nothing if the case is computed."""
         return {}
 
-    def find_problems(self) -> list[validation.Problem]:
-        """What is wrong with the cases as far as it shows without reading voxels."""
+    def find_problems(self, entry: Any) -> list[validation.Problem]:
+        """What is wrong with a case as far as it shows without reading its files."""
+        return []
+
+    def check_ids(self) -> list[validation.Problem]:
+        """Case ids that occur twice or cannot become file names."""
         return validation.check_ids(entry.case_id for entry in self.entries)
+
+    def read_available(self, entry: Any) -> tuple[RawCase | None, list[DataError]]:
+        """What can be read of a case, and the faults of the rest."""
+        try:
+            return self.read_case(entry), []
+        except DataError as error:
+            return None, [error]
+
+    def suspicions(self, entry: Any, raw: RawCase) -> list[validation.Problem]:
+        """Problems that only this data set knows of."""
+        return []
+
+    def examine_entry(self, entry: Any) -> Examination:
+        """Examine a case, or take what was kept of it; what is whole is kept."""
+        path = self.staged_file(entry)
+        kept = staging.load(path)
+        if kept is not None:
+            return kept
+        found = self.examine_anew(entry)
+        if found.case is not None and not found.faulty:
+            staging.save(path, found)
+        return found
+
+    def examine_anew(self, entry: Any) -> Examination:
+        """Examine a case, whatever was kept."""
+        problems = self.find_problems(entry)
+        raw, faults = self.read_available(entry)
+        found = examination.examine(
+            entry.case_id, raw, faults, self.files(entry), self.data_config, problems
+        )
+        if raw is None:
+            return found
+        return dataclasses.replace(found, problems=(*found.problems, *self.suspicions(entry, raw)))
+
+    def examine_all(
+        self,
+        keep: Callable[[Examination], Any],
+        *,
+        num_workers: int | None = None,
+        description: str = "Examining",
+    ) -> list[Any]:
+        """Examine all cases; what ``keep`` makes of each, in order of their ids.
+
+        Args:
+            keep: a function of a module, as it may run in another process.
+            num_workers: processes; None is one for a small data set, else one for each CPU.
+            description: of the progress bar.
+        """
+        if num_workers is None:
+            num_workers = staging.default_workers(len(self.entries))
+        return staging.examine_all(
+            self,
+            self.sorted_entries,
+            num_workers=num_workers,
+            description=f"{description} {self.name}",
+            keep=keep,
+        )
+
+    @property
+    def sorted_entries(self) -> list[Any]:
+        """The entries in the order in which they are stored."""
+        return sorted(self.entries, key=lambda entry: entry.case_id)
 
     def is_prepared(self) -> bool:
         """Whether the data set is built: the information file is there only if all else is."""
         return (Path(self.data_dir) / _INFO_FILE).is_file()
 
-    def prepare(self) -> None:
+    def prepare(
+        self,
+        *,
+        num_workers: int | None = None,
+        beam_runner: str | None = None,
+        beam_options: Sequence[str] = (),
+    ) -> None:
         """Build the data set unless it is there already.
 
+        Args:
+            num_workers: processes that work through the cases; see ``examine_all``.
+            beam_runner: name of an Apache Beam runner that does it instead. It stops at the first
+                fault, so run ``python -m data_pipelines.validate`` before.
+            beam_options: of the runner, as on its command line.
+
         Raises:
-            DataError: faults of the data, all cases' in one message. Nothing is left behind.
+            DataError: faults of the data, all cases' in one message. No data set is left behind;
+                cases that are finished are kept for the next time.
         """
         if self.is_prepared():
             return
-        problems = self.find_problems()
-        if problems:
-            raise DataError(_report([str(problem) for problem in problems], len(self.entries)))
+        problems = self.check_ids()
+        if problems or beam_runner is None:
+            found = self.examine_all(_problems, num_workers=num_workers, description="Building")
+            problems += [problem for case in found for problem in case]
+        errors = [str(problem) for problem in problems if problem.level == "error"]
+        if errors:
+            raise DataError(_report(errors, len(self.entries)))
+        config = None
+        if beam_runner is not None:
+            config = _beam_config(beam_runner, beam_options)
+        self._beam = beam_runner is not None
         try:
             with _quiet_tfds():
-                self.download_and_prepare()
+                self.download_and_prepare(download_config=config)
         except OSError:
-            if not self.is_prepared():  # else another process was faster
+            if not Path(self.data_dir).is_dir():  # else another process was faster
                 raise
-            self.info.read_from_directory(self.data_dir)
         finally:
             self._remove_empty_folders()
+        if not self.info.splits:
+            self.info.read_from_directory(self.data_dir)
+        if not self.is_prepared():
+            self._write_info()
+        for entry in self.entries:
+            self.staged_file(entry).unlink(missing_ok=True)
+        self._remove_empty_folders()
+
+    def staged_file(self, entry: Any) -> Path:
+        """Where the examined case is kept until the data set is written."""
+        depends_on = {"name": self.name, "case": self._entry_state(entry), **self._dependencies}
+        digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+        return self._staging_folder / f"{digest[:32]}.npz"
+
+    @property
+    def _staging_folder(self) -> Path:
+        return self.data_config.cache.expanduser() / self.name / ".staging"
 
     def source(self) -> Sequence[Mapping[str, Any]]:
         """Random-access records of the prepared data set; ``decode`` makes cases of them."""
@@ -133,64 +249,73 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Nothing was downloaded."""
 
     def _split_generators(self, dl_manager):
+        if self._beam:
+            return {SPLIT: self._beam_examples()}
         return {SPLIT: self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Preprocessed cases in order of their ids; after a fault the rest is only checked."""
-        faults: list[str] = []
-        stored: list[dict[str, Any]] = []
-        digest = hashlib.sha256()
-        entries = sorted(self.entries, key=lambda entry: entry.case_id)
-        for index, entry in enumerate(
-            tqdm(
-                entries,
-                desc=f"Building {self.name}",
-                unit="case",
-                leave=False,
-                disable=not sys.stderr.isatty(),
-            )
-        ):
-            try:
-                raw = self.read_case(entry)
-                case = preprocess_case(raw, self.data_config)
-            except DataError as error:
-                faults.append(f"{entry.case_id}: {error}")
-                continue
-            if faults:
-                continue
-            record = encode(case)
-            for name, value in record.items():
+        """Examined cases in order of their ids."""
+        for index, entry in enumerate(self.sorted_entries):
+            yield index, _record(self.examine_entry(entry))
+
+    def _beam_examples(self):
+        """The same over any number of machines, which must all see the files."""
+        beam = tfds.core.lazy_imports.apache_beam
+        work = functools.partial(_beam_example, type(self), self.data_config)
+        return beam.Create(list(enumerate(self.sorted_entries))) | beam.Map(work)
+
+    def _write_info(self) -> None:
+        """The file that marks the data set as complete: facts and hash of all that is stored."""
+        stored, digests = [], {}
+        for record in self.source():
+            case = decode(record)
+            digest = hashlib.sha256()
+            for name, value in encode(case).items():
                 digest.update(name.encode() + _bytes(value))
+            digests[case.case_id] = digest.hexdigest()
             stored.append(
                 {
                     "case_id": case.case_id,
                     "patient_id": case.patient_id,
                     "positive": case.positive,
-                    "metadata": dict(raw.metadata),
+                    "metadata": json.loads(_text(record["metadata"])),
                 }
             )
-            yield index, record
-        if faults:
-            raise DataError(_report(faults, len(entries)))
-        content = {"sha256": digest.hexdigest(), "cases": stored}
-        (Path(self.data_dir) / _INFO_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        content = {
+            "sha256": hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest(),
+            "preprocess": dataclasses.asdict(self.data_config.preprocess),
+            "cases": stored,
+        }
+        file = Path(self.data_dir) / _INFO_FILE
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, file)
 
-    def _config_name(self) -> str:
-        """Target and a hash of all that the stored cases depend on: settings, files, code."""
+    @functools.cached_property
+    def _dependencies(self) -> dict[str, Any]:
+        """What every stored case depends on: settings and code."""
         config = dataclasses.asdict(self.data_config)
         package = Path(__file__).parent
         code = [package / name for name in _SOURCES]
         code += sorted((package / self.name).glob("*.py"))
-        depends_on = {
+        return {
             "settings": {name: config[name] for name in (*_HASHED_FIELDS, *self.hashed_fields)},
-            "cases": [self._entry_state(entry) for entry in self.entries],
             "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in code],
         }
+
+    def _config_name(self) -> str:
+        """Target and a hash of all that the stored cases depend on: settings, files, code."""
+        cases = [self._entry_state(entry) for entry in self.entries]
+        depends_on = {"cases": cases, **self._dependencies}
         digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
         return f"{self.data_config.target}_{digest[:16]}"
 
     def _entry_state(self, entry: Any) -> tuple[str, str, list[tuple[str, str, int, int]]]:
-        files = [(name, *self._file_state(path)) for name, path in self.files(entry).items()]
+        files = [
+            (name, *self._file_state(file))
+            for name, path in self.files(entry).items()
+            for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
+        ]
         return entry.case_id, getattr(entry, "patient_id", ""), sorted(files)
 
     def _file_state(self, path: Path) -> tuple[str, int, int]:
@@ -204,6 +329,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         downloads = Path(self.data_dir_root) / "downloads"
         config_folder = Path(self.data_dir).parent
         for folder in (
+            self._staging_folder,
             downloads / "extracted",
             downloads,
             config_folder,
@@ -228,22 +354,45 @@ class FileCaseBuilder(CaseBuilder, skip_registration=True):
         return path.expanduser()
 
     def files(self, entry: validation.CaseFiles) -> Mapping[str, Path]:
-        """All files of a case, by modality and as ``label``."""
-        return {**entry.images, **({"label": entry.label} if entry.label else {})}
+        """All files of a case, by modality and as ``label`` and ``gland``."""
+        return entry.files
 
-    def find_problems(self) -> list[validation.Problem]:
-        """Faults that show in file names and headers."""
-        return validation.check_files(self.entries, self.data_config)
+    def find_problems(self, entry: validation.CaseFiles) -> list[validation.Problem]:
+        """Files that are missing or too many."""
+        return validation.check_entry(entry, self.data_config)
+
+    def read_available(self, entry: validation.CaseFiles) -> tuple[RawCase | None, list[DataError]]:
+        """Read what can be read of a case, and say of the rest why not."""
+        faults: list[DataError] = []
+        volumes = {}
+        for name, path in self.files(entry).items():
+            try:
+                volumes[name] = read_volume(path, entry.channels.get(name))
+            except DataError as error:
+                faults.append(error)
+        label = volumes.pop("label", None)
+        if label is not None and entry.label_classes:
+            array = label.array.copy()
+            for value, meaning in entry.label_classes.items():
+                array[label.array == value] = meaning
+            label = dataclasses.replace(label, array=array)
+        gland = volumes.pop("gland", None)
+        raw = RawCase(
+            case_id=entry.case_id,
+            patient_id=entry.patient_id,
+            images=volumes,
+            label=label,
+            metadata=entry.metadata,
+            gland=gland,
+        )
+        return raw, faults
 
     def read_case(self, entry: validation.CaseFiles) -> RawCase:
         """Read the volumes that are there; what is missing stays missing."""
-        return RawCase(
-            case_id=entry.case_id,
-            patient_id=entry.patient_id,
-            images={name: read_volume(path) for name, path in entry.images.items()},
-            label=read_volume(entry.label) if entry.label else None,
-            metadata=entry.metadata,
-        )
+        raw, faults = self.read_available(entry)
+        raise_all(faults)
+        assert raw is not None
+        return raw
 
 
 def encode(case: Case) -> dict[str, Any]:
@@ -296,7 +445,53 @@ def _features() -> tfds.features.FeaturesDict:
             "truth": tensor((None,), np.uint8),  # TFDS 4.9 cannot read back an empty 3D one
             "truth_shape": tensor((3,), np.int32),
             "truth_offset": tensor((3,), np.int32),
+            "metadata": tfds.features.Text(),
         }
+    )
+
+
+def _record(found: Examination) -> dict[str, Any]:
+    """What is stored of an examined case."""
+    if found.case is None:
+        raise DataError(_report([str(problem) for problem in found.problems], 1))
+    return {**encode(found.case), "metadata": json.dumps(dict(found.metadata))}
+
+
+def _problems(found: Examination) -> tuple[validation.Problem, ...]:
+    return found.problems
+
+
+def _beam_example(
+    builder: type[CaseBuilder], config: DataConfig, item: tuple[int, Any]
+) -> tuple[int, dict[str, Any]]:
+    """One example on a machine of its own, where only the entry's files are needed."""
+    index, entry = item
+    worker = builder.__new__(builder)  # without listing the cases again
+    worker.data_config = config
+    return index, _record(worker.examine_anew(entry))
+
+
+def _beam_config(runner: str, options: Sequence[str]) -> tfds.download.DownloadConfig:
+    """TFDS's settings for a Beam runner of that name."""
+    try:
+        from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
+            PipelineOptions,
+        )
+        from apache_beam.runners import create_runner  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise DataError(
+            f"a Beam runner needs Apache Beam; got --beam.runner={runner} and no apache_beam. "
+            'Use pip install -e ".[experiments,beam]", in an environment of its own.'
+        ) from None
+    try:
+        known = create_runner(runner)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise DataError(
+            f"a Beam runner must be one that Beam knows; got {runner!r}: {error}. "
+            "Use --beam.runner=DirectRunner."
+        ) from None
+    return tfds.download.DownloadConfig(
+        beam_runner=known, beam_options=PipelineOptions(list(options))
     )
 
 

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from data_pipelines.case import STORED_UNIT, Case, DataConfig, DataError
-from data_pipelines.case_builder import decode
+from data_pipelines.case_builder import CaseBuilder, decode
 from data_pipelines.sampling import SamplingPlan
 from data_pipelines.splits import CaseInfo
 
@@ -120,11 +120,11 @@ class CaseSource:
         return self._foreground[case_id]
 
 
-def build(config: DataConfig) -> CaseSource:
-    """Open a data set, building it first where it has not been.
+def open_builder(config: DataConfig) -> CaseBuilder:
+    """The builder of a data set, which has listed its cases and built nothing.
 
     Raises:
-        DataError: no builder has that name, or the data have faults.
+        DataError: no builder has that name, or the folder is not of its layout.
     """
     names = builder_names()
     if config.name not in names:
@@ -133,8 +133,21 @@ def build(config: DataConfig) -> CaseSource:
             "Use one of these with --data.name; nifti_folder reads your own files."
         )
     module = importlib.import_module(f"data_pipelines.{config.name}.{config.name}_dataset_builder")
-    builder = module.Builder(config)
-    builder.prepare()
+    return module.Builder(config)
+
+
+def build(config: DataConfig, *, num_workers: int | None = None) -> CaseSource:
+    """Open a data set, building it first where it has not been.
+
+    Args:
+        config: which data, and how they are stored.
+        num_workers: processes that build; None is one for a small data set, else one a CPU.
+
+    Raises:
+        DataError: no builder has that name, or the data have faults.
+    """
+    builder = open_builder(config)
+    builder.prepare(num_workers=num_workers)
     return CaseSource(builder.source(), builder.infos, builder.fingerprint)
 
 

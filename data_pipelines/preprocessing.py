@@ -4,7 +4,10 @@ Everything is deterministic and uses nothing but the case itself, so that a case
 alike for training and for prediction, and no statistic crosses from validation to training.
 """
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
@@ -19,6 +22,7 @@ from data_pipelines.case import (
     PreprocessConfig,
     RawCase,
     Volume,
+    raise_all,
     spacing_of,
 )
 
@@ -46,23 +50,79 @@ def canonical(volume: Volume) -> Volume:
 
 
 def reference_grid(
-    t2w: Volume, config: PreprocessConfig
+    t2w: Volume, config: PreprocessConfig, gland: Volume | None = None
 ) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape (``d h w``) and affine of the grid on which a case is stored.
 
-    Its axes are the canonical ones of ``t2w``, its spacing and size those of ``config``, its
-    centre the centre of the ``t2w`` image. Along an axis whose spacing is that of ``t2w`` (within
-    1 %) it is moved by up to half a voxel, so that voxel falls on voxel: between slices 3 mm apart
-    nothing then needs to be interpolated, neither for the image nor for a small lesion's label.
+    Its axes are the canonical ones of ``t2w``, its spacing and size those of ``config``. Its
+    centre is that of the ``t2w`` image or, with ``config.centre == "gland"``, that of the box
+    around the mask ``gland``. Along an axis whose spacing is that of ``t2w`` (within 1 %) it is
+    moved by up to half a voxel, so that voxel falls on voxel: between slices 3 mm apart nothing
+    then needs to be interpolated, neither for the image nor for a small lesion's label.
+
+    Raises:
+        MissingDataError: the mask is asked for and not given.
+        DataError: the mask is empty.
     """
     source = canonical(t2w)
     ratio = np.divide(config.spacing_mm, source.spacing_mm)
-    start = (np.subtract(source.shape, 1) - ratio * np.subtract(config.size, 1)) / 2
+    centre = np.subtract(source.shape, 1) / 2
+    if config.centre == "gland":
+        centre = _mask_centre(gland, source.affine)
+    start = centre - ratio * np.subtract(config.size, 1) / 2
     start = np.where(abs(ratio - 1) < 0.01, np.floor(start + 0.5 + _TIE), start)
     index = np.eye(4)
     index[:3, :3] = np.diag(ratio[::-1])
     index[:3, 3] = start[::-1]
     return config.size, source.affine @ index
+
+
+def _mask_centre(mask: Volume | None, affine: np.ndarray) -> np.ndarray:
+    """Centre of the box around a mask, as an index ``d h w`` of the grid of ``affine``."""
+    if mask is None:
+        raise MissingDataError(
+            "a crop around the gland needs a mask of the gland, for training and for prediction; "
+            "got none. Add the mask to the case, or use --data.preprocess.centre=image."
+        )
+    voxels = np.argwhere(mask.array)
+    if len(voxels) == 0:
+        raise DataError(
+            "a crop around the gland needs a mask of the gland; got an empty one. Repair the mask "
+            "or use --data.preprocess.centre=image."
+        )
+    matrix, offset = _index_transform(affine, mask.affine)
+    positions = voxels @ matrix.T + offset
+    return (positions.min(0) + positions.max(0)) / 2
+
+
+def coverage(shape: tuple[int, int, int], affine: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
+    """Which of the points (``n 3``, millimetres) lie in the field of view of a grid: bool ``n``."""
+    homogeneous = np.c_[points_mm, np.ones(len(points_mm))]
+    ijk = np.linalg.solve(np.asarray(affine, np.float64), homogeneous.T)[:3]
+    size = np.array(shape[::-1])[:, None]
+    return ((ijk >= -0.5 - _TIE) & (ijk <= size - 0.5 + _TIE)).all(0)
+
+
+def check_preprocess(data: DataConfig) -> None:
+    """Raise ``DataError`` for settings that cannot be meant."""
+    config = data.preprocess
+    if config.centre == "gland" and data.target != "lesion":
+        raise DataError(
+            "the crop must not be placed by what is to be found; got a crop around the gland and "
+            f"the target '{data.target}'. Use --data.preprocess.centre=image."
+        )
+    if min(config.size) < 1 or not all(0 < mm < np.inf for mm in config.spacing_mm):
+        raise DataError(
+            "the reference grid must have at least one voxel along each axis and a positive "
+            f"spacing; got {config.size} voxels at {config.spacing_mm} mm. Use "
+            "--data.preprocess.size 20 48 48 --data.preprocess.spacing-mm 3 2 2."
+        )
+    low, high = config.clip_percentiles
+    if not 0 <= low < high <= 100:
+        raise DataError(
+            f"percentiles must rise within 0 to 100; got {low} and {high}. Use "
+            "--data.preprocess.clip-percentiles 0.5 99.5."
+        )
 
 
 def resample(
@@ -99,6 +159,75 @@ def resample(
     return np.where(inside, sampled, np.asarray(fill, sampled.dtype)), inside
 
 
+def resample_label(
+    label: Volume,
+    shape: tuple[int, int, int],
+    affine: np.ndarray,
+    *,
+    sampling: Literal["linear", "nearest"] = "linear",
+) -> np.ndarray:
+    """Bring a label (uint8) onto another grid; outside its own grid is background.
+
+    ``linear`` interpolates the indicator of each class and takes the largest; for one class that
+    is a threshold of one half. At a tie the voxel of the larger index decides, as in ``resample``,
+    so that a shape neither grows nor shrinks.
+    """
+    result = np.zeros(shape, np.uint8)
+    part, window, part_affine = _foreground_windows(label, shape, affine)
+    size = result[window].shape
+    if 0 in (*part.shape, *size):
+        return result
+    if sampling == "nearest":
+        result[window] = resample(part, size, part_affine, order=0)[0]
+        return result
+    classes = np.unique(part.array[part.array > 0])
+    shift = np.eye(4)
+    shift[:3, 3] = -_TIE
+    chosen = np.zeros(size, np.uint8)
+    highest = np.full(size, 0.5 if len(classes) == 1 else 0.0, np.float32)
+    background = np.ones(size, np.float32)
+    for value in classes:
+        indicator = Volume((part.array == value).astype(np.float32), part.affine @ shift)
+        weight, _ = resample(indicator, size, part_affine, order=1)
+        wins = weight > highest
+        chosen[wins], highest[wins] = value, weight[wins]
+        background -= weight
+    if len(classes) > 1:
+        chosen[background > highest] = 0
+    result[window] = chosen
+    return result
+
+
+def _foreground_windows(
+    label: Volume, shape: tuple[int, int, int], affine: np.ndarray
+) -> tuple[Volume, tuple[slice, ...], np.ndarray]:
+    """The part of a label around its foreground, and where it can reach in another grid.
+
+    Nothing but background is left out: the foreground has a margin of one voxel. The third result
+    is the affine of the window, of which the second gives the slices.
+    """
+    box, start = _foreground_box(label.array)
+    if box.size == 0:
+        return Volume(box, label.affine), (slice(0, 0),) * 3, affine
+    low = np.maximum(np.subtract(start, 1), 0)
+    high = np.minimum(np.add(start, box.shape) + 1, label.shape)
+    part = label.array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    corners = np.array(list(itertools.product(*zip(low - 1, high, strict=True))))
+    matrix, offset = _index_transform(affine, label.affine)
+    reach = corners @ matrix.T + offset
+    first = np.clip(np.floor(reach.min(0)).astype(int), 0, shape)
+    last = np.clip(np.ceil(reach.max(0)).astype(int) + 1, first, shape)
+    window = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
+    return Volume(part, _moved(label.affine, low)), window, _moved(affine, first)
+
+
+def _moved(affine: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """The affine of the part of a grid that begins at an index ``d h w``."""
+    moved = np.array(affine, np.float64)
+    moved[:3, 3] += moved[:3, :3] @ np.asarray(index)[::-1]
+    return moved
+
+
 def overlaps(
     shape: tuple[int, int, int],
     affine: np.ndarray,
@@ -115,6 +244,11 @@ def overlaps(
     return False
 
 
+def reference_image(raw: RawCase, data: DataConfig) -> Volume:
+    """T2W, also where it is not among ``data.modalities``, else the first modality present."""
+    return next(raw.images[name] for name in (REFERENCE, *data.modalities) if name in raw.images)
+
+
 def preprocess_case(raw: RawCase, data: DataConfig, *, require_label: bool = True) -> Case:
     """Put all modalities and the label on the reference grid and scale the intensities.
 
@@ -122,8 +256,9 @@ def preprocess_case(raw: RawCase, data: DataConfig, *, require_label: bool = Tru
     first modality present. A modality coarser than it is interpolated linearly; a finer one is
     smoothed first as scikit-image does for ``resize`` (sd of (ratio - 1) / 2 voxels), lest its
     noise be aliased. Each is then clipped to its percentiles within the crop, shifted and
-    divided to mean 0 and sd 1, and set to 0 outside its field of view. The label is sampled
-    nearest. For targets of one class every positive label value (such as an ISUP grade) is 1.
+    divided to mean 0 and sd 1, and set to 0 outside its field of view. Labels are sampled as
+    ``data.preprocess.label_sampling`` says; outside their own grid is background. For targets of
+    one class every positive label value (such as an ISUP grade) is 1.
 
     Args:
         raw: what the reader found.
@@ -131,29 +266,34 @@ def preprocess_case(raw: RawCase, data: DataConfig, *, require_label: bool = Tru
         require_label: refuse a case without a label. Without one, all is background.
 
     Raises:
-        MissingDataError: a modality or the label is missing.
-        DataError: grids that do not overlap, NaN or constant images, unexpected label values, or
-            a label whose foreground lies outside the reference image or outside the crop.
+        MissingDataError: a modality, the label or the mask for the crop is missing.
+        DataError: settings that cannot be meant, grids that do not overlap, NaN or constant
+            images, unexpected label values, or a label whose foreground lies outside the reference
+            image or outside the crop.
     """
+    check_preprocess(data)
     _check_modalities(raw, data)
-    reference = next(
-        raw.images[name] for name in (REFERENCE, *data.modalities) if name in raw.images
-    )
-    shape, affine = reference_grid(reference, data.preprocess)
+    reference = reference_image(raw, data)
+    shape, affine = reference_grid(reference, data.preprocess, raw.gland)
     image = np.zeros((*shape, len(data.modalities)), np.int16)
+    faults: list[DataError] = []
     for channel, name in enumerate(data.modalities):
         if name in raw.images:
-            _check_overlap(name, raw.images[name], reference)
-            image[..., channel] = _scaled(name, raw.images[name], shape, affine, data.preprocess)
-    if raw.label is not None:
-        label, truth = _resampled_labels(raw.label, data, reference, shape, affine)
-    elif require_label:
-        raise MissingDataError(
-            "a case must have a label; got none. Add the label file (empty if there is no "
-            f"{data.target}) or remove the case."
-        )
-    else:
-        label, truth = np.zeros(shape, np.uint8), np.zeros(reference.shape, np.uint8)
+            with _collected(faults, name):
+                _check_overlap(name, raw.images[name], reference)
+                image[..., channel] = _scaled(
+                    name, raw.images[name], shape, affine, data.preprocess
+                )
+    label, truth = np.zeros(shape, np.uint8), np.zeros(reference.shape, np.uint8)
+    with _collected(faults, "label"):
+        if raw.label is not None:
+            label, truth = _resampled_labels(raw.label, data, reference, shape, affine)
+        elif require_label:
+            raise MissingDataError(
+                "a case must have a label; got none. Add the label file (empty if there is no "
+                f"{data.target}) or remove the case."
+            )
+    raise_all(faults)
     truth, truth_offset = _foreground_box(truth)
     return Case(
         case_id=raw.case_id,
@@ -167,6 +307,16 @@ def preprocess_case(raw: RawCase, data: DataConfig, *, require_label: bool = Tru
         truth=truth,
         truth_offset=truth_offset,
     )
+
+
+@contextlib.contextmanager
+def _collected(faults: list[DataError], part: str) -> Iterator[None]:
+    """Keep a fault of one part of the case, so that those of the others are found too."""
+    try:
+        yield
+    except DataError as error:
+        error.part = part
+        faults.append(error)
 
 
 def to_original(probability: np.ndarray, case: Case) -> np.ndarray:
@@ -272,13 +422,14 @@ def _resampled_labels(
     """The target on the reference grid, and on the original grid of the reference image."""
     _check_overlap("label", label, reference)
     source = Volume(_classes(label.array, data), label.affine)
-    truth, _ = resample(source, reference.shape, reference.affine, order=0)
+    sampling = data.preprocess.label_sampling
+    truth = resample_label(source, reference.shape, reference.affine, sampling=sampling)
     if source.array.any() and not truth.any():
         raise DataError(
             f"the label's foreground must lie within the reference image; got {data.target} only "
             "outside it. Check the header of the label file."
         )
-    on_grid, _ = resample(canonical(source), shape, affine, order=0)
+    on_grid = resample_label(canonical(source), shape, affine, sampling=sampling)
     if truth.any() and not _reaches_into(truth, reference.affine, shape, affine):
         raise DataError(
             f"the label's foreground must reach into the crop of {data.preprocess.size} voxels at "

@@ -1,34 +1,52 @@
-"""What is wrong with a user's files, said before a voxel is read and for all cases at once."""
+"""Problems of a user's data, and those that show in the list of the files alone."""
 
 import dataclasses
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
-from data_pipelines.case import DataConfig, DataError
-from data_pipelines.preprocessing import REFERENCE, overlap_fault, overlaps
-from data_pipelines.volume_io import Grid, read_grid
+from data_pipelines.case import DataConfig
 
+_SENTENCE_END = re.compile(r"\.\s+(?=[A-Z])")
 _CASE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One fault of one case; its text is rule, what came, remedy.
+    """One fault of one case, told as rule, what came, and remedy.
 
     Attributes:
         case_id: the case at fault.
         file: the file at fault, if it is one file's fault.
-        text: the rule, what came, and the remedy.
+        text: ``rule; what came. Remedy.``
+        level: a data set with an error cannot be built; a warning is worth a look.
     """
 
     case_id: str
     file: Path | None
     text: str
+    level: Literal["error", "warning"] = "error"
 
     def __str__(self) -> str:
         return f"{self.case_id}: {self.text}"
+
+    @property
+    def rule(self) -> str:
+        """What must hold."""
+        return self.text.partition("; ")[0]
+
+    @property
+    def came(self) -> str:
+        """What was found instead."""
+        return _SENTENCE_END.split(self.text.partition("; ")[2], maxsplit=1)[0].rstrip(".")
+
+    @property
+    def remedy(self) -> str:
+        """What to do."""
+        return (*_SENTENCE_END.split(self.text.partition("; ")[2], maxsplit=1), "")[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +61,9 @@ class CaseFiles:
         looked_for: for each modality and for ``label``, where a file was looked for.
         metadata: further facts, as text.
         problems: faults seen while the files were listed.
+        channels: for a modality that is one volume of a file with four axes, which one.
+        gland: a mask of the gland, for a crop around it.
+        label_classes: class of the target for values of the label file that mean another one.
     """
 
     case_id: str
@@ -52,6 +73,15 @@ class CaseFiles:
     looked_for: Mapping[str, str]
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    channels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    gland: Path | None = None
+    label_classes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """All files, by modality and as ``label`` and ``gland``."""
+        others = {"label": self.label, "gland": self.gland}
+        return {**self.images, **{name: path for name, path in others.items() if path}}
 
 
 def check_ids(case_ids: Iterable[str]) -> list[Problem]:
@@ -94,14 +124,45 @@ def check_ids(case_ids: Iterable[str]) -> list[Problem]:
     )
 
 
-def check_files(entries: Sequence[CaseFiles], config: DataConfig) -> list[Problem]:
-    """Bad ids, missing files, unreadable headers, grids that do not overlap: all of them."""
-    problems = check_ids(entry.case_id for entry in entries)
-    for entry in entries:
-        problems += entry.problems
-        problems += _missing(entry, config)
-        problems += _bad_grids(entry)
-    return problems
+def check_entry(entry: CaseFiles, config: DataConfig) -> list[Problem]:
+    """What is wrong with the list of a case's files: those that are missing or too many."""
+    return [*entry.problems, *_missing(entry, config)]
+
+
+def format_table(problems: Sequence[Problem], *, width: int = 132) -> str:
+    """The problems as a table: case, file, rule, what came, remedy; errors first."""
+    if not problems:
+        return ""
+    header = ("", "case", "file", "rule", "what came", "remedy")
+    rows = [
+        (
+            problem.level,
+            problem.case_id,
+            problem.file.name if problem.file else "",
+            *(
+                text.replace(str(problem.file), "the file") if problem.file else text
+                for text in (problem.rule, problem.came, problem.remedy)
+            ),
+        )
+        for problem in sorted(problems, key=lambda p: (p.level, p.case_id))
+    ]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(2)]
+    widths.append(min(max(len(row[2]) for row in (header, *rows)), 28))
+    rest = max((width - sum(widths) - 5 * 2) // 3, 16)
+    widths += [rest] * 3
+    lines = [*_wrapped(header, widths), "  ".join("-" * n for n in widths)]
+    for row in rows:
+        lines += _wrapped(row, widths)
+    return "\n".join(lines)
+
+
+def _wrapped(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    cells = [
+        textwrap.wrap(text, n, break_on_hyphens=False) for text, n in zip(row, widths, strict=True)
+    ]
+    for i in range(max(map(len, cells))):
+        columns = [cell[i] if i < len(cell) else "" for cell in cells]
+        yield "  ".join(f"{c:{n}}" for c, n in zip(columns, widths, strict=True)).rstrip()
 
 
 def _missing(entry: CaseFiles, config: DataConfig) -> Iterator[Problem]:
@@ -127,21 +188,11 @@ def _missing(entry: CaseFiles, config: DataConfig) -> Iterator[Problem]:
             f"{config.target}), remove the case or choose another --data.target.",
         )
 
-
-def _bad_grids(entry: CaseFiles) -> Iterator[Problem]:
-    files = dict(entry.images)
-    if entry.label is not None:
-        files["label"] = entry.label
-    grids: dict[str, Grid] = {}
-    for name, path in files.items():
-        try:
-            grids[name] = read_grid(path)
-        except DataError as error:
-            yield Problem(entry.case_id, path, str(error))
-    if not grids:
-        return
-    base = grids[REFERENCE if REFERENCE in grids else next(iter(grids))]
-    for name, grid in grids.items():
-        if not overlaps(grid.shape, grid.affine, base.shape, base.affine):
-            text = overlap_fault(name, grid.affine, base.affine)
-            yield Problem(entry.case_id, files[name], f"{text} The file: {files[name]}.")
+    if config.preprocess.centre == "gland" and entry.gland is None:
+        yield Problem(
+            entry.case_id,
+            None,
+            "a crop around the gland needs a mask of the gland in every case; got none, looked for "
+            f"{entry.looked_for.get('gland', 'one in this layout, which has no place for it')}. "
+            "Add the mask, or use --data.preprocess.centre=image.",
+        )

@@ -1,4 +1,4 @@
-"""Read and write volumes: NIfTI through nibabel; MHA, MHD and NRRD through SimpleITK.
+"""Read and write volumes: NIfTI through nibabel; MHA, MHD, NRRD and DICOM through SimpleITK.
 
 Whatever the format, a volume comes out as ``Volume``: array ``d h w`` and an affine to RAS+
 millimetres, as nibabel gives it. SimpleITK's LPS is turned into RAS here and nowhere else.
@@ -7,16 +7,14 @@ millimetres, as nibabel gives it. SimpleITK's LPS is turned into RAS here and no
 import contextlib
 import dataclasses
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
-from nibabel.filebasedimages import ImageFileError
 
+from data_pipelines import dicom, file_checks
 from data_pipelines.case import DataError, MissingDataError, Volume
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -34,14 +32,18 @@ class Grid:
     affine: np.ndarray
 
 
-def read_grid(path: Path) -> Grid:
-    """The grid of a file, from its header alone. Errors as ``read_volume``."""
+def read_grid(path: Path, channel: int | None = None) -> Grid:
+    """The grid of a file, without its voxels. Arguments and errors as ``read_volume``."""
     with _faults_named(path):
-        return _open(path)[0]
+        return _open(path, channel)[0]
 
 
-def read_volume(path: Path) -> Volume:
+def read_volume(path: Path, channel: int | None = None) -> Volume:
     """Read a volume in the dtype of the file (NIfTI intensity scaling applied).
+
+    Args:
+        path: a file with one of ``SUFFIXES``, or a folder with one DICOM series.
+        channel: which volume of a NIfTI file with four axes; None for files with three.
 
     Raises:
         MissingDataError: no such file.
@@ -49,8 +51,13 @@ def read_volume(path: Path) -> Volume:
             geometry; the message names the file.
     """
     with _faults_named(path):
-        grid, load = _open(path)
+        grid, load = _open(path, channel)
         array = load()
+        _check_values(path, array)
+    return Volume(array, grid.affine)
+
+
+def _check_values(path: Path, array: np.ndarray) -> None:
     if array.dtype.kind not in "buif":
         raise DataError(
             f"{path} must hold one real number a voxel; got {array.dtype}. "
@@ -62,7 +69,6 @@ def read_volume(path: Path) -> Volume:
             f"{path} must hold finite values; got {num_bad} NaN or infinite voxels. "
             "Repair or leave out this file."
         )
-    return Volume(array, grid.affine)
 
 
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, *, case_id: str = "") -> None:
@@ -96,38 +102,67 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, *, case_id: s
 @contextlib.contextmanager
 def _faults_named(path: Path) -> Iterator[None]:
     """Whatever the readers raise on a broken file becomes a ``DataError`` that names it."""
-    if not path.is_file():
-        raise MissingDataError(f"no file at {path}. Check the path.")
     try:
+        if not path.exists():
+            raise MissingDataError(f"no file at {path}. Check the path.")
+        if path.is_dir() and path.name.lower().endswith(SUFFIXES):
+            raise DataError(f"{path} must be a file; got a folder. Check the path.")
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"{path} must be a regular file; got a device or pipe. Check the path.")
         yield
-    except DataError:
+    except DataError as error:
+        error.file = path
         raise
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, ImageFileError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise DataError(
+    except Exception as error:  # hostile bytes make readers raise anything
+        lines = str(error).strip().splitlines()
+        reason = lines[-1] if lines else type(error).__name__
+        fault = DataError(
             f"{path} must be a readable image; got: {reason}. Copy or convert the file again."
-        ) from error
+        )
+        fault.file = path
+        raise fault from error
 
 
-def _open(path: Path) -> tuple[Grid, Callable[[], np.ndarray]]:
+def _open(path: Path, channel: int | None) -> tuple[Grid, Callable[[], np.ndarray]]:
     """Read the header; the second result reads the voxels, as ``d h w``."""
-    if path.name.endswith(NIFTI_SUFFIXES):
-        return _open_nifti(path)
-    if path.name.endswith(SUFFIXES):
+    name = path.name.lower()
+    if path.is_dir():
+        shape, affine, load = dicom.open_series(path)
+        return _checked_grid(path, shape, _LPS_TO_RAS @ affine), load
+    if name.endswith(NIFTI_SUFFIXES):
+        return _open_nifti(path, channel)
+    if name.endswith(SUFFIXES):
         return _open_itk(path)
     raise DataError(f"volumes must be one of {', '.join(SUFFIXES)}; got {path}. Convert the file.")
 
 
-def _open_nifti(path: Path) -> tuple[Grid, Callable[[], np.ndarray]]:
-    image = cast(nib.Nifti1Image, nib.load(path))
+def _open_nifti(path: Path, channel: int | None) -> tuple[Grid, Callable[[], np.ndarray]]:
+    kind, content = file_checks.nifti_content(path)
+    image = kind.from_bytes(content)
     shape = image.shape
-    while len(shape) > 3 and shape[-1] == 1:
+    while len(shape) > (3 if channel is None else 4) and shape[-1] == 1:
         shape = shape[:-1]
-    grid = _checked_grid(path, shape, np.asarray(image.affine))
-    return grid, lambda: np.asanyarray(image.dataobj).reshape(shape).T
+    if channel is not None and (len(shape) != 4 or channel >= shape[3]):
+        raise DataError(
+            f"{path} must have a fourth axis with channel {channel}; got shape {shape}. "
+            "Check that the file is of this data set."
+        )
+    grid = _checked_grid(path, shape if channel is None else shape[:3], np.asarray(image.affine))
+
+    def load() -> np.ndarray:
+        if channel is None:
+            return np.asanyarray(image.dataobj).reshape(shape).T
+        return np.asanyarray(image.dataobj[..., channel]).T
+
+    return grid, load
 
 
 def _open_itk(path: Path) -> tuple[Grid, Callable[[], np.ndarray]]:
+    if path.suffix.lower() == ".nrrd":
+        file_checks.check_nrrd(path)
+    else:
+        file_checks.check_metaimage(path)
+    sitk.ProcessObject.GlobalWarningDisplayOff()
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from cmsad_jax.types import ConfigError, Device
-from data_pipelines import loading, preprocessing, splits, volume_io
+from data_pipelines import loading, preprocessing, splits, validate, volume_io
 from data_pipelines.case import Case, DataError, spacing_of
 from experiments import evaluate, report
 from experiments.checkpoints import file_sha256
@@ -58,6 +58,7 @@ def run(config: Config) -> dict[str, Any]:
     assert output is not None, "complete() names the run folder"
     refuse_other_run(output, config)
     with naming_path(config.data.cache.expanduser(), "build the data set"):
+        validate.check(config.data, log)
         source = loading.build(config.data)
     folds = make_folds(config, source)
     with naming_path(output):

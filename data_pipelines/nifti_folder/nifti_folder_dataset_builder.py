@@ -20,6 +20,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Other names under which a modality is accepted, in lower case with ``_`` for blanks and ``-``."""
 
+GLAND = "gland"
+"""Name of the file, or prefix of the nnU-Net folder, with the mask for a crop around the gland."""
+
 _PATIENTS = "patients.csv"
 
 
@@ -36,7 +39,7 @@ def find_cases(root: Path, config: DataConfig) -> list[CaseFiles]:
 
     Raises:
         MissingDataError: no case, or ``imagesTr`` without ``dataset.json``.
-        DataError: a faulty ``dataset.json`` or ``patients.csv``.
+        DataError: a faulty ``dataset.json`` or table of patients.
     """
     wanted = (REFERENCE, *(name for name in config.modalities if name != REFERENCE))
     if (root / "imagesTr").is_dir():
@@ -48,8 +51,8 @@ def find_cases(root: Path, config: DataConfig) -> list[CaseFiles]:
             f"the data folder must hold a folder for each case, or imagesTr; found no case in "
             f"{root}. Check --data.path."
         )
-    patients = _read_patients(root / _PATIENTS, [case.case_id for case in cases])
-    return [dataclasses.replace(case, patient_id=patients[case.case_id]) for case in cases]
+    table = _read_table(root / _PATIENTS, cases, wanted)
+    return [_with_row(case, table[case.case_id], config) if table else case for case in cases]
 
 
 def modality_of(name: str, wanted: Sequence[str]) -> str | None:
@@ -63,18 +66,20 @@ def modality_of(name: str, wanted: Sequence[str]) -> str | None:
 
 def _folder_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list[CaseFiles]:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [_folder_case(folder, wanted, config.target) for folder in folders]
+    return [_folder_case(folder, wanted, config) for folder in folders]
 
 
-def _folder_case(folder: Path, wanted: Sequence[str], target: str) -> CaseFiles:
+def _folder_case(folder: Path, wanted: Sequence[str], config: DataConfig) -> CaseFiles:
+    target = config.target
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        stem = _stem(path)
-        name = stem if stem in (target, "label") else modality_of(stem, wanted)
+        stem = path.name.lower() if path.is_dir() else _stem(path)  # a folder: a DICOM series
+        name = stem if stem in (target, "label", GLAND) else modality_of(stem, wanted)
         if name:
             found.setdefault(name, []).append(path)
     general = found.pop("label", [])
     labels = found.pop(target, general)
+    masks = found.pop(GLAND, [])
     problems = tuple(
         Problem(
             folder.name,
@@ -86,7 +91,7 @@ def _folder_case(folder: Path, wanted: Sequence[str], target: str) -> CaseFiles:
         if len(paths) > 1
     )
     endings = f"{{{','.join(SUFFIXES)}}}"
-    looked_for = {name: f"{name}{endings} in {folder}" for name in wanted}
+    looked_for = {name: f"{name}{endings} in {folder}" for name in (*wanted, GLAND)}
     looked_for["label"] = f"{target}{endings} and label{endings} in {folder}"
     return CaseFiles(
         case_id=folder.name,
@@ -95,6 +100,7 @@ def _folder_case(folder: Path, wanted: Sequence[str], target: str) -> CaseFiles:
         label=labels[0] if labels else None,
         looked_for=looked_for,
         problems=problems,
+        gland=masks[0] if masks and config.preprocess.centre == "gland" else None,
     )
 
 
@@ -117,13 +123,14 @@ def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
     cases = []
     for case_id in sorted(images):
         label = root / "labelsTr" / f"{case_id}{ending}"
+        gland = root / f"{GLAND}Tr" / f"{case_id}{ending}"
         looked_for = {
             name: f"{case_id}_{numbers[name]:04d}{ending} in {root / 'imagesTr'}"
             if name in numbers
             else f"a channel of that name in {root / 'dataset.json'}"
             for name in wanted
         }
-        looked_for["label"] = str(label)
+        looked_for |= {"label": str(label), "gland": str(gland)}
         cases.append(
             CaseFiles(
                 case_id=case_id,
@@ -131,6 +138,7 @@ def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
                 images={name: images[case_id][name] for name in wanted if name in images[case_id]},
                 label=label if label.is_file() else None,
                 looked_for=looked_for,
+                gland=gland if config.preprocess.centre == "gland" and gland.is_file() else None,
             )
         )
     return cases
@@ -194,10 +202,12 @@ def _check_classes(description: Mapping, config: DataConfig, path: Path) -> None
         )
 
 
-def _read_patients(path: Path, case_ids: Sequence[str]) -> dict[str, str]:
-    """Case to patient; without the file every case is a patient of its own."""
+def _read_table(
+    path: Path, cases: Sequence[CaseFiles], wanted: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """The row of each case; nothing if there is no table."""
     if not path.is_file():
-        return {case_id: case_id for case_id in case_ids}
+        return {}
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"case", "patient"} <= rows[0].keys():
@@ -205,14 +215,50 @@ def _read_patients(path: Path, case_ids: Sequence[str]) -> dict[str, str]:
             f"{path} must have the columns case and patient; got "
             f"{', '.join(rows[0]) if rows else 'no rows'}. Correct the file."
         )
-    patients = {row["case"]: row["patient"] for row in rows}
-    unknown = [case_id for case_id in case_ids if not patients.get(case_id)]
+    table = {row["case"]: row for row in rows}
+    unknown = [case.case_id for case in cases if not table.get(case.case_id, {}).get("patient")]
     if unknown:
         raise DataError(
             f"{path} must name the patient of every case; got none for {', '.join(unknown[:3])}"
             f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}. Add the rows."
         )
-    return patients
+    named = {name for row in rows for name in (row.get("available") or "").split()}
+    odd = [name for name in sorted(named) if modality_of(name, (*wanted, *ALIASES)) is None]
+    if odd:
+        raise DataError(
+            f"{path} must name modalities in the column available, parted by blanks; got "
+            f"{', '.join(odd[:3])}. Use names such as {' '.join(wanted)}."
+        )
+    return table
+
+
+def _with_row(case: CaseFiles, row: Mapping[str, str], config: DataConfig) -> CaseFiles:
+    """A case with what the table says of it: patient, group, and what of its files may be used."""
+    metadata = dict(case.metadata)
+    if row.get("group"):
+        metadata["group"] = row["group"]
+    images, problems = dict(case.images), list(case.problems)
+    if row.get("available"):
+        wanted = tuple(case.looked_for)
+        usable = {modality_of(name, wanted) for name in row["available"].split()}
+        problems += [
+            Problem(
+                case.case_id,
+                None,
+                f"a modality that {_PATIENTS} calls available must have a file; got none for "
+                f"'{name}', looked for {case.looked_for[name]}. Add the file or correct the table.",
+            )
+            for name in config.modalities
+            if name in usable and name not in images
+        ]
+        images = {name: path for name, path in images.items() if name in usable}
+    return dataclasses.replace(
+        case,
+        patient_id=row["patient"],
+        metadata=metadata,
+        images=images,
+        problems=tuple(problems),
+    )
 
 
 def _stem(path: Path) -> str:

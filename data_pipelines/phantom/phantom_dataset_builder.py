@@ -36,4 +36,8 @@ class Builder(CaseBuilder):
     def read_case(self, entry: PhantomCase) -> RawCase:
         """Draw the case."""
         config = self.data_config
-        return make_case(entry.index, seed=config.seed, target=config.target)
+        raw = make_case(entry.index, seed=config.seed, target=config.target)
+        if config.preprocess.centre == "gland":
+            mask = make_case(entry.index, seed=config.seed, target="gland").label
+            raw = dataclasses.replace(raw, gland=mask)
+        return raw

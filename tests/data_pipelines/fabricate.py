@@ -63,3 +63,35 @@ def write_folder(root: Path, *cases: RawCase, ending=".nii.gz", label="lesion") 
         if case.label is not None:
             save(root / case.case_id / f"{label}{ending}", case.label)
     return DataConfig(name="nifti_folder", path=root, cache=root.parent / "cache", preprocess=SMALL)
+
+
+def write_dicom(folder, volume: Volume, *, tags=None, name="slice", skip=()) -> None:
+    """A series of single images, oblique as the volume is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    direction = lps[:3, :3] / spacing
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for index, plane in enumerate(volume.array):
+        if index in skip:
+            continue
+        image = sitk.GetImageFromArray(plane[None])
+        image.SetSpacing(spacing.tolist())
+        position = lps[:3, 3] + lps[:3, 2] * index
+        values = {
+            "0008|0060": "MR",
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.4",
+            "0008|0018": f"1.2.3.{abs(hash(name)) % 1000}.{index}",
+            "0020|000d": "1.2.3",
+            "0020|000e": "1.2.3.4",
+            "0020|0032": "\\".join(f"{x:.6f}" for x in position),
+            "0020|0037": "\\".join(f"{x:.8f}" for x in direction[:, :2].T.ravel()),
+            "0020|0013": str(index),
+            "0018|0050": str(spacing[2]),
+            **(tags or {}),
+        }
+        for tag, value in values.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{name}{index:03d}.dcm"))
+        writer.Execute(image)

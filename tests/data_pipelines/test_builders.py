@@ -1,10 +1,14 @@
 """The shared TFDS builder, and the readers of user folders and of PI-CAI."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from data_pipelines.nifti_folder.nifti_folder_dataset_builder import modality_of
 from data_pipelines.picai.picai_dataset_builder import Builder as PicaiBuilder
 from data_pipelines.preprocessing import preprocess_case
 from data_pipelines.splits import CaseInfo
-from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_folder
+from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_dicom, write_folder
 
 
 def assert_same(a: Case, b: Case) -> None:
@@ -25,6 +29,12 @@ def assert_same(a: Case, b: Case) -> None:
         np.testing.assert_array_equal(left, right, err_msg=field.name)
         if isinstance(left, np.ndarray):
             assert left.dtype == right.dtype, field.name
+
+
+def assert_nothing_built(config: DataConfig) -> None:
+    """No data set is visible; finished cases may wait in a hidden folder."""
+    left = {path.relative_to(config.cache).parts[1:2] for path in config.cache.rglob("*")}
+    assert left <= {(), (".staging",)}
 
 
 def build(config: DataConfig, builder=FolderBuilder):
@@ -110,7 +120,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
 def test_all_faults_of_all_cases_are_told_at_once(tmp_path):
     cases = [raw_case(name) for name in "abcdef"]
-    cases[3].label.array[0, 0, 0] = 999  # found only when voxels are read
+    cases[3].label.array[0, 0, 0] = 999
     config = write_folder(tmp_path / "data", *cases)
     (config.path / "a" / "hbv.nii.gz").unlink()
     (config.path / "b" / "lesion.nii.gz").unlink()
@@ -122,17 +132,18 @@ def test_all_faults_of_all_cases_are_told_at_once(tmp_path):
     with pytest.raises(DataError) as caught:
         FolderBuilder(config).prepare()
     text = str(caught.value)
-    assert "the data set cannot be built; faults: 5, cases: 6." in text
+    assert "the data set cannot be built; faults: 6, cases: 6." in text
+    assert "- d: label values must be whole numbers from 0 to 255" in text
     assert "- a: a case must have every modality; got no 'hbv', looked for hbv{.nii.gz" in text
     assert "Remove the case, use --data.modalities t2w adc or pass --data.allow-missing." in text
     assert "- b: a case must have a label for the target 'lesion'; got none, looked for" in text
     assert "t2w.nii.gz must be a readable image" in text
     assert "- e: 'adc' must overlap the reference image" in text
     assert "- f 1: a case id must consist of letters, digits, '.', '_' and '-'" in text
-    assert not config.cache.exists() or not list(config.cache.rglob("*"))
+    assert_nothing_built(config)
 
 
-def test_faults_in_voxels_are_told_at_once_and_nothing_is_left(tmp_path):
+def test_faults_in_voxels_are_told_at_once_and_nothing_is_built(tmp_path):
     cases = [raw_case(name) for name in "abc"]
     cases[1].label.array[0, 0, 0] = 999
     cases[2].images["hbv"].array[:] = 4
@@ -146,7 +157,7 @@ def test_faults_in_voxels_are_told_at_once_and_nothing_is_left(tmp_path):
     assert "- b: label values must be whole numbers from 0 to 255" in text
     assert "- c: 'hbv' must vary within the crop; got the constant 4" in text
     assert "hbv.nii.gz must hold finite values; got 1 NaN or infinite voxels" in text
-    assert not list(config.cache.rglob("*"))
+    assert_nothing_built(config)
     save(config.path / "b" / "lesion.nii.gz", raw_case().label)
     save(config.path / "c" / "hbv.nii.gz", raw_case().images["hbv"])
     shutil.rmtree(config.path / "d")
@@ -154,33 +165,85 @@ def test_faults_in_voxels_are_told_at_once_and_nothing_is_left(tmp_path):
     assert list(built) == ["a", "b", "c"]
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
-    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"), raw_case("c"))
     builder = FolderBuilder(config)
-    read = builder.read_case
+    read = FolderBuilder.read_available
+    begun = []
 
-    def interrupt(entry):
-        if entry.case_id == "b":
+    def interrupt(self, entry):
+        begun.append(entry.case_id)
+        if len(begun) == 2:
             raise KeyboardInterrupt
-        return read(entry)
+        return read(self, entry)
 
-    monkeypatch.setattr(builder, "read_case", interrupt)
+    monkeypatch.setattr(FolderBuilder, "read_available", interrupt)
     with pytest.raises(KeyboardInterrupt):
         builder.prepare()
     assert not builder.is_prepared()
-    assert not list(config.cache.rglob("*"))
+    assert_nothing_built(config)
+    _, cases = build(config)
+    assert begun == ["a", "b", "b", "c"]
+    assert list(cases) == ["a", "b", "c"]
+    expected = preprocess_case(builder.read_case(builder.entries[0]), config)
+    assert_same(cases["a"], expected)
+    assert not (config.cache / "nifti_folder" / ".staging").exists()
+
+
+def test_repairing_one_case_does_not_repeat_the_others(tmp_path, monkeypatch):
+    cases = [raw_case(name) for name in "ab"]
+    cases[1].label.array[0, 0, 0] = 999
+    config = write_folder(tmp_path / "data", *cases)
+    with pytest.raises(DataError, match="faults: 1, cases: 2"):
+        FolderBuilder(config).prepare()
+    save(config.path / "b" / "lesion.nii.gz", raw_case().label)
+    read, begun = FolderBuilder.read_available, []
+
+    def counted(self, entry):
+        begun.append(entry.case_id)
+        return read(self, entry)
+
+    monkeypatch.setattr(FolderBuilder, "read_available", counted)
+    _, built = build(config)
+    assert begun == ["b"]
+    assert list(built) == ["a", "b"]
+
+
+def test_a_killed_write_leaves_no_data_set_and_is_made_good(tmp_path, monkeypatch):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+    monkeypatch.setattr(FolderBuilder, "_write_info", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        FolderBuilder(config).prepare()
+    monkeypatch.undo()
+    builder = FolderBuilder(config)
+    assert not builder.is_prepared()
+    _, cases = build(config)
+    assert list(cases) == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_data_set(tmp_path):
+    raws = [raw_case(name, seed=i, positive=i % 2 == 0) for i, name in enumerate("abcde")]
+    config = write_folder(tmp_path / "data", *raws)
+    alone, _ = build(config)
+    pooled = FolderBuilder(dataclasses.replace(config, cache=tmp_path / "other"))
+    pooled.prepare(num_workers=2)
+    assert pooled.fingerprint == alone.fingerprint
+    assert pooled.infos == alone.infos
+    with pytest.raises(DataError, match=r"at least one worker; got 0. Use --num-workers=1"):
+        FolderBuilder(dataclasses.replace(config, cache=tmp_path / "third")).prepare(num_workers=0)
 
 
 def test_a_slower_process_takes_the_result_of_a_faster_one(tmp_path):
     config = write_folder(tmp_path / "data", raw_case())
     slow = FolderBuilder(config)
-    read = slow.read_case
+    read = slow.read_available
 
     def overtaken(entry):
         FolderBuilder(config).prepare()
         return read(entry)
 
-    slow.read_case = overtaken
+    slow.read_available = overtaken
     slow.prepare()
     assert [decode(record).case_id for record in slow.source()] == ["a"]
 
@@ -403,3 +466,96 @@ def test_duplicate_cases_are_refused(tmp_path):
     builder.entries *= 2
     with pytest.raises(DataError, match=r"- a: a case id must be unique; got it 2 times"):
         builder.prepare()
+
+
+def test_a_table_of_patients_groups_and_availability(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+    table = config.path / "patients.csv"
+    table.write_text("case,patient,group,available\na,p1,north,T2 adc\nb,p2,,\n")
+    config = dataclasses.replace(config, allow_missing=True)
+    built, cases = build(config)
+    assert cases["a"].present.tolist() == [True, True, False]
+    assert cases["b"].present.tolist() == [True, True, True]
+    stored = json.loads((built.data_path / "cases.json").read_text())["cases"]
+    assert [case["metadata"] for case in stored] == [{"group": "north"}, {}]
+    (config.path / "a/adc.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"calls available must have a file; got none for 'adc'"):
+        FolderBuilder(config).prepare()
+    table.write_text("case,patient,available\na,p1,t2w pet\nb,p2,\n")
+    with pytest.raises(DataError, match=r"modalities in the column available, .* got pet. Use"):
+        FolderBuilder(config)
+
+
+def test_dicom_folders_and_a_gland_mask_in_a_case_folder(tmp_path):
+    raw = raw_case("a")
+    config = write_folder(tmp_path / "data", raw)
+    folder = config.path / "a"
+    (folder / "hbv.nii.gz").unlink()
+    write_dicom(
+        folder / "DWI", dataclasses.replace(raw.images["hbv"], array=raw.images["adc"].array)
+    )
+    save(folder / "gland.nii.gz", raw.label)
+    entry = FolderBuilder(config).entries[0]
+    assert entry.images["hbv"] == folder / "DWI"
+    assert entry.gland is None  # not asked for
+    _, cases = build(config)
+    np.testing.assert_allclose(cases["a"].image[..., 2], cases["a"].image[..., 1], atol=2)
+    around = dataclasses.replace(config, preprocess=dataclasses.replace(SMALL, centre="gland"))
+    assert FolderBuilder(around).entries[0].gland == folder / "gland.nii.gz"
+    state = FolderBuilder(config).data_dir
+    (folder / "DWI" / "slice000.dcm").touch()
+    assert FolderBuilder(config).data_dir != state
+
+
+def test_what_was_preprocessed_with_is_kept_with_the_data_set(tmp_path):
+    built, _ = build(write_folder(tmp_path / "data", raw_case()))
+    stored = json.loads((built.data_path / "cases.json").read_text())
+    assert stored["preprocess"] == json.loads(json.dumps(dataclasses.asdict(SMALL)))
+
+
+def run_build(config: DataConfig, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_pipelines.build", f"--data.name={config.name}"]
+    command += [f"--data.path={config.path}", f"--data.cache={config.cache}"]
+    command += ["--data.preprocess.size", "6", "16", "16"]
+    command += ["--data.preprocess.spacing-mm", "3", "1", "1", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.slow
+def test_build_from_the_command_line(tmp_path):
+    config = write_folder(
+        tmp_path / "data", *(raw_case(name, seed=i) for i, name in enumerate("ab"))
+    )
+    done = run_build(config, "--num-workers=2")
+    assert done.returncode == 0, done.stderr
+    assert "2 cases, 2 with lesion: " in done.stdout
+    assert FolderBuilder(config).is_prepared()
+    (config.path / "a/adc.nii.gz").unlink()
+    done = run_build(config)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: the data set cannot be built; cases: 2, errors: 1")
+
+
+def test_beam_is_asked_for_by_name(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case())
+    if importlib.util.find_spec("apache_beam") is None:
+        with pytest.raises(DataError, match=r"needs Apache Beam; got --beam.runner=DirectRunner"):
+            FolderBuilder(config).prepare(beam_runner="DirectRunner")
+    else:
+        with pytest.raises(DataError, match=r"one that Beam knows; got 'NoRunner'"):
+            FolderBuilder(config).prepare(beam_runner="NoRunner")
+    assert_nothing_built(config)
+
+
+def test_beam_builds_the_same_data_set(tmp_path):
+    pytest.importorskip("apache_beam", reason="the extra [beam] is not installed")
+    raws = [raw_case(name, seed=i, positive=i % 2 == 0) for i, name in enumerate("abc")]
+    config = write_folder(tmp_path / "data", *raws)
+    alone, cases = build(config)
+    beamed = FolderBuilder(dataclasses.replace(config, cache=tmp_path / "other"))
+    beamed.prepare(beam_runner="DirectRunner")
+    assert beamed.fingerprint == alone.fingerprint
+    assert {info.case_id for info in beamed.infos} == {info.case_id for info in alone.infos}
+    for record in beamed.source():
+        assert_same(decode(record), cases[decode(record).case_id])

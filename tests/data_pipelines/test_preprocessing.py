@@ -5,6 +5,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from data_pipelines.case import (
     STORED_UNIT,
@@ -17,10 +20,12 @@ from data_pipelines.case import (
 from data_pipelines.picai.picai_dataset_builder import Builder
 from data_pipelines.preprocessing import (
     canonical,
+    check_preprocess,
     overlaps,
     preprocess_case,
     reference_grid,
     resample,
+    resample_label,
     to_original,
 )
 from data_pipelines.volume_io import read_volume, write_nifti
@@ -122,6 +127,128 @@ def test_resampling_agrees_with_simpleitk(shared_data, order, method):
     assert 0.1 < inside.mean() < 1
 
 
+@pytest.mark.parametrize("number", range(5))
+def test_real_images_are_resampled_as_by_simpleitk(shared_data, number):
+    """All modalities of a patient, on the stored grid and on a tilted one."""
+    config = DataConfig(name="picai", path=shared_data / "picai_mini")
+    builder = Builder(config)
+    entry = builder.entries[number]
+    raw = builder.read_case(entry)
+    grid = PreprocessConfig(spacing_mm=(3.0, 1.1, 1.1), size=(12, 60, 60))
+    shape, matrix = reference_grid(raw.images["t2w"], grid)
+    for target in (matrix, matrix @ rotation_about((20, 30, 6), (1, 2, 3), 12)):
+        itk = to_itk(np.zeros(shape, np.float32), target)
+        for name, path in entry.images.items():
+            volume = raw.images[name]
+            array = volume.array.astype(np.float32)
+            result, inside = resample(Volume(array, volume.affine), shape, target, order=1)
+            moving = sitk.Cast(sitk.ReadImage(str(path)), sitk.sitkFloat32)
+            expected = sitk.GetArrayFromImage(
+                sitk.Resample(moving, itk, sitk.Transform(), sitk.sitkLinear, np.nan)
+            )
+            common = inside & np.isfinite(expected)
+            assert common.mean() > 0.2
+            assert (inside == np.isfinite(expected)).mean() > 0.999  # borders may round
+            difference = abs(result[common] - expected[common]).max()
+            assert difference < 1e-3 * np.ptp(array)
+
+
+def rotation_about(voxel_ijk, axis, degrees) -> np.ndarray:
+    """A turn of voxel indices about one of them."""
+    centre = np.eye(4)
+    centre[:3, 3] = voxel_ijk
+    turn = rotation(axis, degrees)
+    turn[:3, 3] = 0
+    return centre @ turn @ np.linalg.inv(centre)
+
+
+def to_itk(array, matrix) -> sitk.Image:
+    """An image of SimpleITK at that place; axes are made orthogonal, as it demands."""
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    return image
+
+
+def test_real_images_on_their_own_grid_do_not_change(shared_data):
+    config = DataConfig(name="picai", path=shared_data / "picai_mini")
+    builder = Builder(config)
+    raw = builder.read_case(builder.entries[0])
+    for volume in raw.images.values():
+        result, inside = resample(volume, volume.shape, volume.affine, order=1)
+        np.testing.assert_array_equal(result, volume.array)
+        assert inside.all()
+    source = Volume((raw.label.array > 0).astype(np.uint8), raw.label.affine)
+    for sampling in ("linear", "nearest"):
+        same = resample_label(source, source.shape, source.affine, sampling=sampling)
+        np.testing.assert_array_equal(same, source.array)
+
+
+@pytest.mark.parametrize("sampling", ["linear", "nearest"])
+def test_labels_neither_grow_nor_shrink_at_ties(sampling):
+    label = Volume(np.zeros((1, 8, 8), np.uint8), np.eye(4))
+    label.array[0, 2:5, 2:6] = 2
+    shifted = np.eye(4)
+    shifted[0, 3] = 0.5
+    result = resample_label(label, (1, 8, 8), shifted, sampling=sampling)
+    assert (result > 0).sum() == 12
+    assert set(np.unique(result)) == {0, 2}
+    outside = np.eye(4)
+    outside[0, 3] = 100
+    assert not resample_label(label, (1, 8, 8), outside, sampling=sampling).any()
+
+
+def test_of_several_classes_the_heaviest_wins():
+    label = Volume(np.zeros((1, 1, 4), np.uint8), np.eye(4))
+    label.array[0, 0] = (1, 1, 2, 0)
+    matrix = np.eye(4)
+    matrix[0, 3] = 0.4
+    # weights of classes 1 and 2 at 0.4, 1.4, 2.4: (1, 0), (0.6, 0.4), (0, 0.6)
+    assert resample_label(label, (1, 1, 3), matrix).ravel().tolist() == [1, 1, 2]
+    matrix[0, 3] = 0.6
+    assert resample_label(label, (1, 1, 3), matrix).ravel().tolist() == [1, 2, 0]
+
+
+def test_a_crop_around_the_gland(tmp_path):
+    raw = raw_case()
+    mask = np.zeros((8, 24, 24), np.uint8)
+    mask[2:5, 9:14, 7:12] = 1
+    grid = PreprocessConfig(spacing_mm=(3, 1, 1), size=(5, 9, 11), centre="gland")
+    config = DataConfig(preprocess=grid)
+    gland = Volume(mask, raw.label.affine)
+    case = preprocess_case(dataclasses.replace(raw, gland=gland), config)
+    # The box is centred on voxel 3, 11, 9; the crop of 5 x 9 x 11 begins at 1, 7, 4.
+    np.testing.assert_allclose(case.affine[:3, 3], (raw.label.affine @ [4, 7, 1, 1])[:3])
+    np.testing.assert_array_equal(case.label, raw.label.array[1:6, 7:16, 4:15] > 0)
+    elsewhere = stored_in(gland, (2, 0, 1), (1, 0, 1))
+    again = preprocess_case(dataclasses.replace(raw, gland=elsewhere), config)
+    np.testing.assert_array_equal(again.image, case.image)
+    with pytest.raises(MissingDataError, match=r"for training and for prediction; got none"):
+        preprocess_case(raw, config)
+    with pytest.raises(DataError, match=r"needs a mask of the gland; got an empty one"):
+        preprocess_case(dataclasses.replace(raw, gland=Volume(mask * 0, gland.affine)), config)
+    for target in ("gland", "zones"):
+        with pytest.raises(DataError, match=rf"placed by what is to be found; .* '{target}'"):
+            check_preprocess(dataclasses.replace(config, target=target))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"size": (0, 16, 16)}, r"at least one voxel along each axis .* got \(0, 16, 16\)"),
+        ({"spacing_mm": (3.0, -1.0, 1.0)}, r"a positive spacing; got .* \(3.0, -1.0, 1.0\) mm"),
+        ({"clip_percentiles": (90, 10)}, r"percentiles must rise within 0 to 100; got 90 and 10"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(change, text):
+    config = DataConfig(preprocess=dataclasses.replace(SMALL, **change))
+    with pytest.raises(DataError, match=text):
+        preprocess_case(raw_case(), config)
+
+
 def test_grids_overlap_also_when_one_is_tiny():
     big, tiny = affine((1, 1, 1), (0, 0, 0), 0), affine((0.1, 0.1, 0.1), (50.3, 50.3, 50.3), 0)
     assert overlaps((100, 100, 100), big, (2, 2, 2), tiny)
@@ -196,20 +323,84 @@ def test_zones_keep_their_classes():
     np.testing.assert_array_equal(case.original_truth, label)
 
 
-@pytest.mark.parametrize(("permutation", "flips"), ORIENTATIONS[1::7])
-def test_orientation_on_disk_does_not_matter(permutation, flips):
-    raw = raw_case()
-    turned = dataclasses.replace(
+def stored_alike(raw, permutation, flips):
+    """The case with all its files in another orientation."""
+    return dataclasses.replace(
         raw,
         images={name: stored_in(v, permutation, flips) for name, v in raw.images.items()},
         label=stored_in(raw.label, permutation, flips),
     )
-    expected, case = preprocess_case(raw, CONFIG), preprocess_case(turned, CONFIG)
+
+
+OFF_GRID = PreprocessConfig(spacing_mm=(2.7, 1.3, 1.13), size=(7, 13, 15))
+"""A grid that meets no voxel of the test case: everything is interpolated, nothing ties."""
+
+
+@pytest.mark.parametrize(("permutation", "flips"), ORIENTATIONS)
+@pytest.mark.parametrize("grid", [SMALL, OFF_GRID], ids=["on-grid", "off-grid"])
+def test_orientation_on_disk_does_not_matter(tmp_path, grid, permutation, flips):
+    config = DataConfig(preprocess=grid)
+    raw = raw_case()
+    turned = stored_alike(raw, permutation, flips)
+    expected, case = preprocess_case(raw, config), preprocess_case(turned, config)
     assert case.original_shape == turned.images["t2w"].shape
     np.testing.assert_allclose(case.affine, expected.affine, atol=1e-9)
-    np.testing.assert_allclose(case.image, expected.image, atol=1)
+    assert_images_agree(case.image, expected.image)
     np.testing.assert_array_equal(case.label, expected.label)
     np.testing.assert_array_equal(case.original_truth, turned.label.array > 0)
+    # The prediction, written in the frame of the stored T2W file, overlays the stored label.
+    restored = to_original(case.label.astype(np.float32), case) > 0.5
+    write_nifti(tmp_path / "mask.nii", restored.astype(np.uint8), case.original_affine)
+    saved = nib.load(tmp_path / "mask.nii")
+    assert saved.shape == turned.images["t2w"].shape[::-1]
+    np.testing.assert_allclose(saved.affine, turned.images["t2w"].affine, atol=1e-5)
+    mask = np.asarray(saved.dataobj).T > 0
+    straight = to_original(expected.label.astype(np.float32), expected) > 0.5
+    in_place = stored_in(Volume(straight.astype(np.uint8), raw.label.affine), permutation, flips)
+    np.testing.assert_array_equal(mask, in_place.array)
+    if grid == SMALL:
+        np.testing.assert_array_equal(mask, turned.label.array > 0)
+
+
+def assert_images_agree(image, expected):
+    """Within 1e-4 of the range, or one stored unit, which is the least that can differ."""
+    difference = abs(image.astype(int) - expected)
+    assert difference.max() <= max(np.ptp(expected.astype(int)) * 1e-4, 1)
+
+
+def rotation(axis, degrees) -> np.ndarray:
+    """A turn of the whole frame, with a shift."""
+    matrix = np.eye(4)
+    turn = Rotation.from_rotvec(np.deg2rad(degrees) * np.asarray(axis) / np.linalg.norm(axis))
+    matrix[:3, :3] = turn.as_matrix()
+    matrix[:3, 3] = (31.0, -12.5, 7.25)
+    return matrix
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    axis=st.tuples(*[st.floats(-1, 1)] * 3).filter(lambda a: np.linalg.norm(a) > 0.1),
+    degrees=st.floats(-30, 30),
+    orientation=st.sampled_from(ORIENTATIONS),
+)
+def test_a_turned_frame_gives_the_same_arrays(axis, degrees, orientation):
+    config = DataConfig(preprocess=OFF_GRID)
+    raw = raw_case()
+    turn = rotation(axis, degrees)
+
+    def turned(volume: Volume) -> Volume:
+        return Volume(volume.array, turn @ volume.affine)
+
+    other = dataclasses.replace(
+        raw,
+        images={name: turned(volume) for name, volume in raw.images.items()},
+        label=turned(raw.label),
+    )
+    expected = preprocess_case(raw, config)
+    case = preprocess_case(stored_alike(other, *orientation), config)
+    np.testing.assert_allclose(case.affine, turn @ expected.affine, atol=1e-9)
+    assert_images_agree(case.image, expected.image)
+    np.testing.assert_array_equal(case.label, expected.label)
 
 
 def test_real_case_in_another_orientation_gives_the_same_label(shared_data):

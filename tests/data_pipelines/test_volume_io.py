@@ -1,4 +1,5 @@
 import gzip
+import os
 
 import nibabel as nib
 import numpy as np
@@ -7,7 +8,7 @@ import SimpleITK as sitk
 
 from data_pipelines.case import DataError, MissingDataError, Volume
 from data_pipelines.volume_io import read_grid, read_volume, write_nifti
-from tests.data_pipelines.fabricate import affine, raw_case, save
+from tests.data_pipelines.fabricate import affine, raw_case, save, write_dicom
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", ".mhd", ".nrrd"])
@@ -136,3 +137,110 @@ def test_unusable_geometry_is_refused(tmp_path):
     nib.save(image, path)
     with pytest.raises(DataError, match=r"must have a positive voxel size; got \[1.0, 0.0, 1.0\]"):
         read_volume(path)
+
+
+def header(**fields):
+    """A NIfTI file of 2 x 3 x 4 voxels with header fields set."""
+    image = nib.Nifti1Image(np.zeros((2, 3, 4), np.uint8), np.eye(4))
+    content = bytearray(image.to_bytes())
+    view = np.frombuffer(content, nib.Nifti1Header.template_dtype, count=1)
+    for name, value in fields.items():
+        view[0][name] = value
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"sform_code": 0}, r"must say where its voxels lie; got no sform or qform in its header"),
+        ({"qform_code": 1, "qoffset_x": 30}, r"must lie in one place; got an sform and a qform up"),
+        ({"dim": (3, 2, -3, 4, 1, 1, 1, 1)}, r"at least one voxel along each axis; got the shape"),
+        (
+            {"dim": (3, 2000, 2000, 2000, 1, 1, 1, 1)},
+            r"at most 67108864 voxels in 256 MiB; got the",
+        ),
+        ({"dim": (3, 2, 3, 5, 1, 1, 1, 1)}, r"got: 376 bytes for the 382 that its header declares"),
+        ({"vox_offset": 10}, r"got: voxels that begin at byte 10"),
+        ({"scl_slope": np.inf}, r"got: the intensity scale inf"),
+    ],
+)
+def test_nifti_headers_that_lie_are_refused(tmp_path, fields, text):
+    (tmp_path / "v.nii").write_bytes(header(**fields))
+    with pytest.raises(DataError, match=text) as caught:
+        read_volume(tmp_path / "v.nii")
+    assert caught.value.file == tmp_path / "v.nii"
+
+
+def test_text_headers_must_name_place_and_file(tmp_path):
+    save(tmp_path / "v.mhd", Volume(np.zeros((2, 3, 4), np.uint8), np.eye(4)))
+    text = (tmp_path / "v.mhd").read_text()
+    (tmp_path / "v.mhd").write_text(text.replace("Offset", "Offside"))
+    with pytest.raises(DataError, match=r"must say where its voxels lie; got no Offset"):
+        read_volume(tmp_path / "v.mhd")
+    (tmp_path / "v.mhd").write_text(text.replace("= v.", "= w."))
+    with pytest.raises(MissingDataError, match=r"one file that holds its voxels; got 'w\."):
+        read_volume(tmp_path / "v.mhd")
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "v.nii").mkdir()
+    with pytest.raises(DataError, match=r"must be a file; got a folder. Check the path"):
+        read_volume(tmp_path / "v.nii")
+    os.mkfifo(tmp_path / "v.mha")
+    with pytest.raises(DataError, match=r"must be a regular file; got a device or pipe"):
+        read_volume(tmp_path / "v.mha")
+
+
+def test_a_channel_of_a_file_with_four_axes(tmp_path):
+    array = np.arange(48, dtype=np.int16).reshape(2, 3, 4, 2)
+    nib.save(nib.Nifti1Image(array, affine()), tmp_path / "v.nii.gz")
+    volume = read_volume(tmp_path / "v.nii.gz", channel=1)
+    np.testing.assert_array_equal(volume.array, array[..., 1].T)
+    assert read_grid(tmp_path / "v.nii.gz", channel=1).shape == (4, 3, 2)
+    with pytest.raises(DataError, match=r"a fourth axis with channel 2; got shape \(2, 3, 4, 2\)"):
+        read_volume(tmp_path / "v.nii.gz", channel=2)
+    save(tmp_path / "w.nii", raw_case().images["t2w"])
+    with pytest.raises(DataError, match=r"a fourth axis with channel 0; got shape \(24, 24, 8\)"):
+        read_volume(tmp_path / "w.nii", channel=0)
+
+
+def test_a_dicom_series_is_a_volume(tmp_path):
+    volume = raw_case().images["t2w"]
+    write_dicom(tmp_path / "t2w", volume)
+    read = read_volume(tmp_path / "t2w")
+    flipped = np.allclose(read.affine[:3, 2], -volume.affine[:3, 2], atol=1e-4)
+    np.testing.assert_array_equal(read.array[::-1] if flipped else read.array, volume.array)
+    expected = volume.affine @ ([0, 0, 7, 1] if flipped else [0, 0, 0, 1])
+    np.testing.assert_allclose(read.affine[:, 3], expected, atol=1e-4)
+    np.testing.assert_allclose(abs(read.affine[:3, :3]), abs(volume.affine[:3, :3]), atol=1e-4)
+    assert read_grid(tmp_path / "t2w").shape == (8, 24, 24)
+
+
+def test_dicom_that_would_be_stacked_wrongly_is_refused(tmp_path):
+    volume = raw_case().images["t2w"]
+    write_dicom(tmp_path / "gap", volume, skip=(3,))
+    with pytest.raises(DataError, match=r"slices at even distances; got distances from 3.000 to 6"):
+        read_volume(tmp_path / "gap")
+    write_dicom(tmp_path / "b", volume)
+    write_dicom(tmp_path / "b", volume, name="again")
+    with pytest.raises(
+        DataError, match=r"one image for each slice position; got 8 more, .*dcm2nii"
+    ):
+        read_volume(tmp_path / "b")
+    write_dicom(tmp_path / "two", volume)
+    write_dicom(tmp_path / "two", volume, name="other", tags={"0020|000e": "1.2.3.5"})
+    with pytest.raises(DataError, match=r"must hold one DICOM series; got 2: 1\.2\.3\."):
+        read_volume(tmp_path / "two")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(MissingDataError, match=r"must hold one DICOM series; got no DICOM image"):
+        read_volume(tmp_path / "none")
+
+
+def test_enhanced_dicom_is_refused_and_a_converter_named(tmp_path):
+    (tmp_path / "hbv").mkdir()
+    image = sitk.GetImageFromArray(raw_case().images["t2w"].array)
+    image.SetMetaData("0008|0060", "MR")
+    image.SetMetaData("0008|0016", "1.2.840.10008.5.1.4.1.1.4.1")
+    sitk.WriteImage(image, str(tmp_path / "hbv" / "enhanced.dcm"))
+    with pytest.raises(DataError, match=r"series of single images; got the multi-frame .*dcm2niix"):
+        read_volume(tmp_path / "hbv")

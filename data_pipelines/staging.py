@@ -1,0 +1,193 @@
+"""Examined cases kept on disk until their data set is written, so that no case is done twice.
+
+Each case has a file named by a hash of all that it depends on: settings, its files, the code. What
+an interrupted build or a validation has finished is taken from there; a case whose files have
+changed has another name and is done again. The folder begins with a dot, and the data set becomes
+visible only when it is whole.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.case import Case, DataError
+from data_pipelines.examination import Examination, Facts
+from data_pipelines.validation import Problem
+
+_CASES_WORTH_A_POOL = 200
+_MAX_DEFAULT_WORKERS = 8
+
+
+class Examiner(Protocol):
+    """What works through the cases; picklable."""
+
+    def examine_entry(self, entry: Any) -> Examination:
+        """Examine one case, or take what was kept of it."""
+        ...
+
+
+def save(path: Path, examination: Examination) -> None:
+    """Write an examination with its case, whole or not at all."""
+    assert examination.case is not None
+    case = dataclasses.asdict(examination.case)
+    arrays = {name: value for name, value in case.items() if isinstance(value, np.ndarray)}
+    content = {
+        "case": {name: value for name, value in case.items() if name not in arrays},
+        "facts": dataclasses.asdict(examination.facts) if examination.facts else None,
+        "metadata": dict(examination.metadata),
+        "problems": [
+            {**dataclasses.asdict(problem), "file": str(problem.file) if problem.file else None}
+            for problem in examination.problems
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, content=np.array(json.dumps(content)), **arrays)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Examination | None:
+    """What ``save`` wrote; None if there is nothing, or nothing that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError):
+        return None
+    content = json.loads(str(arrays.pop("content")))
+    fields = content["case"]
+    for name in ("original_shape", "truth_offset"):
+        fields[name] = tuple(fields[name])
+    problems = (
+        Problem(**{**p, "file": Path(p["file"]) if p["file"] else None})
+        for p in content["problems"]
+    )
+    return Examination(
+        fields["case_id"],
+        tuple(problems),
+        Case(**fields, **arrays),
+        _facts(content["facts"]) if content["facts"] else None,
+        content["metadata"],
+    )
+
+
+def _facts(fields: Mapping[str, Any]) -> Facts:
+    return Facts(
+        fields["patient_id"],
+        {name: tuple(value) for name, value in fields["spacing_mm"].items()},
+        {name: tuple(value) for name, value in fields["size"].items()},
+        fields["image_sha256"],
+        tuple(fields["lesion_ml"]),
+        fields["label_source"],
+    )
+
+
+def default_workers(num_cases: int) -> int:
+    """One process for a small data set, whose start would cost more than it gives."""
+    if num_cases < _CASES_WORTH_A_POOL:
+        return 1
+    return min(os.cpu_count() or 1, _MAX_DEFAULT_WORKERS)
+
+
+def examine_all(
+    examiner: Examiner,
+    entries: Sequence[Any],
+    *,
+    num_workers: int,
+    description: str,
+    keep: Callable[[Examination], Any],
+) -> list[Any]:
+    """Examine all entries, in this process or in spawned ones, with a progress bar.
+
+    Args:
+        examiner: examines an entry; with several workers it is pickled to each of them once.
+        entries: what to examine.
+        num_workers: processes; 1 uses none but this.
+        description: of the progress bar.
+        keep: what to keep of an examination, applied where it was made.
+
+    Returns:
+        For each entry, in order, what ``keep`` made of it.
+
+    Raises:
+        DataError: a worker process was killed.
+    """
+    if num_workers < 1:
+        raise DataError(
+            f"there must be at least one worker; got {num_workers}. Use --num-workers=1."
+        )
+    bar = tqdm(
+        total=len(entries),
+        desc=description,
+        unit="case",
+        leave=False,
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    )
+    with bar:
+        if num_workers == 1:
+            return [kept for _, kept in _serially(examiner, entries, keep, bar)]
+        return _in_pool(examiner, entries, min(num_workers, len(entries)), keep, bar)
+
+
+def _serially(
+    examiner: Examiner, entries: Sequence[Any], keep: Callable[[Examination], Any], bar: tqdm
+) -> Iterator[tuple[int, Any]]:
+    for index, entry in enumerate(entries):
+        yield index, keep(examiner.examine_entry(entry))
+        bar.update()
+
+
+def _in_pool(
+    examiner: Examiner,
+    entries: Sequence[Any],
+    num_workers: int,
+    keep: Callable[[Examination], Any],
+    bar: tqdm,
+) -> list[Any]:
+    results: list[Any] = [None] * len(entries)
+    context = multiprocessing.get_context("spawn")  # a fork after JAX has started can hang
+    executor = ProcessPoolExecutor(
+        num_workers, context, initializer=_start_worker, initargs=(examiner, keep)
+    )
+    try:
+        futures = {executor.submit(_work, entry): index for index, entry in enumerate(entries)}
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+            bar.update()
+    except BrokenProcessPool:
+        raise DataError(
+            f"every worker process must live to the end; got one of {num_workers} killed, mostly "
+            "for want of memory. Run the command again with fewer --num-workers: finished cases "
+            "are kept. A script of your own must start work under if __name__ == '__main__'."
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return results
+
+
+_worker: tuple[Examiner, Callable[[Examination], Any]] | None = None
+
+
+def _start_worker(examiner: Examiner, keep: Callable[[Examination], Any]) -> None:
+    global _worker
+    _worker = examiner, keep
+
+
+def _work(entry: Any) -> Any:
+    assert _worker is not None
+    examiner, keep = _worker
+    return keep(examiner.examine_entry(entry))
