@@ -16,7 +16,7 @@ import numpy as np
 from cmsad_jax.types import ConfigError
 from data_pipelines import loading, preprocessing, splits, volume_io
 from data_pipelines.case import Case, DataError, spacing_of
-from experiments import evaluate, report
+from experiments import evaluate, lesions, report
 from experiments.config import Config, differences, parse, to_json
 from experiments.runtime import environment, progress, run_main, select_accelerator
 from experiments.train import (
@@ -143,17 +143,20 @@ def run_fold(
         directory=directory,
     )
     started = time.perf_counter()
-    rows = []
+    rows, detections = [], []
     for case in progress(
         loading.eval_cases(source, validation),
         description=f"{title} predicting",
         total=len(validation),
     ):
-        rows += predict_and_measure(config, programs, params, case, fold, directory)
+        measured, detected = predict_and_measure(config, programs, params, case, fold, directory)
+        rows += measured
+        detections += detected
     for case_id in cases_to_show(rows, config.predict.figures):
         save_figure(config, programs, params, source[case_id], directory)
     summary["predict_s"] = round(time.perf_counter() - started, 2)
-    write_json(directory / "metrics.json", {"metric_per_case": rows, "summary": summary})
+    record = {"metric_per_case": rows, "detection_per_case": detections, "summary": summary}
+    write_json(directory / "metrics.json", record)
     dice = [row["dice"] for row in rows if row["dice"] is not None]
     result = f"Dice {np.mean(dice):.3f} over {len(dice)}" if dice else "no positive case, no Dice"
     log(
@@ -166,8 +169,11 @@ def run_fold(
 
 def predict_and_measure(
     config: Config, programs: Programs, params: Any, case: Case, fold: int, directory: Path
-) -> list[dict[str, Any]]:
-    """Predict a case, save mask and probabilities in its T2W frame, and measure them there."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Predict a case, save mask and probabilities in its T2W frame, and measure them there.
+
+    Returns a row of metrics for each class, and what was detected where there is one class.
+    """
     classes = config.data.classes
     probability = preprocessing.to_original(
         predict_case(programs.predict, params, case, config, config.network.num_classes), case
@@ -185,7 +191,10 @@ def predict_and_measure(
         )
     measured = evaluate.case_metrics(mask, case.original_truth, spacing_of(affine), classes=classes)
     identity = {"case_id": case.case_id, "patient_id": case.patient_id, "fold": fold}
-    return [identity | {"class": name} | values for name, values in measured.items()]
+    rows = [identity | {"class": name} | values for name, values in measured.items()]
+    if len(classes) > 1:
+        return rows, []
+    return rows, [identity | lesions.detect(foreground[..., 0], case.original_truth)]
 
 
 def cases_to_show(rows: Sequence[dict[str, Any]], count: int) -> list[str]:
@@ -266,7 +275,9 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
         if file.exists():
             done[fold] = json.loads(file.read_text())
     rows = [row for record in done.values() for row in record["metric_per_case"]]
-    metrics = evaluate.summarise(rows, folds=list(done)) | {
+    detections = [case for record in done.values() for case in record["detection_per_case"]]
+    metrics = evaluate.summarise(rows, folds=list(done)) | evaluate.with_detection(detections)
+    metrics |= {
         "target": config.data.target,
         "classes": list(config.data.classes),
         "threshold": config.predict.threshold,
