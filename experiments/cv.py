@@ -18,7 +18,13 @@ from data_pipelines import loading, preprocessing, splits, volume_io
 from data_pipelines.case import Case, DataError, spacing_of
 from experiments import evaluate, lesions, report
 from experiments.config import Config, differences, parse, to_json
-from experiments.runtime import environment, progress, run_main, select_accelerator
+from experiments.runtime import (
+    environment,
+    peak_memory_mb,
+    progress,
+    run_main,
+    select_accelerator,
+)
 from experiments.train import (
     Programs,
     compile_programs,
@@ -155,6 +161,7 @@ def run_fold(
     for case_id in cases_to_show(rows, config.predict.figures):
         save_figure(config, programs, params, source[case_id], directory)
     summary["predict_s"] = round(time.perf_counter() - started, 2)
+    summary["peak_memory_mb"] = peak_memory_mb()
     record = {"metric_per_case": rows, "detection_per_case": detections, "summary": summary}
     write_json(directory / "metrics.json", record)
     dice = [row["dice"] for row in rows if row["dice"] is not None]
@@ -211,10 +218,18 @@ def cases_to_show(rows: Sequence[dict[str, Any]], count: int) -> list[str]:
 def save_figure(
     config: Config, programs: Programs, params: Any, case: Case, directory: Path
 ) -> None:
-    """Keep a case's images, truth, probability and attention maps for the report's pictures."""
+    """Keep a case's images, truth, probability and attention maps for the report's pictures.
+
+    Attention is kept as uint8 ``d h w m s``, each map relative to its largest value and averaged
+    in plane down to about 64 voxels: its own resolution is coarse.
+    """
     (directory / "figures").mkdir(exist_ok=True)
-    modalities = config.data.modalities
-    attention = predict_case(programs.attention, params, case, config, len(modalities))
+    modalities, num_stages = config.data.modalities, config.network.encoder.num_stages
+    attention = predict_case(
+        programs.attention, params, case, config, len(modalities) * num_stages
+    ).reshape(*case.label.shape, len(modalities), num_stages)
+    largest = np.maximum(attention.max((0, 1, 2)), 1e-12)
+    coarse = np.stack([mean_pool(volume / largest) for volume in attention])
     probability = predict_case(programs.predict, params, case, config, config.network.num_classes)
     np.savez_compressed(
         directory / "figures" / f"{case.case_id}.npz",
@@ -222,9 +237,19 @@ def save_figure(
         modalities=np.array(modalities),
         truth=case.label,
         probability=probability.astype(np.float16),
-        attention=(attention / np.maximum(attention.max((0, 1, 2)), 1e-12)).astype(np.float16),
+        attention=np.round(255 * coarse).astype(np.uint8),
         spacing_mm=np.array(spacing_of(case.affine)),
     )
+
+
+def mean_pool(image: np.ndarray, largest: int = 64) -> np.ndarray:
+    """Means over square blocks of ``h w ...``, so that neither side exceeds about ``largest``."""
+    height, width = image.shape[:2]
+    size = -(-max(height, width) // largest)
+    rows, columns = np.arange(0, height, size), np.arange(0, width, size)
+    total = np.add.reduceat(np.add.reduceat(image, rows, 0), columns, 1)
+    counts = np.outer(np.diff([*rows, height]), np.diff([*columns, width]))
+    return total / counts.reshape(*counts.shape, *(1,) * (image.ndim - 2))
 
 
 def mean_shape_baseline(

@@ -28,8 +28,8 @@ Undefined is None in Python, ``null`` in JSON and an empty cell in CSV, and is l
 mean; no mean goes without the number of cases behind it. A positive case with an empty prediction
 is a miss: it has overlap metrics of 0, is counted in ``num_missed``, and since its surface
 distances do not exist and would otherwise vanish, the penalised ones put the diagonal of the whole
-volume in their place. A negative case is judged by its false-positive volume and its specificity; if nothing
-is predicted there, these are 0 and 1.
+volume in their place. A negative case is judged by its false-positive volume and its specificity;
+if nothing is predicted there, these are 0 and 1.
 
 With probabilities, lesions are also detected and probabilities calibrated:
 :mod:`experiments.lesions`.

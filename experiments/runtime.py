@@ -2,7 +2,9 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -31,6 +33,8 @@ PACKAGES = (
     "numpy",
     "scipy",
     "surface-distance",
+    "picai_eval",
+    "report_guided_annotation",
 )
 
 
@@ -69,9 +73,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "device": f"{len(devices)} x {devices[0].device_kind}",
+        "cpu_cores": os.cpu_count(),
         "git_commit": git_commit(),
         "versions": versions,
     }
+
+
+def peak_memory_mb() -> float:
+    """Most main memory that this process has held so far, in MB (of 2**20 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def git_commit() -> str | None:

@@ -36,8 +36,8 @@ class Programs:
         init: fresh state from a key.
         step: the train step with its placement over devices.
         predict: ``(params, windows, present) -> b *window k`` probabilities.
-        attention: ``(params, windows, present) -> b *window m`` attention energy of each modality
-            at the finest distilled stage, resized to the window.
+        attention: ``(params, windows, present) -> b *window a`` attention energy of each modality
+            and, within it, of each encoder stage, resized to the window; none for early fusion.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -71,18 +71,15 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
     def predict(params, windows, present):
         return probabilities(apply(network, params, windows, present).logits)
 
-    finest = config.loss.distilled_stages(config.network.encoder.num_stages)[0]
-
     @partial(jax.jit, compiler_options=options)
     def attention(params, windows, present):
         features = apply(network, params, windows, present).features
         maps = [
             kernels.attention_energy(
-                features[name][finest],
-                kind=config.loss.attention.kind,
-                exponent=config.loss.attention.exponent,
+                feature, kind=config.loss.attention.kind, exponent=config.loss.attention.exponent
             )
             for name in config.data.modalities
+            for feature in features[name]
         ]
         return jnp.stack([kernels.resize_map(q, space) for q in maps], -1)
 
