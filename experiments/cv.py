@@ -221,15 +221,18 @@ def save_figure(
     """Keep a case's images, truth, probability and attention maps for the report's pictures.
 
     Attention is kept as uint8 ``d h w m s``, each map relative to its largest value and averaged
-    in plane down to about 64 voxels: its own resolution is coarse.
+    in plane down to about 64 voxels: its own resolution is coarse. Early fusion has none.
     """
     (directory / "figures").mkdir(exist_ok=True)
     modalities, num_stages = config.data.modalities, config.network.encoder.num_stages
-    attention = predict_case(
-        programs.attention, params, case, config, len(modalities) * num_stages
-    ).reshape(*case.label.shape, len(modalities), num_stages)
-    largest = np.maximum(attention.max((0, 1, 2)), 1e-12)
-    coarse = np.stack([mean_pool(volume / largest) for volume in attention])
+    maps = {}
+    if config.network.fusion.kind != "early":
+        attention = predict_case(
+            programs.attention, params, case, config, len(modalities) * num_stages
+        ).reshape(*case.label.shape, len(modalities), num_stages)
+        largest = np.maximum(attention.max((0, 1, 2)), 1e-12)
+        coarse = np.stack([mean_pool(volume / largest) for volume in attention])
+        maps["attention"] = np.round(255 * coarse).astype(np.uint8)
     probability = predict_case(programs.predict, params, case, config, config.network.num_classes)
     np.savez_compressed(
         directory / "figures" / f"{case.case_id}.npz",
@@ -237,8 +240,8 @@ def save_figure(
         modalities=np.array(modalities),
         truth=case.label,
         probability=probability.astype(np.float16),
-        attention=np.round(255 * coarse).astype(np.uint8),
         spacing_mm=np.array(spacing_of(case.affine)),
+        **maps,
     )
 
 

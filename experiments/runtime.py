@@ -34,7 +34,6 @@ PACKAGES = (
     "scipy",
     "surface-distance",
     "picai_eval",
-    "report_guided_annotation",
 )
 
 
