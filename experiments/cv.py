@@ -36,15 +36,17 @@ from experiments.train import (
 )
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
     """Run the folds asked for and report on all that are done; returns what ``metrics.json`` holds.
+
+    ``programs`` are those of a run that differs in seed and folder alone; None compiles them.
 
     Raises:
         ConfigError: for settings that cannot work, or a run folder of another configuration.
         DataError: for faults of the data.
     """
     devices = select_accelerator(config.accelerator)
-    programs = compile_programs(config, devices)
+    programs = programs or compile_programs(config, devices)
     output = config.output
     assert output is not None, "complete() names the run folder"
     refuse_other_run(output, config)
@@ -149,21 +151,18 @@ def run_fold(
         directory=directory,
     )
     started = time.perf_counter()
-    rows, detections = [], []
+    rows = []
     for case in progress(
         loading.eval_cases(source, validation),
         description=f"{title} predicting",
         total=len(validation),
     ):
-        measured, detected = predict_and_measure(config, programs, params, case, fold, directory)
-        rows += measured
-        detections += detected
+        rows += predict_and_measure(config, programs, params, case, fold, directory)
     for case_id in cases_to_show(rows, config.predict.figures):
         save_figure(config, programs, params, source[case_id], directory)
     summary["predict_s"] = round(time.perf_counter() - started, 2)
     summary["peak_memory_mb"] = peak_memory_mb()
-    record = {"metric_per_case": rows, "detection_per_case": detections, "summary": summary}
-    write_json(directory / "metrics.json", record)
+    write_json(directory / "metrics.json", {"metric_per_case": rows, "summary": summary})
     dice = [row["dice"] for row in rows if row["dice"] is not None]
     result = f"Dice {np.mean(dice):.3f} over {len(dice)}" if dice else "no positive case, no Dice"
     log(
@@ -176,11 +175,8 @@ def run_fold(
 
 def predict_and_measure(
     config: Config, programs: Programs, params: Any, case: Case, fold: int, directory: Path
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Predict a case, save mask and probabilities in its T2W frame, and measure them there.
-
-    Returns a row of metrics for each class, and what was detected where there is one class.
-    """
+) -> list[dict[str, Any]]:
+    """Predict a case, save mask and probabilities in its T2W frame, and measure them there."""
     classes = config.data.classes
     probability = preprocessing.to_original(
         predict_case(programs.predict, params, case, config, config.network.num_classes), case
@@ -197,11 +193,14 @@ def predict_and_measure(
             affine,
         )
     measured = evaluate.case_metrics(mask, case.original_truth, spacing_of(affine), classes=classes)
-    identity = {"case_id": case.case_id, "patient_id": case.patient_id, "fold": fold}
-    rows = [identity | {"class": name} | values for name, values in measured.items()]
-    if len(classes) > 1:
-        return rows, []
-    return rows, [identity | lesions.detect(foreground[..., 0], case.original_truth)]
+    identity: dict[str, Any] = {
+        "case_id": case.case_id,
+        "patient_id": case.patient_id,
+        "fold": fold,
+    }
+    if len(classes) == 1:
+        identity |= {"detection": lesions.detect(foreground[..., 0], case.original_truth)}
+    return [identity | {"class": name} | values for name, values in measured.items()]
 
 
 def cases_to_show(rows: Sequence[dict[str, Any]], count: int) -> list[str]:
@@ -303,9 +302,7 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
         if file.exists():
             done[fold] = json.loads(file.read_text())
     rows = [row for record in done.values() for row in record["metric_per_case"]]
-    detections = [case for record in done.values() for case in record["detection_per_case"]]
-    metrics = evaluate.summarise(rows, folds=list(done)) | evaluate.with_detection(detections)
-    metrics |= {
+    metrics = evaluate.summarise(rows, folds=list(done)) | {
         "target": config.data.target,
         "classes": list(config.data.classes),
         "threshold": config.predict.threshold,

@@ -224,7 +224,8 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
 
     Args:
         rows: one per case and class: ``{"case_id", "patient_id", "fold", "class", **metrics}``
-            with the metrics of ``case_metrics``. Further keys are kept.
+            with the metrics of ``case_metrics``. Further keys are kept; ``detection`` is what
+            ``lesions.detect`` says of a case with a probability map.
         folds: the folds that are evaluated; others are missing, not empty. Empty where there are
             no folds (then each ``fold`` may be None).
 
@@ -240,6 +241,7 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
         * ``per_fold``: each fold's ``num_cases``, ``num_positive``, ``num_missed``, ``mean`` and
           ``note`` (None, or that a class is in no case).
         * ``num_cases``, and ``folds_without_positives``: no case with any foreground.
+        * ``detection``: :func:`experiments.lesions.summarise` of the rows that have it, if any.
         * per class: ``num_positive``, ``num_negatives``, ``num_missed`` (truth but no prediction
           at all), ``num_no_overlap`` (positives with Dice 0, the missed ones among them) and
           ``false_positives_on_negatives``: ``num_cases`` with any, mean, median, sd, max in ml.
@@ -255,7 +257,9 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
     }
     per_fold = [_fold_summary(fold, by_class) for fold in sorted(folds)]
     negatives = {name: _negatives(members) for name, members in by_class.items()}
+    detected = [{**row, **row["detection"]} for row in rows if "detection" in row]
     return {
+        **({"detection": lesions.summarise(detected)} if detected else {}),
         "mean": _table(by_class, _mean),
         "sd": _table(by_class, _sample_sd),
         "sd_of_fold_means": {
@@ -458,26 +462,9 @@ class EvaluateConfig:
 
 
 def evaluate_folders(config: EvaluateConfig) -> dict[str, Any]:
-    """Summary (without folds) of all files of ``config.predictions``, read one after the other.
-
-    Probabilities of one class are evaluated for detection and calibration too, under ``detection``
-    and ``detection_per_case``.
-    """
-    rows: list[Row] = []
-    detections: list[lesions.Detection] = []
-    for name in _paired_names(config.predictions, config.labels):
-        measured, detected = _evaluate_file(config, name)
-        rows += measured
-        detections += detected
-    return summarise(rows) | with_detection(detections)
-
-
-def with_detection(detections: Sequence[lesions.Detection]) -> dict[str, Any]:
-    """The part of a summary that lesion detection adds; empty without any."""
-    if not detections:
-        return {}
-    ordered = sorted(detections, key=lambda case: (_fold_key(case), case["case_id"]))
-    return {"detection": lesions.summarise(ordered), "detection_per_case": ordered}
+    """Summary (without folds) of all files of ``config.predictions``, read one after the other."""
+    names = _paired_names(config.predictions, config.labels)
+    return summarise([row for name in names for row in _evaluate_file(config, name)])
 
 
 def _paired_names(predictions: Path, labels: Path) -> list[str]:
@@ -504,10 +491,7 @@ def _paired_names(predictions: Path, labels: Path) -> list[str]:
     return sorted(predicted)
 
 
-def _evaluate_file(
-    config: EvaluateConfig, name: str
-) -> tuple[Sequence[Row], Sequence[lesions.Detection]]:
-    """Rows of one file, and its detections if it holds probabilities."""
+def _evaluate_file(config: EvaluateConfig, name: str) -> list[Row]:
     prediction, label = read_volume(config.predictions / name), read_volume(config.labels / name)
     if not np.allclose(prediction.affine, label.affine, atol=1e-3):
         raise DataError(
@@ -527,11 +511,10 @@ def _evaluate_file(
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     case_id = name.removesuffix(".gz").removesuffix(".nii")
-    identity = {"case_id": case_id, "patient_id": case_id, "fold": None}
-    rows = [{**identity, "class": name, **values} for name, values in metrics.items()]
-    if len(classes) > 1 or not np.issubdtype(predicted.dtype, np.floating):
-        return rows, []
-    return rows, [identity | lesions.detect(predicted, truth)]
+    identity: dict[str, Any] = {"case_id": case_id, "patient_id": case_id, "fold": None}
+    if len(classes) == 1 and np.issubdtype(predicted.dtype, np.floating):
+        identity |= {"detection": lesions.detect(predicted, truth)}
+    return [{**identity, "class": name, **values} for name, values in metrics.items()]
 
 
 def _as_labels(array: np.ndarray, name: str) -> np.ndarray:

@@ -4,8 +4,8 @@ Detection goes through ``picai_eval``, the evaluation of the PI-CAI challenge (S
 Oncology 2024). Lesion candidates follow the published rules of ``report_guided_annotation`` (Bosma
 et al., arXiv 2112.05151), which the challenge's baselines use: from the highest probability down,
 the connected voxels above ``peak / 2.5`` become a candidate of the peak's confidence, at most five
-of more than ten voxels each; candidates that touch an earlier one are dropped. A candidate matches a lesion from an overlap
-(IoU) of 0.1 on. A case's confidence is that of its strongest candidate.
+of more than ten voxels each; candidates that touch an earlier one are dropped. A candidate matches
+a lesion from an overlap (IoU) of 0.1 on. A case's confidence is that of its strongest candidate.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _TOO_SMALL = 10  # voxels
 _NEIGHBOURS = np.ones((3, 3, 3), bool)
 
 Detection = Mapping[str, Any]
-"""``{"case_id", "patient_id", "fold", "confidence", "lesions", "voxels"}`` of one case."""
+"""``{"case_id", "patient_id", "confidence", "lesions", "voxels"}`` of one case."""
 
 
 def detection_map(probability: np.ndarray) -> np.ndarray:

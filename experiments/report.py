@@ -146,7 +146,7 @@ def _facts(run_dir: Path) -> dict[str, Any]:
     classes = metrics.get("classes") or list(metrics["mean"])
     target = metrics.get("target", classes[0])
     folds = _read_json(run_dir / "folds.json")
-    fold_list = folds["folds"] if isinstance(folds, dict) else folds
+    fold_list = folds.get("folds", []) if isinstance(folds, dict) else folds
     done = [entry["fold"] for entry in metrics["per_fold"]]
     num_folds = len(fold_list) or metrics.get("num_folds", len(done))
     history = read_history(run_dir)

@@ -69,9 +69,7 @@ def count_operations(config: NetworkConfig, space: tuple[int, ...]) -> float:
     return float(cost["flops"])
 
 
-def match_parameters(
-    config: NetworkConfig, target: int, space: tuple[int, ...]
-) -> NetworkConfig:
+def match_parameters(config: NetworkConfig, target: int, space: tuple[int, ...]) -> NetworkConfig:
     """``config`` with all widths scaled by one factor, so that its weights number about ``target``.
 
     Widths are whole numbers, so small networks are matched within some per cent. The nearest of a
@@ -87,6 +85,8 @@ def match_parameters(
     factor, best = 1.0, config
     count = least = count_parameters(config, space)
     for _ in range(5):
+        if count == target:
+            break
         factor *= math.sqrt(target / count)
         candidate = scaled(factor)
         count = count_parameters(candidate, space)

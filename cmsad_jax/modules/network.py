@@ -111,9 +111,7 @@ class CMSAD(nn.Module):
         if present is None:
             present = jnp.ones((image.shape[0], len(names)), bool)
         masks = [present[:, m].reshape(-1, *(1,) * (image.ndim - 1)) for m in range(len(names))]
-        inputs = [
-            jnp.where(mask, image[..., m : m + 1], 0) for m, mask in enumerate(masks)
-        ]
+        inputs = [jnp.where(mask, image[..., m : m + 1], 0) for m, mask in enumerate(masks)]
         features: dict[str, tuple[Array, ...]] = {}
         fused, gates, losses = [], [], []
         if config.fusion.kind == "early":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.splits import Folds
-from experiments.evaluate import case_metrics, summarise, with_detection, write_metrics
+from experiments.evaluate import case_metrics, summarise, write_metrics
 from experiments.lesions import detect
 
 SPACING_MM = (3.0, 1.0, 1.0)
@@ -49,7 +49,6 @@ def make_run(
     folds = Folds(tuple(tuple(cases) for cases in ids))
     folds.save(folder / "folds.json")
     rows: list[dict[str, Any]] = []
-    detections: list[dict[str, Any]] = []
     for fold in done:
         directory = folder / f"fold_{fold}"
         (directory / "figures").mkdir(parents=True)
@@ -64,10 +63,10 @@ def make_run(
                 else probability.argmax(-1).astype(np.uint8)
             )
             measured = case_metrics(mask, truth, SPACING_MM, classes)
-            identity = {"case_id": case_id, "patient_id": case_id, "fold": fold}
+            identity: dict[str, Any] = {"case_id": case_id, "patient_id": case_id, "fold": fold}
+            if len(classes) == 1 and extras:
+                identity |= {"detection": detect(probability, truth)}
             rows += [{**identity, "class": name, **values} for name, values in measured.items()]
-            if len(classes) == 1:
-                detections.append(identity | detect(probability, truth))
             if figures and number in (1, 2, cases_per_fold - 1):
                 image = rng.normal(size=(*SHAPE, len(modalities))) - 2.0 * truth[..., None]
                 image *= ellipsoid((4, 20, 24), (12, 18, 22))[..., None]
@@ -82,8 +81,7 @@ def make_run(
                     attention=np.round(255 * attention).astype(np.uint8),
                     spacing_mm=np.array(SPACING_MM),
                 )
-    metrics = summarise(rows, list(done)) | with_detection(detections if extras else [])
-    metrics |= {
+    metrics = summarise(rows, list(done)) | {
         "target": "lesion" if len(classes) == 1 else "zones",
         "classes": list(classes),
         "threshold": 0.5,

@@ -349,9 +349,9 @@ def test_probabilities_are_evaluated_for_detection_too(folders, tmp_path, capsys
     summary = read_metrics(tmp_path)
     assert summary["detection"]["average_precision"] == 1
     assert summary["detection"]["auroc"] == 1
-    assert [case["confidence"] for case in summary["detection_per_case"]] == pytest.approx(
-        [0.8, 0.7]
-    )
+    confidences = [entry["detection"]["confidence"] for entry in summary["metric_per_case"]]
+    assert confidences == pytest.approx([0.8, 0.7])
+    assert summarise(summary["metric_per_case"]) == summary
     assert "AP 1.000, patient AUROC 1.000, PI-CAI score 1.000" in capsys.readouterr().out
 
 
