@@ -16,7 +16,7 @@ import numpy as np
 from cmsad_jax.types import ConfigError
 from data_pipelines import loading, preprocessing, splits, volume_io
 from data_pipelines.case import Case, DataError, spacing_of
-from experiments import evaluate, lesions, report
+from experiments import evaluate, lesions, report, tensorboard
 from experiments.config import Config, differences, parse, to_json
 from experiments.runtime import (
     environment,
@@ -95,11 +95,20 @@ def make_folds(config: Config, source: loading.CaseSource) -> splits.Folds:
             f"at least one case must hold the target; got {len(source)} cases without any "
             f"{config.data.target}. Check the labels, or choose another --data.target."
         )
+    if config.folds_file is not None and config.group_by is not None:
+        raise ConfigError(
+            "folds must come from a file or from groups; got both --folds-file and --group-by. "
+            "Drop one of them."
+        )
+    folds, whose = None, ""
     if config.folds_file is not None:
-        folds = splits.load_published(config.folds_file, source.info)
+        folds, whose = splits.load_published(config.folds_file, source.info), "of the folds file"
+    elif config.group_by is not None:
+        folds, whose = splits.group_folds(source.info, group=config.group_by), "of groups"
+    if folds is not None:
         if len(folds.validation) != config.num_folds:
             raise ConfigError(
-                "the number of folds must be that of the folds file; "
+                f"the number of folds must be that {whose}; "
                 f"got {config.num_folds} and {len(folds.validation)}. "
                 f"Use --num-folds={len(folds.validation)}."
             )
@@ -150,6 +159,7 @@ def run_fold(
         validation=validation,
         directory=directory,
     )
+    tensorboard.write_events(directory / "history.csv", directory / "tensorboard")
     started = time.perf_counter()
     rows = []
     for case in progress(
