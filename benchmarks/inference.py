@@ -37,7 +37,7 @@ from data_pipelines.phantom.phantom import case_id_of, make_case
 from experiments import predict
 from experiments.config import PRESETS, Config, complete, window
 from experiments.export import describe, model_card
-from experiments.train import window_functions
+from experiments.train import predict_window
 
 VOLUMES = ((24, 320, 320), (60, 640, 640))
 NUM_MEMBERS = 5
@@ -88,7 +88,7 @@ def random_artifact(config: Config, target: Path | io.BytesIO) -> None:
                 for name, leaf in export.flatten_weights(shapes).items()
             }
         )
-    function = window_functions(config)[0]
+    function = predict_window(config)
     program = export.export_program(
         lambda flat, windows, present: function(export.unflatten_weights(flat), windows, present),
         members[0],

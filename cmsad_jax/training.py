@@ -222,7 +222,7 @@ def loss_terms(
             output.features, pairs=config.pairs, **common
         )
         terms["cross_modal_distillation_loss"] = (config.cross_modal_weight, True, value)
-    if config.self_weight:
+    if config.self_weight and output.features:
         value = distillation.self_distillation_loss(output.features, **common)
         terms["self_distillation_loss"] = (config.self_weight, True, value)
     if config.correlation_weight and output.gates[0] is not None:

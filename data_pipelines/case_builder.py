@@ -225,7 +225,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def infos(self) -> tuple[CaseInfo, ...]:
         """Facts of the prepared cases, in stored order, without reading them."""
         return tuple(
-            CaseInfo(case["case_id"], case["patient_id"], case["positive"])
+            CaseInfo(case["case_id"], case["patient_id"], case["positive"], case["metadata"])
             for case in self._stored_info()["cases"]
         )
 

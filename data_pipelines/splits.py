@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_pipelines.case import DataError, MissingDataError
@@ -22,11 +22,13 @@ class CaseInfo:
         case_id: unique name of the study.
         patient_id: who was imaged.
         positive: whether the label holds any foreground.
+        metadata: further facts, such as PI-CAI's ``center``.
     """
 
     case_id: str
     patient_id: str
     positive: bool
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,40 @@ def make_folds(infos: Iterable[CaseInfo], *, num_folds: int = 5, seed: int = 0) 
             fold = min(folds, key=len)
         fold.extend(cases)
     return Folds(tuple(tuple(sorted(case.case_id for case in fold)) for fold in folds))
+
+
+def group_folds(infos: Sequence[CaseInfo], *, group: str) -> Folds:
+    """One fold for each value of a fact of the cases: leave one centre out.
+
+    Folds are in the order of the values. Each trains on all other centres, so that its result says
+    how the model does where it has never been.
+
+    Raises:
+        DataError: a case without the fact, fewer than two values, a patient with several values, or
+            a case given twice.
+    """
+    infos = sorted(infos, key=lambda info: info.case_id)
+    known = sorted({name for info in infos for name in info.metadata})
+    lacking = [info.case_id for info in infos if not info.metadata.get(group)]
+    if lacking:
+        raise DataError(
+            f"every case must have a {group!r} to be grouped by; {_some(lacking)} have none. "
+            f"Known facts are: {', '.join(known) or 'none'}. Group by another, or add the column."
+        )
+    values = sorted({info.metadata[group] for info in infos})
+    if len(values) < 2:
+        raise DataError(
+            f"there must be at least 2 groups; got {group} = {values[0]} alone. "
+            "Group by another fact, or let the project draw folds over patients."
+        )
+    folds = Folds(
+        tuple(
+            tuple(info.case_id for info in infos if info.metadata[group] == value)
+            for value in values
+        )
+    )
+    check_folds(folds, infos, source=f"groups by {group}")
+    return folds
 
 
 def load_published(path: Path, infos: Sequence[CaseInfo]) -> Folds:

@@ -2,6 +2,7 @@
 
 ``python -m experiments.compare RUN_A RUN_B [RUN_C ...]`` compares the first run with each other one
 by their ``metrics.json``. The difference is ``A - B``: an interval above 0 favours the first run.
+The p values are corrected for the number of comparisons that one command makes (Holm).
 """
 
 import dataclasses
@@ -12,11 +13,19 @@ from typing import Any
 
 import numpy as np
 import tyro
-from scipy import stats
 
 from data_pipelines.case import DataError
 from experiments.evaluate import Row, read_metrics, write_text
 from experiments.runtime import run_main
+from experiments.statistics import (
+    FEW_PATIENTS,
+    NUM_RESAMPLES,
+    PairedTests,
+    bootstrap_interval,
+    few_patients_warning,
+    holm,
+    paired_tests,
+)
 
 Rows = Mapping[tuple[str, str], Row]
 
@@ -31,8 +40,10 @@ class Comparison:
         num_cases, num_patients: positive cases and the patients they come from.
         mean_a, mean_b: mean Dice over cases.
         difference: mean over cases of ``A - B``.
-        interval: ends of the 95 % bootstrap interval of ``difference``; None below two patients.
-        p_value: Wilcoxon signed-rank test, two-sided; None below two patients.
+        interval: ends of the 95 % bootstrap interval of ``difference`` over patients; None below
+            two patients.
+        tests: paired tests over patients; None below two patients.
+        corrected_p: ``tests.permutation_p`` corrected for the number of comparisons.
         same_folds: whether each case was validated in the same fold of both runs.
     """
 
@@ -45,43 +56,28 @@ class Comparison:
     mean_b: float
     difference: float
     interval: tuple[float, float] | None
-    p_value: float | None
+    tests: PairedTests | None
+    corrected_p: float | None
     same_folds: bool
 
 
-def bootstrap_interval(
-    differences: np.ndarray,
-    patients: Sequence[str],
-    *,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap 95 % interval of the mean of ``differences``.
-
-    Patients are drawn with replacement, each with all of its cases, since the cases of one patient
-    are not independent. The mean is over the cases drawn. Deterministic in ``seed``.
-    """
-    names, owner = np.unique(np.asarray(patients), return_inverse=True)
-    sums = np.bincount(owner, weights=differences, minlength=len(names))
-    counts = np.bincount(owner, minlength=len(names))
-    drawn = np.random.default_rng(seed).integers(len(names), size=(num_resamples, len(names)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
-
-
-def wilcoxon_p_value(differences: np.ndarray, patients: Sequence[str]) -> float:
-    """Two-sided Wilcoxon signed-rank p of the patients' mean differences; 1 if all are 0."""
-    names, owner = np.unique(np.asarray(patients), return_inverse=True)
-    counts = np.bincount(owner, minlength=len(names))
-    means = np.bincount(owner, weights=differences, minlength=len(names)) / counts
-    if not means.any():
-        return 1.0
-    return float(stats.wilcoxon(means).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+def compare_all(
+    first: Path, others: Sequence[Path], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> list[Comparison]:
+    """:func:`compare` of the first run with each other, p corrected for their number."""
+    rows = [
+        row
+        for other in others
+        for row in compare(first, other, num_resamples=num_resamples, seed=seed)
+    ]
+    tested = [row for row in rows if row.tests is not None]
+    corrected = holm([row.tests.permutation_p for row in tested if row.tests is not None])
+    p_of = {id(row): p for row, p in zip(tested, corrected, strict=True)}
+    return [dataclasses.replace(row, corrected_p=p_of.get(id(row))) for row in rows]
 
 
 def compare(
-    run_a: Path, run_b: Path, *, num_resamples: int = 10_000, seed: int = 0
+    run_a: Path, run_b: Path, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> list[Comparison]:
     """One comparison per class (that any case holds) of two run folders.
 
@@ -149,10 +145,7 @@ def _compare_class(
 ) -> Comparison:
     a, b = (np.array([pair[run]["dice"] for pair in pairs], np.float64) for run in (0, 1))
     patients = [row["patient_id"] for row, _ in pairs]
-    interval, p_value = None, None
-    if len(set(patients)) > 1:
-        interval = bootstrap_interval(a - b, patients, num_resamples=num_resamples, seed=seed)
-        p_value = wilcoxon_p_value(a - b, patients)
+    tests = paired_tests(a - b, patients, seed=seed) if len(set(patients)) > 1 else None
     return Comparison(
         name=name,
         run_a=str(run_a),
@@ -162,8 +155,9 @@ def _compare_class(
         mean_a=float(a.mean()),
         mean_b=float(b.mean()),
         difference=float((a - b).mean()),
-        interval=interval,
-        p_value=p_value,
+        interval=bootstrap_interval(a - b, patients, num_resamples=num_resamples, seed=seed),
+        tests=tests,
+        corrected_p=None if tests is None else tests.permutation_p,
         same_folds=all(row_a["fold"] == row_b["fold"] for row_a, row_b in pairs),
     )
 
@@ -173,21 +167,34 @@ def format_comparisons(comparisons: Sequence[Comparison]) -> str:
     width = max(len(_label(row)) for row in comparisons)
     lines = [
         f"{'A against B':<{width}}  {'cases':>5}  {'Dice A':>7}  {'Dice B':>7}  {'A - B':>7}  "
-        f"{'95 % interval':>18}  {'p':>7}"
+        f"{'95 % interval':>18}  {'p':>7}  {'p corr.':>7}  {'Wilcoxon':>8}  {'d_z':>6}  {'r':>6}"
     ]
     for row in comparisons:
         interval = "needs 2 patients"
         if row.interval is not None:
             interval = f"{row.interval[0]:+.4f} to {row.interval[1]:+.4f}"
-        p_value = "" if row.p_value is None else f"{row.p_value:.2g}"
+        tests = ""
+        if row.tests is not None:
+            effect = "" if row.tests.cohens_dz is None else f"{row.tests.cohens_dz:+.2f}"
+            tests = (
+                f"  {row.tests.permutation_p:>7.2g}  {row.corrected_p:>7.2g}  "
+                f"{row.tests.wilcoxon_p:>8.2g}  {effect:>6}  {row.tests.rank_biserial:>+6.2f}"
+            )
         lines.append(
             f"{_label(row):<{width}}  {row.num_cases:>5}  {row.mean_a:>7.4f}  {row.mean_b:>7.4f}  "
-            f"{row.difference:>+7.4f}  {interval:>18}  {p_value:>7}"
+            f"{row.difference:>+7.4f}  {interval:>18}{tests}"
         )
     lines.append(
-        "Positive cases only, paired. Interval: percentile bootstrap over patients. "
-        "p: Wilcoxon signed-rank, two-sided, not corrected for several comparisons."
+        "Positive cases only, paired. Interval: BCa bootstrap over patients. p: sign-flip "
+        "permutation test of the mean, two-sided; p corr.: for the number of rows (Holm). "
+        "Wilcoxon: signed-rank test, uncorrected. d_z: mean over sd of the differences; r: matched "
+        "rank-biserial correlation."
     )
+    lines += [
+        f"Warning: {_label(row)}: {few_patients_warning(row.num_patients)}"
+        for row in comparisons
+        if row.num_patients < FEW_PATIENTS
+    ]
     lines += [
         f"Note: {_label(row)}: folds differ, so the models saw other training cases."
         for row in comparisons
@@ -208,10 +215,10 @@ class CompareConfig:
     """Run folders, at least two; the first is compared with each other one."""
     json: Path | None = None
     """Also write the comparisons to this file."""
-    num_resamples: int = 10_000
+    num_resamples: int = NUM_RESAMPLES
     """Bootstrap resamples."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Of the bootstrap and of the permutations."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -222,11 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"a comparison needs at least two runs; got {len(config.runs)}. Name another one."
         )
     first, *others = config.runs
-    comparisons = [
-        row
-        for other in others
-        for row in compare(first, other, num_resamples=config.num_resamples, seed=config.seed)
-    ]
+    comparisons = compare_all(first, others, num_resamples=config.num_resamples, seed=config.seed)
     print(format_comparisons(comparisons))
     if config.json is not None:
         rows = [dataclasses.asdict(row) for row in comparisons]

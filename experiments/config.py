@@ -88,6 +88,9 @@ class Config:
     """Folds to run now; a later run completes the rest. All by default."""
     folds_file: Path | None = None
     """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
+    group_by: str | None = None
+    """Fact of the cases (PI-CAI: center; a table's group) of which each value is left out once,
+    instead of drawing folds."""
     seed: int = 0
     """Of folds, weights, sampling and augmentation."""
     data: DataConfig = DataConfig()

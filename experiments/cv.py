@@ -18,7 +18,7 @@ import numpy as np
 from cmsad_jax.types import ConfigError, Device
 from data_pipelines import loading, preprocessing, splits, validate, volume_io
 from data_pipelines.case import Case, DataError, spacing_of
-from experiments import evaluate, report
+from experiments import evaluate, lesions, report, tensorboard
 from experiments.checkpoints import file_sha256
 from experiments.config import Config, differences, from_json, parse, to_json
 from experiments.runtime import (
@@ -28,6 +28,7 @@ from experiments.runtime import (
     environment,
     locked,
     naming_path,
+    peak_memory_mb,
     progress,
     remove_temporary_files,
     run_main,
@@ -45,15 +46,17 @@ from experiments.train import (
 )
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
     """Run the folds asked for and report on all that are done; returns what ``metrics.json`` holds.
+
+    ``programs`` are those of a run that differs in seed and folder alone; None compiles them.
 
     Raises:
         ConfigError: for settings that cannot work, or a run folder of another configuration.
         DataError: for faults of the data.
     """
     devices = select_accelerator(config.accelerator)
-    programs = compile_programs(config, devices)
+    programs = programs or compile_programs(config, devices)
     output = config.output
     assert output is not None, "complete() names the run folder"
     refuse_other_run(output, config)
@@ -127,11 +130,20 @@ def make_folds(config: Config, source: loading.CaseSource) -> splits.Folds:
             f"at least one case must hold the target; got {len(source)} cases without any "
             f"{config.data.target}. Check the labels, or choose another --data.target."
         )
+    if config.folds_file is not None and config.group_by is not None:
+        raise ConfigError(
+            "folds must come from a file or from groups; got both --folds-file and --group-by. "
+            "Drop one of them."
+        )
+    folds, whose = None, ""
     if config.folds_file is not None:
-        folds = splits.load_published(config.folds_file, source.info)
+        folds, whose = splits.load_published(config.folds_file, source.info), "of the folds file"
+    elif config.group_by is not None:
+        folds, whose = splits.group_folds(source.info, group=config.group_by), "of groups"
+    if folds is not None:
         if len(folds.validation) != config.num_folds:
             raise ConfigError(
-                "the number of folds must be that of the folds file; "
+                f"the number of folds must be that {whose}; "
                 f"got {config.num_folds} and {len(folds.validation)}. "
                 f"Use --num-folds={len(folds.validation)}."
             )
@@ -181,6 +193,7 @@ def run_fold(
         validation=validation,
         directory=directory,
     )
+    tensorboard.write_events(directory / "history.csv", directory / "tensorboard")
     started = time.perf_counter()
     weights = weights_sha256(params)
     found = {case_id: stored_rows(directory, case_id, weights) for case_id in validation}
@@ -205,6 +218,7 @@ def run_fold(
     for case_id in cases_to_show(rows, config.predict.figures):
         save_figure(config, programs, params, source[case_id], directory)
     summary["predict_s"] = round(time.perf_counter() - started, 2)
+    summary["peak_memory_mb"] = peak_memory_mb()
     write_json(directory / "metrics.json", {"metric_per_case": rows, "summary": summary})
     dice = [row["dice"] for row in rows if row["dice"] is not None]
     result = f"Dice {np.mean(dice):.3f} over {len(dice)}" if dice else "no positive case, no Dice"
@@ -235,7 +249,13 @@ def predict_and_measure(
         with naming_path(path):
             volume_io.write_nifti(path, array, affine, case_id=case.case_id)
     measured = evaluate.case_metrics(mask, case.original_truth, spacing_of(affine), classes=classes)
-    identity = {"case_id": case.case_id, "patient_id": case.patient_id, "fold": fold}
+    identity: dict[str, Any] = {
+        "case_id": case.case_id,
+        "patient_id": case.patient_id,
+        "fold": fold,
+    }
+    if len(classes) == 1:
+        identity |= {"detection": lesions.detect(foreground[..., 0], case.original_truth)}
     return [identity | {"class": name} | values for name, values in measured.items()]
 
 
@@ -297,9 +317,20 @@ def cases_to_show(rows: Sequence[dict[str, Any]], count: int) -> list[str]:
 def save_figure(
     config: Config, programs: Programs, params: Any, case: Case, directory: Path
 ) -> None:
-    """Keep a case's images, truth, probability and attention maps for the report's pictures."""
-    modalities = config.data.modalities
-    attention = predict_case(programs.attention, params, case, config, len(modalities))
+    """Keep a case's images, truth, probability and attention maps for the report's pictures.
+
+    Attention is kept as uint8 ``d h w m s``, each map relative to its largest value and averaged
+    in plane down to about 64 voxels: its own resolution is coarse. Early fusion has none.
+    """
+    modalities, num_stages = config.data.modalities, config.network.encoder.num_stages
+    maps = {}
+    if config.network.fusion.kind != "early":
+        attention = predict_case(
+            programs.attention, params, case, config, len(modalities) * num_stages
+        ).reshape(*case.label.shape, len(modalities), num_stages)
+        largest = np.maximum(attention.max((0, 1, 2)), 1e-12)
+        coarse = np.stack([mean_pool(volume / largest) for volume in attention])
+        maps["attention"] = np.round(255 * coarse).astype(np.uint8)
     probability = predict_case(programs.predict, params, case, config, config.network.num_classes)
     with whole_file(directory / "figures" / f"{case.case_id}.npz") as partial:
         np.savez_compressed(
@@ -308,9 +339,19 @@ def save_figure(
             modalities=np.array(modalities),
             truth=case.label,
             probability=probability.astype(np.float16),
-            attention=(attention / np.maximum(attention.max((0, 1, 2)), 1e-12)).astype(np.float16),
             spacing_mm=np.array(spacing_of(case.affine)),
+            **maps,
         )
+
+
+def mean_pool(image: np.ndarray, largest: int = 64) -> np.ndarray:
+    """Means over square blocks of ``h w ...``, so that neither side exceeds about ``largest``."""
+    height, width = image.shape[:2]
+    size = -(-max(height, width) // largest)
+    rows, columns = np.arange(0, height, size), np.arange(0, width, size)
+    total = np.add.reduceat(np.add.reduceat(image, rows, 0), columns, 1)
+    counts = np.outer(np.diff([*rows, height]), np.diff([*columns, width]))
+    return total / counts.reshape(*counts.shape, *(1,) * (image.ndim - 2))
 
 
 def mean_shape_baseline(

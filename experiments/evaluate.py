@@ -3,16 +3,22 @@
 ``python -m experiments.evaluate PREDICTIONS LABELS`` compares two folders of NIfTI files of equal
 names. Every metric is measured in the frame of the original T2W volume, never on a resampled grid.
 
-Definitions, per class (``T`` truth, ``P`` prediction, ``|.|`` number of voxels):
+Definitions, per class (``T`` truth, ``P`` prediction, ``|.|`` number of voxels, ``N`` all voxels):
 
 =============================  ===============================================  ===============
 metric                         value                                            undefined where
 =============================  ===============================================  ===============
 ``dice``                       ``2 |T & P| / (|T| + |P|)``                      ``T`` is empty
+``iou``                        ``|T & P| / |T or P|``                           ``T`` is empty
 ``sensitivity``                ``|T & P| / |T|``                                ``T`` is empty
 ``precision``                  ``|T & P| / |P|``                                either is empty
-``hd95_mm``                    see :func:`surface_distances_mm`                 either is empty
-``assd_mm``                    see :func:`surface_distances_mm`                 either is empty
+``specificity``                ``1 - |P outside T| / (N - |T|)``                ``T`` is all
+``volume_difference_ml``       volume of ``P`` less that of ``T``               ``T`` is empty
+``hd95_mm``                    see :func:`surface_metrics`                      either is empty
+``hd95_penalised_mm``          the same; a miss counts as the image's diagonal  ``T`` is empty
+``assd_mm``                    see :func:`surface_metrics`                      either is empty
+``assd_penalised_mm``          the same; a miss counts as the image's diagonal  ``T`` is empty
+``surface_dice_1mm``, ``_2mm`` see :func:`surface_metrics`; 0 for a miss        ``T`` is empty
 ``false_positive_volume_ml``   volume of ``P`` outside ``T``                    never
 ``volume_truth_ml``            volume of ``T``                                  never
 ``volume_predicted_ml``        volume of ``P``                                  never
@@ -20,8 +26,13 @@ metric                         value                                            
 
 Undefined is None in Python, ``null`` in JSON and an empty cell in CSV, and is left out of every
 mean; no mean goes without the number of cases behind it. A positive case with an empty prediction
-has Dice and sensitivity 0 and is counted in ``num_missed``, because its surface distances do not
-exist and would otherwise vanish.
+is a miss: it has overlap metrics of 0, is counted in ``num_missed``, and since its surface
+distances do not exist and would otherwise vanish, the penalised ones put the diagonal of the whole
+volume in their place. A negative case is judged by its false-positive volume and its specificity;
+if nothing is predicted there, these are 0 and 1.
+
+With probabilities, lesions are also detected and probabilities calibrated:
+:mod:`experiments.lesions`.
 """
 
 import collections
@@ -29,6 +40,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,14 +52,22 @@ import tyro
 
 from data_pipelines.case import TARGET_CLASSES, DataError, MissingDataError
 from data_pipelines.volume_io import read_volume
+from experiments import lesions, statistics
 from experiments.runtime import run_main
 
 METRICS = (
     "dice",
+    "iou",
     "sensitivity",
     "precision",
+    "specificity",
+    "volume_difference_ml",
     "hd95_mm",
+    "hd95_penalised_mm",
     "assd_mm",
+    "assd_penalised_mm",
+    "surface_dice_1mm",
+    "surface_dice_2mm",
     "false_positive_volume_ml",
     "volume_truth_ml",
     "volume_predicted_ml",
@@ -98,30 +118,41 @@ def case_metrics(
                 f"{tuple(classes)}; got {labels.min()}..{labels.max()}. "
                 "Map the labels to these classes, or choose another target."
             )
+    shape = truth.shape
     box = _bounding_box((mask != 0) | (truth != 0))
     mask, truth = mask[box], truth[box]
     spacing = tuple(float(step) for step in spacing_mm)
     return {
-        name: _mask_metrics(mask == label, truth == label, spacing)
+        name: _mask_metrics(mask == label, truth == label, spacing, shape)
         for label, name in enumerate(classes, start=1)
     }
 
 
-def surface_distances_mm(
+def surface_metrics(
     prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]
-) -> tuple[float, float]:
-    """HD95 and ASSD in millimetres of two non-empty bool masks ``d h w``.
+) -> dict[str, float]:
+    """HD95, ASSD and surface Dice at 1 and 2 mm of two non-empty bool masks ``d h w``.
 
     The convention is that of DeepMind's ``surface-distance``: surfaces run through the voxel
     corners and each surface element is weighted by its area. HD95 is the larger of the two
-    directed 95th percentiles; ASSD is the mean of the two directed average distances. MONAI and
-    MedPy measure between voxel centres without areas and give other numbers for the same masks.
-    Mirroring the grid or permuting its axes with the spacing changes nothing beyond rounding.
+    directed 95th percentiles; ASSD is the mean of the two directed average distances; surface Dice
+    is the share of both surfaces that lies within the tolerance of the other one (Nikolov et al.,
+    arXiv 1809.04430). MONAI and MedPy measure between voxel centres without areas and give other
+    numbers for the same masks. Mirroring the grid or permuting its axes with the spacing changes
+    nothing beyond rounding.
     """
     distances = surface_distance.compute_surface_distances(truth, prediction, spacing_mm)
-    hd95 = surface_distance.compute_robust_hausdorff(distances, 95)
     to_prediction, to_truth = surface_distance.compute_average_surface_distance(distances)
-    return float(hd95), float((to_prediction + to_truth) / 2)
+    return {
+        "hd95_mm": float(surface_distance.compute_robust_hausdorff(distances, 95)),
+        "assd_mm": float((to_prediction + to_truth) / 2),
+        "surface_dice_1mm": _surface_dice(distances, 1.0),
+        "surface_dice_2mm": _surface_dice(distances, 2.0),
+    }
+
+
+def _surface_dice(distances: dict[str, np.ndarray], tolerance_mm: float) -> float:
+    return float(surface_distance.compute_surface_dice_at_tolerance(distances, tolerance_mm))
 
 
 def _as_mask(array: np.ndarray, *, num_classes: int, threshold: float) -> np.ndarray:
@@ -150,24 +181,42 @@ def _bounding_box(foreground: np.ndarray) -> tuple[slice, ...]:
 
 
 def _mask_metrics(
-    prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...]
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing_mm: tuple[float, ...],
+    shape: Sequence[int],
 ) -> Metrics:
+    """Metrics of two masks, cut to their foreground, of a volume of ``shape``."""
     voxel_ml = float(np.prod(spacing_mm)) / 1000.0
     num_truth, num_predicted = int(truth.sum()), int(prediction.sum())
     num_both = int((truth & prediction).sum())
-    hd95, assd = None, None
-    if num_truth and num_predicted:
-        hd95, assd = surface_distances_mm(prediction, truth, spacing_mm)
-    return {
-        "dice": 2 * num_both / (num_truth + num_predicted) if num_truth else None,
-        "sensitivity": num_both / num_truth if num_truth else None,
-        "precision": num_both / num_predicted if num_truth and num_predicted else None,
-        "hd95_mm": hd95,
-        "assd_mm": assd,
+    num_outside = math.prod(shape) - num_truth
+    metrics: Metrics = dict.fromkeys(METRICS)
+    metrics |= {
         "false_positive_volume_ml": (num_predicted - num_both) * voxel_ml,
         "volume_truth_ml": num_truth * voxel_ml,
         "volume_predicted_ml": num_predicted * voxel_ml,
     }
+    if num_outside:
+        metrics["specificity"] = 1 - (num_predicted - num_both) / num_outside
+    if not num_truth:
+        return metrics
+    metrics |= {
+        "dice": 2 * num_both / (num_truth + num_predicted),
+        "iou": num_both / (num_truth + num_predicted - num_both),
+        "sensitivity": num_both / num_truth,
+        "volume_difference_ml": (num_predicted - num_truth) * voxel_ml,
+    }
+    if num_predicted:
+        metrics |= {"precision": num_both / num_predicted}
+        metrics |= surface_metrics(prediction, truth, spacing_mm)
+        penalised = metrics["hd95_mm"], metrics["assd_mm"]
+    else:
+        metrics |= {"surface_dice_1mm": 0.0, "surface_dice_2mm": 0.0}
+        diagonal = math.dist((0.0,) * len(shape), np.multiply(shape, spacing_mm).tolist())
+        penalised = diagonal, diagonal
+    metrics["hd95_penalised_mm"], metrics["assd_penalised_mm"] = penalised
+    return metrics
 
 
 def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
@@ -175,7 +224,8 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
 
     Args:
         rows: one per case and class: ``{"case_id", "patient_id", "fold", "class", **metrics}``
-            with the metrics of ``case_metrics``. Further keys are kept.
+            with the metrics of ``case_metrics``. Further keys are kept; ``detection`` is what
+            ``lesions.detect`` says of a case with a probability map.
         folds: the folds that are evaluated; others are missing, not empty. Empty where there are
             no folds (then each ``fold`` may be None).
 
@@ -185,9 +235,13 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
           cases for which the metric is defined. ``sd`` is the sample standard deviation (n - 1)
           over cases, ``sd_of_fold_means`` that over the means of the folds; None below two.
           Neither is a standard error.
+        * ``interval``: ends of the 95 % bootstrap interval of each mean over patients
+          (:func:`experiments.statistics.bootstrap_interval`); None below two patients.
+          ``num_patients``: those for whom the metric is defined.
         * ``per_fold``: each fold's ``num_cases``, ``num_positive``, ``num_missed``, ``mean`` and
           ``note`` (None, or that a class is in no case).
         * ``num_cases``, and ``folds_without_positives``: no case with any foreground.
+        * ``detection``: :func:`experiments.lesions.summarise` of the rows that have it, if any.
         * per class: ``num_positive``, ``num_negatives``, ``num_missed`` (truth but no prediction
           at all), ``num_no_overlap`` (positives with Dice 0, the missed ones among them) and
           ``false_positives_on_negatives``: ``num_cases`` with any, mean, median, sd, max in ml.
@@ -203,7 +257,9 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
     }
     per_fold = [_fold_summary(fold, by_class) for fold in sorted(folds)]
     negatives = {name: _negatives(members) for name, members in by_class.items()}
+    detected = [{**row, **row["detection"]} for row in rows if "detection" in row]
     return {
+        **({"detection": lesions.summarise(detected)} if detected else {}),
         "mean": _table(by_class, _mean),
         "sd": _table(by_class, _sample_sd),
         "sd_of_fold_means": {
@@ -215,6 +271,11 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
         },
         "median": _table(by_class, _median),
         "num_defined": _table(by_class, len),
+        "interval": {name: _intervals(members) for name, members in by_class.items()},
+        "num_patients": {
+            name: {metric: len(_patients(members, metric)) for metric in METRICS}
+            for name, members in by_class.items()
+        },
         "num_cases": len({row["case_id"] for row in rows}),
         **_counts(by_class),
         "num_no_overlap": {
@@ -295,6 +356,21 @@ def _table(
         name: {metric: statistic(_defined(rows, metric)) for metric in METRICS}
         for name, rows in by_class.items()
     }
+
+
+def _patients(rows: Sequence[Row], metric: str) -> set[str]:
+    return {row["patient_id"] for row in rows if row[metric] is not None}
+
+
+def _intervals(rows: Sequence[Row]) -> dict[str, list[float] | None]:
+    """Bootstrap interval of every metric's mean."""
+    intervals: dict[str, list[float] | None] = {}
+    for metric in METRICS:
+        values = _defined(rows, metric)
+        patients = [row["patient_id"] for row in rows if row[metric] is not None]
+        interval = statistics.bootstrap_interval(values, patients) if patients else None
+        intervals[metric] = None if interval is None else list(interval)
+    return intervals
 
 
 def _defined(rows: Sequence[Row], metric: str) -> np.ndarray:
@@ -435,7 +511,9 @@ def _evaluate_file(config: EvaluateConfig, name: str) -> list[Row]:
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     case_id = name.removesuffix(".gz").removesuffix(".nii")
-    identity = {"case_id": case_id, "patient_id": case_id, "fold": None}
+    identity: dict[str, Any] = {"case_id": case_id, "patient_id": case_id, "fold": None}
+    if len(classes) == 1 and np.issubdtype(predicted.dtype, np.floating):
+        identity |= {"detection": lesions.detect(predicted, truth)}
     return [{**identity, "class": name, **values} for name, values in metrics.items()]
 
 
@@ -451,12 +529,14 @@ def _as_labels(array: np.ndarray, name: str) -> np.ndarray:
 def format_summary(summary: Mapping[str, Any]) -> str:
     """The summary as a small text table: one line per class and metric."""
     lines = [
-        f"{'class':<10} {'metric':<26} {'mean':>9} {'sd':>9} {'median':>9} {'cases':>6}",
+        f"{'class':<10} {'metric':<26} {'mean':>9} {'95 % interval':>19} {'sd':>9} {'median':>9} "
+        f"{'cases':>6}",
         *(
-            f"{name:<10} {metric:<26} "
-            + " ".join(f"{_number(summary[key][name][metric]):>9}" for key in ("mean", "sd"))
-            + f" {_number(summary['median'][name][metric]):>9}"
-            + f" {summary['num_defined'][name][metric]:>6}"
+            f"{name:<10} {metric:<26} {_number(summary['mean'][name][metric]):>9} "
+            f"{_interval(summary['interval'][name][metric]):>19} "
+            f"{_number(summary['sd'][name][metric]):>9} "
+            f"{_number(summary['median'][name][metric]):>9} "
+            f"{summary['num_defined'][name][metric]:>6}"
             for name in summary["mean"]
             for metric in METRICS
         ),
@@ -468,7 +548,23 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             f"{summary['num_missed'][name]} missed; false positives on {false['num_cases']} of "
             f"{summary['num_negatives'][name]} negatives. Means leave undefined values out."
         )
+        if (num := summary["num_patients"][name]["dice"]) < statistics.FEW_PATIENTS:
+            lines.append(f"{name}: {statistics.few_patients_warning(num)}")
+    if detection := summary.get("detection"):
+        lines.append(
+            f"lesions: AP {_number(detection['average_precision'])}, patient AUROC "
+            f"{_number(detection['auroc'])}, PI-CAI score {_number(detection['picai_score'])}; "
+            "sensitivity "
+            + ", ".join(
+                f"{_number(value)} at {rate}" for rate, value in detection["sensitivity_at"].items()
+            )
+            + " false positives per case"
+        )
     return "\n".join(lines)
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def _number(value: float | None) -> str:

@@ -19,7 +19,7 @@ from cmsad_jax.types import ConfigError
 from experiments.checkpoints import load_params
 from experiments.config import Config, from_json, window
 from experiments.runtime import log, run_main, select_accelerator
-from experiments.train import window_functions
+from experiments.train import attention_window, predict_window
 
 UNSTATED_LICENSE = (
     "The terms of use of these weights were not stated when they were exported. Ask whoever made "
@@ -98,8 +98,11 @@ def write_artifact(
     chosen = run_members(run, config, folds)
     weights = [export.flatten_weights(load_params(run, fold)) for fold in chosen]
     programs = {}
-    names = ("predict", "attention")
-    for name, function in zip(names, window_functions(config), strict=True):
+    functions = {"predict": predict_window(config)}
+    if config.network.fusion.kind != "early":
+        finest = config.loss.distilled_stages(config.network.encoder.num_stages)[0]
+        functions["attention"] = attention_window(config, (finest,))
+    for name, function in functions.items():
         programs[name] = export.export_program(
             lambda flat, windows, present, function=function: function(
                 export.unflatten_weights(flat), windows, present

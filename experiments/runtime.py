@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -39,6 +40,7 @@ PACKAGES = (
     "numpy",
     "scipy",
     "surface-distance",
+    "picai_eval",
 )
 
 
@@ -77,9 +79,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "device": f"{len(devices)} x {devices[0].device_kind}",
+        "cpu_cores": os.cpu_count(),
         "git_commit": git_commit(),
         "versions": versions,
     }
+
+
+def peak_memory_mb() -> float:
+    """Most main memory that this process has held so far, in MB (of 2**20 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def git_commit() -> str | None:

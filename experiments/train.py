@@ -38,8 +38,8 @@ class Programs:
         init: fresh state from a key.
         step: the train step with its placement over devices.
         predict: ``(params, windows, present) -> b *window k`` probabilities.
-        attention: ``(params, windows, present) -> b *window m`` attention energy of each modality
-            at the finest distilled stage, resized to the window.
+        attention: ``(params, windows, present) -> b *window a`` attention energy of each modality
+            and, within it, of each encoder stage, resized to the window; none for early fusion.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -67,38 +67,45 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
     # On CPUs the full effort doubles the time to compile and gains no speed: the convolutions are
     # library calls.
     options = {"xla_backend_optimization_level": 1} if devices[0].platform == "cpu" else None
-    predict, attention = window_functions(config)
+    stages = range(config.network.encoder.num_stages)
     return Programs(
         init=lambda key: init_state(network, optimizer, image_shape, key=key),
         step=parallel.parallelize(
             step, mode=config.parallel, devices=devices, compiler_options=options
         ),
-        predict=jax.jit(predict, compiler_options=options),
-        attention=jax.jit(attention, compiler_options=options),
+        predict=jax.jit(predict_window(config), compiler_options=options),
+        attention=jax.jit(attention_window(config, stages), compiler_options=options),
     )
 
 
-def window_functions(config: Config) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-    """``predict`` and ``attention`` of :class:`Programs`, not yet jitted."""
+def predict_window(config: Config) -> Callable[..., jax.Array]:
+    """``Programs.predict`` of a configuration, not yet jitted."""
     network = CMSAD(config.network)
-    finest = config.loss.distilled_stages(config.network.encoder.num_stages)[0]
 
     def predict(params, windows, present):
         return probabilities(apply(network, params, windows, present).logits)
+
+    return predict
+
+
+def attention_window(config: Config, stages: Sequence[int]) -> Callable[..., jax.Array]:
+    """Attention energies of some stages, not yet jitted: modalities first, their stages within."""
+    network = CMSAD(config.network)
 
     def attention(params, windows, present):
         features = apply(network, params, windows, present).features
         maps = [
             kernels.attention_energy(
-                features[name][finest],
+                features[name][stage],
                 kind=config.loss.attention.kind,
                 exponent=config.loss.attention.exponent,
             )
             for name in config.data.modalities
+            for stage in stages
         ]
         return jnp.stack([kernels.resize_map(q, window(config)) for q in maps], -1)
 
-    return predict, attention
+    return attention
 
 
 def scaled_image(case: Case) -> np.ndarray:

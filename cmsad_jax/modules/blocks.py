@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from cmsad_jax import kernels
 
 Norm = Literal["instance", "group"]
+Block = Literal["residual", "plain"]
 
 _GROUP_SIZE = 8
 _CONSTANT = 1e-6
@@ -125,6 +126,25 @@ class ResidualBlock(nn.Module):
             x = Conv(self.channels, pointwise, self.strides, self.dtype, bias=None)(x)
             x = Normalization(self.norm, self.dtype)(x)
         return nn.leaky_relu(x.astype(self.dtype) + y)
+
+
+class PlainBlock(nn.Module):
+    """One convolution without shortcut, as in a plain U-Net: ``act(norm(conv(x)))``."""
+
+    channels: int
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+    norm: Norm = "instance"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *out_space o"]:
+        """Apply the block."""
+        y = Conv(self.channels, self.kernel, self.strides, self.dtype, bias=None)(x)
+        return nn.leaky_relu(Normalization(self.norm, self.dtype)(y))
+
+
+BLOCKS = {"residual": ResidualBlock, "plain": PlainBlock}
 
 
 def resize(x: Float[Array, "b *space c"], space: tuple[int, ...]) -> Float[Array, "b *out_space c"]:

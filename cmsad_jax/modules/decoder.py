@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cmsad_jax.modules.blocks import Conv, Norm, ResidualBlock, resize
+from cmsad_jax.modules.blocks import BLOCKS, Block, Conv, Norm, resize
 
 
 class Decoder(nn.Module):
     """From the fused feature of every stage to logits.
 
     Each step resizes linearly to the next shallower stage (a transposed 3D convolution's gradient
-    is slow under XLA), convolves, joins the skip and applies a residual block.
+    is slow under XLA), convolves, joins the skip and applies its blocks.
 
     Attributes:
         num_classes: ``k``.
@@ -23,6 +23,8 @@ class Decoder(nn.Module):
         norm: normalisation of the blocks.
         head_bias: initial bias of the logits; below 0 where the foreground is rare.
         dtype: in which the convolutions compute; logits are float32.
+        block: residual, or plain.
+        num_blocks: blocks of each stage.
     """
 
     num_classes: int
@@ -31,6 +33,8 @@ class Decoder(nn.Module):
     norm: Norm = "instance"
     head_bias: float = 0.0
     dtype: DTypeLike = jnp.float32
+    block: Block = "residual"
+    num_blocks: int = 1
 
     @nn.compact
     def __call__(
@@ -47,9 +51,11 @@ class Decoder(nn.Module):
                 deep.append(self._head(f"head{stage + 1}", pointwise)(x))
             x = Conv(channels, pointwise, dtype=self.dtype, name=f"reduce{stage}")(x)
             x = jnp.concatenate([resize(x, skip.shape[1:-1]), skip], -1)
-            x = ResidualBlock(
-                channels, self.kernels[stage], None, self.norm, self.dtype, name=f"block{stage}"
-            )(x)
+            for block in range(self.num_blocks):
+                name = f"block{stage}" if block == 0 else f"block{stage}_{block}"
+                x = BLOCKS[self.block](
+                    channels, self.kernels[stage], None, self.norm, self.dtype, name=name
+                )(x)
         return self._head("head0", pointwise)(x), tuple(reversed(deep))
 
     def _head(self, name: str, pointwise: tuple[int, ...]) -> nn.Module:

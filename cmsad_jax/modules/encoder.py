@@ -1,4 +1,4 @@
-"""Residual encoder of one modality (METHOD section 1): one feature for each stage."""
+"""Encoder of one modality (METHOD section 1): one feature for each stage."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cmsad_jax.modules.blocks import Norm, ResidualBlock
+from cmsad_jax.modules.blocks import BLOCKS, Block, Norm
 from cmsad_jax.types import ConfigError
 
 
@@ -27,7 +27,9 @@ class EncoderConfig:
     strides: tuple[tuple[int, ...], ...] = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 2, 2))
     """Down-sampling at the entry of each stage."""
     blocks: tuple[int, ...] = (1, 1, 1, 1)
-    """Residual blocks of each stage."""
+    """Blocks of each stage."""
+    block: Block = "residual"
+    """Two convolutions with a shortcut, or one plain convolution."""
     norm: Norm = "instance"
     """Normalisation over one example: each channel, or groups of 8 channels."""
 
@@ -88,7 +90,7 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """Residual encoder: stage ``s`` strides, then applies its residual blocks.
+    """Encoder: the first block of stage ``s`` strides, the others follow.
 
     Returns the output of every stage, shallowest first: ``b d_s h_s w_s c_s``, in ``dtype``.
     """
@@ -104,7 +106,7 @@ class Encoder(nn.Module):
         features = []
         for stage in range(config.num_stages):
             for block in range(config.blocks[stage]):
-                x = ResidualBlock(
+                x = BLOCKS[config.block](
                     config.channels[stage],
                     config.kernels[stage],
                     config.strides[stage] if block == 0 else None,

@@ -3,6 +3,7 @@
 SCFF follows METHOD section 4, a reconstruction from the abstract's words and from the published
 correlation blocks of Zhou et al. (arXiv 2003.08870, 2104.06231, 2111.01623). All fusions have the
 same input, output and width, take any number of modalities, and see nothing of an absent one.
+Early fusion has no stage of its own: the network then has one encoder of the stacked modalities.
 """
 
 import dataclasses
@@ -27,19 +28,21 @@ from cmsad_jax.types import ConfigError, Feature, Present
 class FusionConfig:
     """How the modalities' features become one."""
 
-    kind: Literal["scff", "concat", "mean", "max"] = "scff"
-    """Spatial correlated feature fusion, or a baseline of the same width."""
+    kind: Literal["scff", "concat", "mean", "max", "attention", "early"] = "scff"
+    """Spatial correlated feature fusion, or a baseline: of the same width (``attention`` weighs the
+    modalities at each voxel by a softmax), or one encoder of the stacked modalities (``early``)."""
     expression: Literal["nonlinear", "linear"] = "nonlinear"
     """SCFF: how one modality is expressed by another, ``a g^2 + b g + c`` or ``b g + c``."""
     hidden: int = 16
     """SCFF: hidden units of the MLP that gives the coefficients."""
     gate_kernel: int = 3
-    """SCFF: in-plane kernel of the convolution from correlations to gates, odd."""
+    """SCFF, attention: in-plane kernel of the convolution that gives the gates, odd."""
 
     def __post_init__(self):
-        if self.kind not in ("scff", "concat", "mean", "max"):
+        kinds = ("scff", "concat", "mean", "max", "attention", "early")
+        if self.kind not in kinds:
             raise ConfigError(
-                f"fusion must be one of scff, concat, mean, max; got {self.kind!r}. "
+                f"fusion must be one of {', '.join(kinds)}; got {self.kind!r}. "
                 "Set fusion.kind to one of them."
             )
         if self.gate_kernel % 2 == 0:
@@ -54,8 +57,9 @@ class FusionOutput:
 
     Attributes:
         fused: the joint feature.
-        gates: SCFF's spatial gate of each modality, in (0, 1), float32; None for the baselines and
-            for a single modality, which has no other to correlate with.
+        gates: spatial gate of each modality, float32: in (0, 1) for SCFF, and for attention summing
+            to 1 over those present; None for the other baselines, and under SCFF for a single
+            modality, which has no other to correlate with.
         correlation_loss: ``KL(softmax_c(g_i) || softmax_c(ghat_ij))`` summed over channels,
             averaged over voxels and over the pairs present; 0 where there is no pair. The first
             argument is under a stop-gradient.
@@ -118,6 +122,20 @@ class Fusion(nn.Module):
                 jnp.where(present.any(-1).reshape(batch, *space), largest, 0), None, no_loss
             )
 
+        if self.config.kind == "attention":
+            scores = Conv(num_modalities, self._gate_kernel(rank), name="gate")(
+                jnp.concatenate(projected, -1).astype(jnp.float32)
+            )
+            absent = ~present.reshape(batch, *space[1:], num_modalities)
+            gates = jax.nn.softmax(jnp.where(absent, jnp.finfo(jnp.float32).min, scores))
+            weighed = [
+                g * gates[..., m : m + 1].astype(self.dtype) for m, g in enumerate(projected)
+            ]
+            fused = Conv(self.channels, pointwise, dtype=self.dtype, name="join")(
+                sum(weighed[1:], weighed[0])
+            )
+            return FusionOutput(fused + mean, gates, no_loss)
+
         gates, loss = None, no_loss
         gated = projected
         if self.config.kind == "scff" and num_modalities > 1:
@@ -146,9 +164,7 @@ class Fusion(nn.Module):
         r = kernels.correlation(projected, alpha, beta, gamma)[..., first, second]
         both = present[:, first] & present[:, second]
         r = jnp.where(both.reshape(-1, *ones, len(pairs)), r, 0)
-        in_plane = self.config.gate_kernel
-        kernel = (1,) * (rank - 2) + (in_plane, in_plane)
-        gates = jax.nn.sigmoid(Conv(num_modalities, kernel, name="gate")(r))
+        gates = jax.nn.sigmoid(Conv(num_modalities, self._gate_kernel(rank), name="gate")(r))
 
         loss = jnp.zeros(r.shape[0], jnp.float32)
         for pair, (i, j) in enumerate(pairs):
@@ -159,6 +175,10 @@ class Fusion(nn.Module):
             divergence = (jnp.exp(target) * (target - expressed)).sum(-1).mean(axes)
             loss += jnp.where(both[:, pair], divergence, 0)
         return gates, loss / jnp.maximum(both.sum(-1), 1)
+
+    def _gate_kernel(self, rank: int) -> tuple[int, ...]:
+        in_plane = self.config.gate_kernel
+        return (1,) * (rank - 2) + (in_plane, in_plane)
 
     def _coefficients(
         self, pooled: Float[Array, "b m c"], pairs: Sequence[tuple[int, int]]

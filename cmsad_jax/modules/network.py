@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PyTree
 
+from cmsad_jax.modules.blocks import Block
 from cmsad_jax.modules.decoder import Decoder
 from cmsad_jax.modules.encoder import Encoder, EncoderConfig
 from cmsad_jax.modules.fusion import Fusion, FusionConfig
@@ -26,6 +27,10 @@ class NetworkConfig:
     fusion: FusionConfig = FusionConfig()
     share_encoders: bool = False
     """One set of encoder weights for all modalities."""
+    decoder_block: Block = "residual"
+    """Two convolutions with a shortcut, or one plain convolution."""
+    decoder_blocks: int = 1
+    """Blocks of each decoder stage."""
     deep_supervision: int = 1
     """Coarser decoder stages that are supervised as well."""
     head_bias: float = -4.0
@@ -59,9 +64,10 @@ class NetworkOutput:
     Attributes:
         logits: ``b *space k``, float32.
         deep_logits: logits of coarser decoder stages, finest first.
-        features: ``features[modality][stage]``; those of an absent modality are 0.
+        features: ``features[modality][stage]``; those of an absent modality are 0. Empty under
+            early fusion, where no feature is of one modality: then there is nothing to distil.
         fused: fused feature of each stage.
-        gates: SCFF's spatial gates ``b *space m`` of each stage; None where there are none.
+        gates: spatial gates ``b *space m`` of each stage; None where the fusion has none.
         correlation_loss: mean over the stages of SCFF's correlation loss; 0 for other fusions.
     """
 
@@ -104,22 +110,28 @@ class CMSAD(nn.Module):
             )
         if present is None:
             present = jnp.ones((image.shape[0], len(names)), bool)
-        shared = Encoder(config.encoder, dtype, name="encoder") if config.share_encoders else None
-        features = {}
-        for m, name in enumerate(names):
-            encoder = shared or Encoder(config.encoder, dtype, name=f"encoder_{name}")
-            mask = present[:, m].reshape(-1, *(1,) * (image.ndim - 1))
-            stages = encoder(jnp.where(mask, image[..., m : m + 1], 0))
-            features[name] = tuple(jnp.where(mask, feature, 0) for feature in stages)
-
+        masks = [present[:, m].reshape(-1, *(1,) * (image.ndim - 1)) for m in range(len(names))]
+        inputs = [jnp.where(mask, image[..., m : m + 1], 0) for m, mask in enumerate(masks)]
+        features: dict[str, tuple[Array, ...]] = {}
         fused, gates, losses = [], [], []
-        for stage, channels in enumerate(config.encoder.channels):
-            output = Fusion(channels, config.fusion, dtype, name=f"fusion{stage}")(
-                [features[name][stage] for name in names], present
+        if config.fusion.kind == "early":
+            fused += Encoder(config.encoder, dtype, name="encoder")(jnp.concatenate(inputs, -1))
+            gates += [None] * len(fused)
+            losses.append(jnp.zeros(image.shape[0]))
+        else:
+            shared = (
+                Encoder(config.encoder, dtype, name="encoder") if config.share_encoders else None
             )
-            fused.append(output.fused)
-            gates.append(output.gates)
-            losses.append(output.correlation_loss)
+            for name, mask, channel in zip(names, masks, inputs, strict=True):
+                encoder = shared or Encoder(config.encoder, dtype, name=f"encoder_{name}")
+                features[name] = tuple(jnp.where(mask, f, 0) for f in encoder(channel))
+            for stage, channels in enumerate(config.encoder.channels):
+                output = Fusion(channels, config.fusion, dtype, name=f"fusion{stage}")(
+                    [features[name][stage] for name in names], present
+                )
+                fused.append(output.fused)
+                gates.append(output.gates)
+                losses.append(output.correlation_loss)
         logits, deep_logits = Decoder(
             config.num_classes,
             config.encoder.kernels,
@@ -127,6 +139,8 @@ class CMSAD(nn.Module):
             config.encoder.norm,
             config.head_bias if config.num_classes == 1 else 0.0,
             dtype,
+            config.decoder_block,
+            config.decoder_blocks,
             name="decoder",
         )(fused)
         return NetworkOutput(

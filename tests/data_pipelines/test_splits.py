@@ -3,7 +3,14 @@ import json
 import pytest
 
 from data_pipelines.case import DataError, MissingDataError
-from data_pipelines.splits import CaseInfo, Folds, check_folds, load_published, make_folds
+from data_pipelines.splits import (
+    CaseInfo,
+    Folds,
+    check_folds,
+    group_folds,
+    load_published,
+    make_folds,
+)
 
 
 def infos(count: int, *, positive_every: int = 4) -> list[CaseInfo]:
@@ -126,3 +133,24 @@ def test_official_picai_folds_hold_no_leak(shared_data):
     folds = load_published(path, cases)
     assert len(cases) == 1500
     assert sorted(i for ids in folds.validation for i in ids) == sorted(ids)
+
+
+def of_centre(case_id, centre, patient=None):
+    facts = {"center": centre} if centre else {"other": "x"}
+    return CaseInfo(case_id, patient or case_id, True, facts)
+
+
+def test_each_centre_is_left_out_once():
+    cases = [of_centre("d", "B"), of_centre("a", "A"), of_centre("c", "C"), of_centre("b", "B")]
+    folds = group_folds(cases, group="center")
+    assert folds.validation == (("a",), ("b", "d"), ("c",))
+    assert folds.training(1) == ("a", "c")
+
+
+def test_groups_that_cannot_make_folds_are_refused():
+    with pytest.raises(DataError, match=r"must have a 'center'.*; b have none.*: center, other"):
+        group_folds([of_centre("a", "A"), of_centre("b", None)], group="center")
+    with pytest.raises(DataError, match=r"at least 2 groups; got center = A alone"):
+        group_folds([of_centre("a", "A"), of_centre("b", "A")], group="center")
+    with pytest.raises(DataError, match=r"cases of a patient must share a fold"):
+        group_folds([of_centre("a", "A", "p"), of_centre("b", "B", "p")], group="center")

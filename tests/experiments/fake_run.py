@@ -10,6 +10,7 @@ import numpy as np
 
 from data_pipelines.splits import Folds
 from experiments.evaluate import case_metrics, summarise, write_metrics
+from experiments.lesions import detect
 
 SPACING_MM = (3.0, 1.0, 1.0)
 SHAPE = (8, 40, 48)
@@ -62,21 +63,22 @@ def make_run(
                 else probability.argmax(-1).astype(np.uint8)
             )
             measured = case_metrics(mask, truth, SPACING_MM, classes)
-            identity = {"case_id": case_id, "patient_id": case_id, "fold": fold}
+            identity: dict[str, Any] = {"case_id": case_id, "patient_id": case_id, "fold": fold}
+            if len(classes) == 1 and extras:
+                identity |= {"detection": detect(probability, truth)}
             rows += [{**identity, "class": name, **values} for name, values in measured.items()]
             if figures and number in (1, 2, cases_per_fold - 1):
                 image = rng.normal(size=(*SHAPE, len(modalities))) - 2.0 * truth[..., None]
                 image *= ellipsoid((4, 20, 24), (12, 18, 22))[..., None]
-                attention = np.stack(
-                    [probability.reshape(*SHAPE, -1)[..., -1]] * len(modalities), -1
-                )
+                energy = probability.reshape(*SHAPE, -1)[..., -1][:, ::2, ::2]
+                attention = np.stack([np.stack([energy, energy**2], -1)] * len(modalities), -2)
                 np.savez_compressed(
                     directory / "figures" / f"{case_id}.npz",
                     image=image.astype(np.float16),
                     modalities=np.array(modalities),
                     truth=truth,
                     probability=probability.astype(np.float16),
-                    attention=attention.astype(np.float16),
+                    attention=np.round(255 * attention).astype(np.uint8),
                     spacing_mm=np.array(SPACING_MM),
                 )
     metrics = summarise(rows, list(done)) | {
@@ -96,6 +98,7 @@ def make_run(
                     "train_s": 71.5,
                     "predict_s": 6.0,
                     "examples_per_s": 25.0,
+                    "peak_memory_mb": 1234.0,
                 }
                 for f in done
             },

@@ -1,11 +1,9 @@
 import json
 
-import numpy as np
 import pytest
-from scipy import stats
 
 from data_pipelines.case import DataError, MissingDataError
-from experiments.compare import bootstrap_interval, compare, main, wilcoxon_p_value
+from experiments.compare import compare, compare_all, main
 from experiments.evaluate import METRICS, summarise, write_metrics
 
 
@@ -40,7 +38,10 @@ def test_means_and_difference_are_over_the_positive_cases(runs):
     assert row.mean_b == pytest.approx(0.5)
     assert row.difference == pytest.approx(0.2)
     assert row.interval == pytest.approx((0.1, 0.3))
-    assert row.p_value == 0.25  # 2 / 2 ** 3: all three signs alike
+    assert row.tests.permutation_p == 0.25  # 2 / 2 ** 3: all three signs alike
+    assert row.tests.wilcoxon_p == 0.25
+    assert row.tests.rank_biserial == 1
+    assert row.tests.cohens_dz == pytest.approx(2.0)
     assert row.same_folds
 
 
@@ -48,7 +49,16 @@ def test_swapping_the_runs_mirrors_the_result(runs):
     (forward,), (backward,) = compare(*runs), compare(*runs[::-1])
     assert backward.difference == pytest.approx(-forward.difference)
     assert backward.interval == pytest.approx([-end for end in forward.interval[::-1]])
-    assert backward.p_value == forward.p_value
+    assert backward.tests.permutation_p == forward.tests.permutation_p
+    assert backward.tests.rank_biserial == -forward.tests.rank_biserial
+
+
+def test_p_values_are_corrected_for_the_number_of_comparisons(runs, tmp_path):
+    first, second = runs
+    equal = save_run(tmp_path / "c", {"p": 0.9, "q": 0.7, "r": 0.5, "n": None})
+    rows = compare_all(first, [second, equal])
+    assert [row.tests.permutation_p for row in rows] == [0.25, 1.0]
+    assert [row.corrected_p for row in rows] == [0.5, 1.0]
 
 
 def test_missed_case_counts_as_zero(tmp_path):
@@ -59,48 +69,11 @@ def test_missed_case_counts_as_zero(tmp_path):
     assert row.difference == pytest.approx(-0.25)
 
 
-def test_interval_agrees_with_the_normal_one_and_is_reproducible():
-    differences = np.random.default_rng(1).normal(0.1, 0.2, 400)
-    patients = [str(i) for i in range(400)]
-    low, high = bootstrap_interval(differences, patients)
-    half = 1.96 * differences.std(ddof=1) / 20
-    assert low == pytest.approx(differences.mean() - half, abs=0.002)
-    assert high == pytest.approx(differences.mean() + half, abs=0.002)
-    assert bootstrap_interval(differences, patients) == (low, high)
-    assert bootstrap_interval(differences, patients, seed=1) != (low, high)
-
-
-def test_cases_of_one_patient_are_drawn_together():
-    # Ten copies of each patient's value say nothing more than one.
-    values = np.random.default_rng(2).normal(size=30)
-    patients = [str(i) for i in range(30)]
-    single = bootstrap_interval(values, patients)
-    copies = bootstrap_interval(np.repeat(values, 10), np.repeat(patients, 10).tolist())
-    assert copies == pytest.approx(single)
-    apart = bootstrap_interval(np.repeat(values, 10), [str(i) for i in range(300)])
-    assert apart[1] - apart[0] < 0.5 * (single[1] - single[0])
-
-
-def test_unequal_patients_give_the_mean_over_drawn_cases():
-    low, high = bootstrap_interval(np.array([0.0, 0.0, 0.0, 1.0]), ["a", "a", "a", "b"])
-    assert (low, high) == (0.0, 1.0)
-
-
-def test_wilcoxon_uses_one_value_per_patient():
-    values = np.random.default_rng(4).normal(0.3, 1, 12)
-    patients = [str(i) for i in range(12)]
-    expected = stats.wilcoxon(values).pvalue
-    assert wilcoxon_p_value(values, patients) == pytest.approx(expected)
-    copied = wilcoxon_p_value(np.repeat(values, 3), np.repeat(patients, 3).tolist())
-    assert copied == pytest.approx(expected)
-    assert wilcoxon_p_value(np.zeros(5), list("abcde")) == 1.0
-
-
 def test_one_patient_gives_no_interval(tmp_path, capsys):
     a = save_run(tmp_path / "a", {"p": 0.9, "n": None})
     b = save_run(tmp_path / "b", {"p": 0.6, "n": None})
     (row,) = compare(a, b)
-    assert row.interval is row.p_value is None
+    assert row.interval is row.tests is row.corrected_p is None
     main([str(a), str(b)])
     assert "needs 2 patients" in capsys.readouterr().out
 
@@ -114,7 +87,8 @@ def test_command_prints_a_line_per_run_and_writes_json(runs, tmp_path, capsys):
     assert "a - c (lesion): folds differ" in out
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["difference"] for row in rows] == pytest.approx([0.2, 0.0])
-    assert rows[1]["p_value"] == 1.0
+    assert rows[1]["tests"]["permutation_p"] == rows[1]["corrected_p"] == 1.0
+    assert "a - b (lesion): only 3 positive patients: below 20" in out
 
 
 def test_runs_that_cannot_be_paired_are_refused(runs, tmp_path):

@@ -19,6 +19,7 @@ from experiments import cv
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config, PredictConfig, TrainConfig, complete
 from experiments.train import compile_programs, to_mask
+from tests.experiments.test_tensorboard import read_events
 
 ENCODER = EncoderConfig(
     channels=(4, 6),
@@ -108,6 +109,13 @@ def test_run_folder_holds_config_versions_folds_curves_and_report(finished):
     assert history[-1]["validation_dice"] != ""
     assert "<html" in (output / "report.html").read_text()
     assert (output / "report.md").is_file()
+    assert metrics["detection"]["num_cases"] == 10
+    assert metrics["fold_summaries"][0]["peak_memory_mb"] > 100
+    (events,) = (output / "fold_0" / "tensorboard").iterdir()
+    assert "loss" in {event.tag for event in read_events(events)}
+    with np.load(next((output / "fold_0" / "figures").iterdir())) as figure:
+        assert figure["attention"].shape == (12, 32, 32, 3, 2)
+        assert figure["attention"].max() > 200
 
 
 def test_checkpoint_gives_the_weights_back(finished):
@@ -186,6 +194,21 @@ def test_folds_file_with_another_number_of_folds_is_refused(tmp_path, cache):
         cv.run(dataclasses.replace(config, folds_file=file))
 
 
+def test_centres_become_folds(tmp_path, cache):
+    config = dataclasses.replace(tiny(tmp_path / "run", cache), group_by="center", num_folds=2)
+    source = loading.build(config.data)
+    source.info = tuple(
+        dataclasses.replace(info, metadata={"center": "AB"[i % 2]})
+        for i, info in enumerate(source.info)
+    )
+    folds = cv.make_folds(config, source)
+    assert [len(ids) for ids in folds.validation] == [5, 5]
+    with pytest.raises(ConfigError, match=r"that of groups; got 3 and 2. Use --num-folds=2"):
+        cv.make_folds(dataclasses.replace(config, num_folds=3), source)
+    with pytest.raises(ConfigError, match="from a file or from groups; got both"):
+        cv.make_folds(dataclasses.replace(config, folds_file=tmp_path), source)
+
+
 def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
     config = tiny(tmp_path / "run", cache, modalities=("t2w",), target="zones")
     flat = dataclasses.replace(ENCODER, kernels=((3, 3), (3, 3)), strides=((1, 1), (2, 2)))
@@ -223,3 +246,13 @@ def test_mistake_on_the_command_line_has_no_traceback(tmp_path):
     assert "nowhere" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_pooling_averages_blocks_and_the_remainder():
+    image = np.arange(35.0).reshape(5, 7)
+    pooled = cv.mean_pool(image, largest=4)
+    assert pooled.shape == (3, 4)
+    assert pooled[0, 0] == image[:2, :2].mean()
+    assert pooled[2, 3] == image[4, 6]
+    np.testing.assert_array_equal(cv.mean_pool(image[..., None], largest=4)[..., 0], pooled)
+    np.testing.assert_array_equal(cv.mean_pool(image), image)

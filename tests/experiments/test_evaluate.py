@@ -37,6 +37,9 @@ def test_cube_shifted_by_one_voxel_has_the_overlap_counted_by_hand():
     result = measure(np.roll(truth, 1, 1), truth)
     assert result["dice"] == 48 * 2 / 128
     assert result["sensitivity"] == result["precision"] == 0.75
+    assert result["iou"] == 48 / 80
+    assert result["specificity"] == pytest.approx(1 - 16 / (8 * 9 * 10 - 64))
+    assert result["volume_difference_ml"] == 0
     assert result["volume_truth_ml"] == pytest.approx(64 * 0.75e-3)
     assert result["volume_predicted_ml"] == pytest.approx(64 * 0.75e-3)
     assert result["false_positive_volume_ml"] == pytest.approx(16 * 0.75e-3)
@@ -49,6 +52,17 @@ def test_hd95_of_a_shifted_cube_is_the_step_in_millimetres(axis):
     truth = box((10, 10, 10), (2, 2, 2), (6, 6, 6))
     result = measure(np.roll(truth, 1, axis), truth, spacing)
     assert result["hd95_mm"] == pytest.approx(spacing[axis])
+
+
+def test_surface_dice_of_a_shifted_slab_counts_the_faces_that_moved():
+    # The slab of the next test: 6272 of 7616 mm2 moved by 2 mm, with the sides' ends; the rest, at
+    # most 1344 / 7616 = 0.18 (bevelled edges apart), coincides.
+    truth = box((8, 60, 60), (3, 2, 2), (3, 56, 56))
+    across = measure(np.roll(truth, 1, 0), truth, (2.0, 1.0, 1.0))
+    assert 0.1 < across["surface_dice_1mm"] < 0.2
+    assert across["surface_dice_2mm"] == 1
+    along = measure(np.roll(truth, 1, 1), truth, (2.0, 1.0, 1.0))
+    assert along["surface_dice_1mm"] == 1
 
 
 def test_assd_of_a_shifted_slab_weighs_distances_by_area():
@@ -71,11 +85,13 @@ def test_empty_truth_and_prediction_define_volumes_only():
     result = measure(empty, empty)
     assert tuple(result) == METRICS
     assert {name for name, value in result.items() if value is not None} == {
+        "specificity",
         "false_positive_volume_ml",
         "volume_truth_ml",
         "volume_predicted_ml",
     }
     assert result["false_positive_volume_ml"] == 0
+    assert result["specificity"] == 1
 
 
 def test_false_positive_volume_of_a_negative_is_all_that_is_predicted():
@@ -90,6 +106,25 @@ def test_empty_prediction_of_a_positive_is_a_zero_and_not_a_gap():
     result = measure(np.zeros_like(truth), truth)
     assert result["dice"] == result["sensitivity"] == 0
     assert result["precision"] is result["hd95_mm"] is result["assd_mm"] is None
+    assert result["iou"] == result["surface_dice_1mm"] == result["surface_dice_2mm"] == 0
+    assert result["volume_difference_ml"] == pytest.approx(-4 * 0.75e-3)
+    diagonal = (9**2 + 2**2 + 2.5**2) ** 0.5  # of 3 x 4 x 5 voxels of 3 x 0.5 x 0.5 mm
+    assert result["hd95_penalised_mm"] == pytest.approx(diagonal)
+    assert result["assd_penalised_mm"] == pytest.approx(diagonal)
+
+
+def test_penalised_distances_are_the_plain_ones_where_both_are_found():
+    truth = box((8, 9, 10), (2, 2, 2), (4, 4, 4))
+    result = measure(np.roll(truth, 1, 1), truth)
+    assert result["hd95_penalised_mm"] == result["hd95_mm"] > 0
+    assert result["assd_penalised_mm"] == result["assd_mm"] > 0
+
+
+def test_truth_that_fills_the_volume_has_no_specificity():
+    everything = np.ones((2, 3, 4), np.uint8)
+    result = measure(everything, everything)
+    assert result["specificity"] is None
+    assert result["dice"] == 1
 
 
 def test_probability_must_exceed_the_threshold():
@@ -136,7 +171,9 @@ def test_permuting_axes_with_their_spacing_changes_nothing(order):
 def test_padding_the_volume_changes_nothing():
     prediction, truth, spacing = blobs()
     padded = measure(np.pad(prediction, 5), np.pad(truth, 5), spacing)
-    assert padded == pytest.approx(measure(prediction, truth, spacing), rel=1e-12)
+    plain = measure(prediction, truth, spacing)
+    assert padded.pop("specificity") > plain.pop("specificity")  # more background, same errors
+    assert padded == pytest.approx(plain, rel=1e-12)
 
 
 def test_surface_metrics_equal_those_of_surface_distance(shared_data):
@@ -148,6 +185,8 @@ def test_surface_metrics_equal_those_of_surface_distance(shared_data):
             assert result["dice"] == pytest.approx(pair["sd_dice"], abs=1e-12)
             assert result["hd95_mm"] == pytest.approx(pair["sd_hd95"], abs=1e-9)
             assert result["assd_mm"] == pytest.approx(np.mean(pair["sd_avg"]), abs=1e-9)
+            assert result["surface_dice_1mm"] == pytest.approx(pair["sd_nsd1mm"], abs=1e-9)
+            assert result["surface_dice_2mm"] == pytest.approx(pair["sd_nsd2mm"], abs=1e-9)
 
 
 def test_bad_arrays_are_refused():
@@ -200,6 +239,10 @@ def test_summary_of_a_small_run_by_hand():
         np.std([0.2, 0.8], ddof=1)
     )
     assert summary["num_cases"] == 5
+    assert summary["num_patients"]["lesion"]["dice"] == 3
+    low, high = summary["interval"]["lesion"]["dice"]
+    assert 0 <= low < 0.4 < high < 0.81
+    assert summary["interval"]["lesion"]["assd_mm"] is None
     assert summary["num_positive"] == {"lesion": 3}
     assert summary["num_negatives"] == {"lesion": 2}
     assert summary["num_missed"] == {"lesion": 1}
@@ -294,6 +337,22 @@ def test_command_compares_two_folders(folders, tmp_path, capsys):
     assert summary["metric_per_case"][0]["volume_truth_ml"] == pytest.approx(48 * 0.75e-3)
     assert summary["per_fold"] == []
     assert "2 of 2 cases positive, 1 missed" in capsys.readouterr().out
+
+
+def test_probabilities_are_evaluated_for_detection_too(folders, tmp_path, capsys):
+    predictions, labels = folders
+    truth = box((6, 8, 10), (1, 1, 1), (3, 4, 4))
+    write_nifti(predictions / "x.nii.gz", 0.8 * truth.astype(np.float32), AFFINE)
+    write_nifti(predictions / "y.nii.gz", 0.7 * truth.astype(np.float32), AFFINE)
+    write_nifti(labels / "y.nii.gz", 0 * truth, AFFINE)
+    main([str(predictions), str(labels), "--output", str(tmp_path)])
+    summary = read_metrics(tmp_path)
+    assert summary["detection"]["average_precision"] == 1
+    assert summary["detection"]["auroc"] == 1
+    confidences = [entry["detection"]["confidence"] for entry in summary["metric_per_case"]]
+    assert confidences == pytest.approx([0.8, 0.7])
+    assert summarise(summary["metric_per_case"]) == summary
+    assert "AP 1.000, patient AUROC 1.000, PI-CAI score 1.000" in capsys.readouterr().out
 
 
 def test_command_refuses_faulty_folders(folders, tmp_path):

@@ -1,13 +1,18 @@
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from data_pipelines.case import MissingDataError
+from experiments import pictures
 from experiments.evaluate import read_metrics
-from experiments.report import choose_cases, main, outline, slice_to_show, write_report
+from experiments.pictures import choose_cases, outline, slice_to_show
+from experiments.report import main, write_report
 from tests.experiments.fake_run import make_run
 
 VARIANTS = {
@@ -40,7 +45,7 @@ class Reader(HTMLParser):
         self.open, self.ids, self.texts = [], [], []
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "input"):
             self.open.append(tag)
         self.ids += [value for name, value in attrs if name == "id"]
 
@@ -68,7 +73,9 @@ def test_page_is_well_formed_self_contained_and_small(reports, name):
     assert len(reader.ids) == len(set(reader.ids))
     references = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert all(target.startswith(("#", "data:image/png;base64,")) for target in references)
-    assert not re.search(r"<(script|link|iframe)\b|@import|url\((?!#)", html)
+    assert not re.search(
+        r"<(link|iframe)\b|<script[^>]*src|@import|url\((?!#)|https?://(?!www.w3)", html
+    )
     assert len(html.encode()) < 5e6
     targets = {target[1:] for target in references if target.startswith("#")}
     assert targets <= set(reader.ids)
@@ -99,7 +106,10 @@ def test_headline_is_the_mean_over_defined_cases(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
     write_report(run)
     dice = [row["dice"] for row in read_metrics(run)["metric_per_case"] if row["dice"] is not None]
-    expected = f"| Dice | {np.mean(dice):.3f} | {np.std(dice, ddof=1):.3f} |"
+    low, high = read_metrics(run)["interval"]["lesion"]["dice"]
+    expected = (
+        f"| Dice | {np.mean(dice):.3f} | {low:.3f} to {high:.3f} | {np.std(dice, ddof=1):.3f} |"
+    )
     assert expected in (run / "report.md").read_text()
 
 
@@ -131,7 +141,7 @@ def test_run_without_positives_has_no_dice(reports):
     assert "No evaluated case holds any lesion" in html
     assert "undefined: no positive case" in html
     assert "No chart of Dice: there is no positive case." in html
-    assert "| Dice | – | – | – | – | 0 |" in markdown  # noqa: RUF001
+    assert "| Dice | – | – | – | – | – | 0 |" in markdown  # noqa: RUF001
     assert html.count('class="panel"') == 7
 
 
@@ -144,7 +154,7 @@ def test_a_single_fold_without_positives_is_named(tmp_path):
 
 
 def test_one_modality_and_several_classes(reports):
-    assert reports["one_modality"][0].count("Attention T2W</figcaption>") == 4
+    assert reports["one_modality"][0].count("Attention T2W, stage 1</figcaption>") == 4
     html, _ = reports["zones"]
     assert "Mean peripheral zone Dice" in html
     assert "Dice per fold, transition zone" in html
@@ -227,3 +237,54 @@ def test_roles_admit_when_a_better_case_has_no_picture():
         "a": "Worst",
     }
     assert choose_cases(rows, ()) == {}
+
+
+def viewer_data(html):
+    return json.loads(re.search(r'id="viewer-data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def test_detection_and_calibration_are_shown(reports):
+    html, markdown = reports["full"]
+    for title in ("FROC of lesions", "ROC of cases", "Calibration of voxels", "of cases"):
+        assert title in html
+    assert re.search(r"\| AUROC of cases \| \d\.\d{3} \| \d\.\d{3} to \d\.\d{3} \|", markdown)
+    assert 'id="detection"' not in reports["zones"][0]
+    assert "FROC of lesions" not in reports["no_positives"][0]
+
+
+def test_few_patients_are_warned_of(reports):
+    assert "only 6 positive patients: below 20" in reports["one_modality"][0]
+
+
+def test_viewer_holds_every_layer_of_every_case_shown(reports):
+    data = viewer_data(reports["full"][0])
+    assert len(data["cases"]) == 4
+    for case in data["cases"]:
+        layers = case["layers"]
+        assert list(layers["images"]) == list(layers["attention"]) == ["t2w", "adc", "hbv"]
+        assert {len(stages) for stages in layers["attention"].values()} == {2}
+        depth, height, width = case["shape"]
+        for uri in (layers["truth"], layers["prediction"], layers["probability"]):
+            image = PIL.Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+            assert image.size == (width, depth * height)
+    assert data["colormaps"]["magma"][0] == [0, 0, 4]
+    zones = viewer_data(reports["zones"][0])["cases"][0]["layers"]["truth"]
+    labels = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(zones.split(",")[1]))))
+    assert set(np.unique(labels)) == {0, 1, 2}
+
+
+def test_cases_that_would_make_the_page_too_large_are_left_out(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", num_folds=2, history=False)
+    monkeypatch.setattr(pictures, "VIEWER_BYTES", 1000)
+    html = write_report(run).read_text()
+    assert len(viewer_data(html)["cases"]) == 1
+    assert "Left out, to keep the page small: 3 further cases." in html
+
+
+def test_a_large_image_is_kept_as_jpeg_and_stays_under_the_limit():
+    rng = np.random.default_rng(0)
+    volume = np.clip(128 + 60 * rng.normal(size=(20, 256, 256)), 0, 255)
+    uri = pictures._sprite(volume, lossy=True)
+    assert uri.startswith("data:image/jpeg;base64,")
+    # Noise is the worst case: three modalities of one case fit.
+    assert 3 * len(uri) < pictures.VIEWER_BYTES

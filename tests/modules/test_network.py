@@ -41,7 +41,7 @@ def test_any_number_of_modalities_on_slices_and_volumes(rank, names):
     assert np.all(np.isfinite(output.correlation_loss))
 
 
-@pytest.mark.parametrize("fusion", ["scff", "concat", "mean", "max"])
+@pytest.mark.parametrize("fusion", ["scff", "concat", "mean", "max", "attention", "early"])
 def test_batch_permutation_permutes_outputs(fusion):
     batch = tiny_batch(batch=3)
     network, params = init(tiny_config(fusion=fusion), batch)
@@ -54,7 +54,7 @@ def test_batch_permutation_permutes_outputs(fusion):
     )
 
 
-@pytest.mark.parametrize("fusion", ["scff", "max"])
+@pytest.mark.parametrize("fusion", ["scff", "max", "attention", "early"])
 def test_absent_modality_changes_nothing_and_gets_no_gradient(fusion):
     batch = tiny_batch()
     network, params = init(tiny_config(fusion=fusion), batch)
@@ -114,6 +114,17 @@ def test_mean_fusion_averages_over_what_is_present():
     two = fusion.apply(params, features, jnp.array([[True, False, True]])).fused
     alone = [fusion.apply(params, features, jnp.eye(3, dtype=bool)[m][None]).fused for m in (0, 2)]
     np.testing.assert_allclose(two, sum(alone) / 2, atol=1e-5)
+
+
+def test_attention_gates_share_one_among_the_modalities_that_are_present():
+    features = list(jax.random.normal(jax.random.key(0), (3, 1, 2, 8, 8, 4)))
+    fusion = Fusion(4, FusionConfig(kind="attention"))
+    params = {"params": random_params(fusion, features)}
+    gates = fusion.apply(params, features, jnp.array([[True, False, True]])).gates
+    assert gates.shape == (1, 2, 8, 8, 3)
+    np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-6)
+    assert np.all(gates[..., 1] == 0)
+    assert np.ptp(gates[..., 0]) > 0.01
 
 
 def test_scff_gates_lie_between_0_and_1_and_linear_expression_drops_the_square():

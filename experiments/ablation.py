@@ -1,0 +1,464 @@
+"""The ablation of METHOD section 8, baselines of the field, and sweeps over any field of a run.
+
+``python -m experiments.ablation --preset=quick`` trains every row on the same folds with the same
+seeds and steps, one run folder of :mod:`experiments.cv` for each row and seed, and compares them.
+Further options are those of ``experiments.cv`` and hold for all rows, ``--sweep`` adds rows:
+
+    python -m experiments.ablation --data.name=picai --data.path=/data/picai
+    python -m experiments.ablation --rows full --sweep loss.attention.exponent=1,4 loss.stages="1 2"
+
+What is done is not done again: the same command continues, and further rows or seeds add to it.
+The table is written after each row.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from cmsad_jax.modules import baselines
+from cmsad_jax.modules.network import NetworkConfig
+from cmsad_jax.types import ConfigError
+from data_pipelines import loading, splits
+from data_pipelines.case import DataError, spacing_of
+from data_pipelines.volume_io import read_volume
+from experiments import cv, evaluate, lesions, report, statistics
+from experiments.config import PRESETS, Config, complete, parse, window
+from experiments.runtime import run_main, select_accelerator
+from experiments.train import compile_programs, log, to_mask
+
+FULL = "full"
+LATE = "late-fusion"
+
+_NO_DISTILLATION = {
+    "loss.cross_modal_weight": 0.0,
+    "loss.self_weight": 0.0,
+    "loss.correlation_weight": 0.0,
+}
+
+ROWS: dict[str, dict[str, Any]] = {
+    FULL: {},
+    "scff": _NO_DISTILLATION,
+    "cmsad": {"network.fusion.kind": "concat", "loss.correlation_weight": 0.0},
+    "concat": {"network.fusion.kind": "concat", **_NO_DISTILLATION},
+    "attention-gated": {"network.fusion.kind": "attention", **_NO_DISTILLATION},
+    "early-unet": {"network": baselines.unet, **_NO_DISTILLATION},
+    "early-resenc": {"network": baselines.residual_encoder_unet, **_NO_DISTILLATION},
+}
+"""What each row changes in the configuration; a function replaces the field by its result. One row
+for each modality by itself, and their average (late fusion), are added to these."""
+
+_PRESETS: dict[str, tuple[tuple[int, ...], dict[str, list[str]]]] = {
+    "quick": ((0,), {"--folds": ["0", "1"], "--train.steps": ["110"]}),
+    "full": ((1, 2, 3), {"--train.steps": ["160"]}),
+}
+"""Seeds and, for ``--config=small``, options. Seed 0 is for development: it is never reported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AblationConfig:
+    """Train and compare every row of the ablation. Options of experiments.cv hold for all rows."""
+
+    preset: Literal["quick", "full"] = "full"
+    """quick: one seed, two folds, few steps; full: three seeds, all folds."""
+    config: str = "small"
+    """Preset of experiments.cv to start from."""
+    output: Path = Path("runs/ablation")
+    """Folder of the runs and of the table."""
+    seeds: tuple[int, ...] | None = None
+    """Of weights, sampling and augmentation; the folds stay the same. Those of the preset."""
+    rows: tuple[str, ...] | None = None
+    """Rows to run; all by default. The full model is always run: it is what others are tested
+    against."""
+    sweep: tuple[str, ...] = ()
+    """Further rows, each the full model with one field changed: field=value,value,..."""
+    match_parameters: bool = True
+    """Scale the widths of each network so that all have about as many weights as the full one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A row: what it is called, and its configuration but for seed and run folder."""
+
+    name: str
+    config: Config
+
+
+def variants(base: Config, options: Sequence[str], command: AblationConfig) -> list[Variant]:
+    """The rows that are trained, the full model first.
+
+    Args:
+        base: the full model.
+        options: the command line that gave ``base``, to which a sweep adds.
+        command: which rows, and whether parameters are matched.
+
+    Raises:
+        ConfigError: an unknown row, or a sweep that is not ``field=value,...``.
+    """
+    table = dict(ROWS)
+    singles = {f"{name}-alone": name for name in base.data.modalities}
+    if len(singles) > 1:
+        for row, name in singles.items():
+            table[row] = {"data.modalities": (name,), **_NO_DISTILLATION}
+    names = [*table, *([LATE] if len(singles) > 1 else [])]
+    asked = list(names if command.rows is None else command.rows)
+    if unknown := [row for row in asked if row not in names]:
+        raise ConfigError(
+            f"rows must be among {', '.join(names)}; got {', '.join(unknown)}. "
+            "Name existing rows after --rows."
+        )
+    if LATE in asked:
+        asked += singles
+    found = [
+        Variant(row, complete(_changed(base, table[row])))
+        for row in table
+        if row == FULL or row in asked
+    ]
+    found += [
+        Variant(f"{field}={value}", parse([*options, f"--{field}", *value.split()]))
+        for field, value in _swept(command.sweep)
+    ]
+    if not command.match_parameters:
+        return found
+    target = baselines.count_parameters(found[0].config.network, window(base))
+    return [
+        dataclasses.replace(
+            variant,
+            config=dataclasses.replace(
+                variant.config,
+                network=baselines.match_parameters(
+                    variant.config.network, target, window(variant.config)
+                ),
+            ),
+        )
+        for variant in found
+    ]
+
+
+def _swept(sweep: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for entry in sweep:
+        field, equals, values = entry.partition("=")
+        if not field or not equals or not values:
+            raise ConfigError(
+                f"a sweep must be field=value,value,...; got {entry!r}. "
+                "Use --sweep loss.attention.exponent=1,2,4."
+            )
+        pairs += [(field.replace("_", "-"), value) for value in values.split(",")]
+    return pairs
+
+
+def _changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    for path, value in changes.items():
+        config = _with_field(config, path.split("."), value)
+    return config
+
+
+def _with_field(config: Any, path: Sequence[str], value: Any) -> Any:
+    old = getattr(config, path[0])
+    if len(path) > 1:
+        value = _with_field(old, path[1:], value)
+    elif callable(value):
+        value = value(old)
+    return dataclasses.replace(config, **{path[0]: value})
+
+
+def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
+    """Run what is not done, and write ``ablation.json`` and ``ablation.md``; returns the table."""
+    base, seeds = base_of(command, options)
+    select_accelerator(base.accelerator)
+    rows = variants(base, _cv_options(command, options), command)
+    source = loading.build(base.data)
+    folds_file = keep_folds(command.output, cv.make_folds(base, source))
+    table: dict[str, Any] = {}
+    for variant in rows:
+        config = dataclasses.replace(variant.config, folds_file=folds_file)
+        programs = functools.cache(
+            lambda config=config: compile_programs(config, select_accelerator(config.accelerator))
+        )
+        for seed in seeds:
+            folder = command.output / _folder_name(variant.name) / f"seed_{seed}"
+            run_one(dataclasses.replace(config, seed=seed, output=folder), programs)
+        table = write_table(command.output, rows, seeds)
+    wanted = command.rows is None or LATE in command.rows
+    if wanted and len(base.data.modalities) > 1:
+        for seed in seeds:
+            late_fusion(command.output, base, source, seed)
+        table = write_table(command.output, rows, seeds)
+    log(format_table(table))
+    return table
+
+
+def base_of(command: AblationConfig, options: Sequence[str]) -> tuple[Config, tuple[int, ...]]:
+    """The full model's configuration, and the seeds."""
+    base = parse(_cv_options(command, options))
+    return base, command.seeds or _PRESETS[command.preset][0]
+
+
+def _cv_options(command: AblationConfig, options: Sequence[str]) -> list[str]:
+    """Options for ``experiments.cv``: those of the preset where none was given, then the rest."""
+    if command.config not in PRESETS:
+        raise ConfigError(
+            f"config must be one of {', '.join(PRESETS)}; got {command.config!r}. "
+            "Use --config=small."
+        )
+    given = {option.split("=")[0] for option in options}
+    added = _PRESETS[command.preset][1] if command.config == "small" else {}
+    preset = [part for name, value in added.items() if name not in given for part in (name, *value)]
+    return [f"--preset={command.config}", *preset, *options]
+
+
+def keep_folds(output: Path, folds: splits.Folds) -> Path:
+    """Write the folds that all rows share, or check that they are those of the earlier rows."""
+    path = output / "folds.json"
+    if path.exists() and splits.Folds.load(path).sha256 != folds.sha256:
+        raise ConfigError(
+            f"an ablation compares rows on the same folds; those of {output} are others. "
+            "Name another folder with --output, or restore data and options."
+        )
+    folds.save(path)
+    return path
+
+
+def run_one(config: Config, programs: Callable[[], Any]) -> None:
+    """Train and evaluate one row with one seed, unless that is done."""
+    assert config.output is not None
+    cv.refuse_other_run(config.output, config)
+    asked = set(range(config.num_folds) if config.folds is None else config.folds)
+    if (config.output / "metrics.json").exists() and asked <= set(
+        evaluate.read_metrics(config.output)["folds_done"]
+    ):
+        log(f"{config.output}: done before")
+        return
+    cv.run(config, programs())
+
+
+def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: int) -> None:
+    """Average the probabilities of the single-modality rows, and evaluate that as a run."""
+    singles = [output / f"{name}-alone" / f"seed_{seed}" for name in base.data.modalities]
+    done = [evaluate.read_metrics(run) for run in singles]
+    folder = output / LATE / f"seed_{seed}"
+    classes = base.data.classes
+    suffixes = [""] if len(classes) == 1 else [f"_{name}" for name in classes]
+    rows = []
+    for case_id, fold in sorted({(r["case_id"], r["fold"]) for r in done[0]["metric_per_case"]}):
+        case = source[case_id]
+        foreground = np.stack(
+            [
+                np.mean(
+                    [
+                        read_volume(
+                            run / f"fold_{fold}" / "probabilities" / f"{case_id}{suffix}.nii.gz"
+                        ).array
+                        for run in singles
+                    ],
+                    axis=0,
+                )
+                for suffix in suffixes
+            ],
+            -1,
+        )
+        several = np.concatenate([1 - foreground.sum(-1, keepdims=True), foreground], -1)
+        mask = to_mask(foreground if len(classes) == 1 else several, base.predict.threshold)
+        truth = case.original_truth
+        identity: dict[str, Any] = {"case_id": case_id, "patient_id": case.patient_id, "fold": fold}
+        if len(classes) == 1:
+            identity |= {"detection": lesions.detect(foreground[..., 0], truth)}
+        measured = evaluate.case_metrics(mask, truth, spacing_of(case.original_affine), classes)
+        rows += [identity | {"class": name} | values for name, values in measured.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = ("target", "classes", "threshold", "checkpoint", "num_folds", "folds_done")
+    metrics = evaluate.summarise(rows, done[0]["folds_done"]) | {key: done[0][key] for key in facts}
+    evaluate.write_metrics(metrics, folder / "metrics.json", folder / "metrics.csv")
+    report.write_report(folder)
+
+
+# The table --------------------------------------------------------------------------------------
+
+
+def write_table(output: Path, rows: Sequence[Variant], seeds: Sequence[int]) -> dict[str, Any]:
+    """Compare the rows that are done with all of ``seeds``, and write the table."""
+    configs = {variant.name: variant.config for variant in rows}
+    runs = {
+        name: [output / _folder_name(name) / f"seed_{seed}" for seed in seeds]
+        for name in [*configs, LATE]
+    }
+    done = {
+        name: [evaluate.read_metrics(run) for run in folders]
+        for name, folders in runs.items()
+        if all((run / "metrics.json").exists() for run in folders)
+    }
+    entries = {name: summarise_row(metrics) for name, metrics in done.items()}
+    sizes = {
+        name: _size(config.network, window(config))
+        for name, config in configs.items()
+        if name in done
+    }
+    if LATE in done and (
+        alone := [size for name, size in sizes.items() if name.endswith("-alone")]
+    ):
+        sizes[LATE] = {key: sum(size[key] for size in alone) for key in alone[0]}
+    compared = {
+        name: compare_rows(done[name], done[FULL]) for name in done if FULL in done and name != FULL
+    }
+    corrected = statistics.holm([entry["permutation_p"] for entry in compared.values()])
+    for name, p in zip(compared, corrected, strict=True):
+        compared[name]["corrected_p"] = p
+    table = {
+        "seeds": list(seeds),
+        "rows": {
+            name: entry | sizes.get(name, {}) | {"against_full": compared.get(name)}
+            for name, entry in entries.items()
+        },
+    }
+    evaluate.write_text(output / "ablation.json", json.dumps(table, indent=1) + "\n")
+    evaluate.write_text(output / "ablation.md", format_table(table) + "\n")
+    return table
+
+
+@functools.cache
+def _size(network: NetworkConfig, space: tuple[int, ...]) -> dict[str, float]:
+    return {
+        "num_parameters": baselines.count_parameters(network, space),
+        "num_operations": baselines.count_operations(network, space),
+    }
+
+
+def dice_of_cases(metrics: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[str], list[str]]:
+    """Dice of each positive case: mean over its classes, then over the seeds; cases and patients.
+
+    Raises:
+        DataError: the seeds evaluated other cases.
+    """
+    found: list[dict[str, float]] = []
+    patients: dict[str, str] = {}
+    for of_seed in metrics:
+        cases: dict[str, list[float]] = {}
+        for row in of_seed["metric_per_case"]:
+            if row["dice"] is not None:
+                cases.setdefault(row["case_id"], []).append(row["dice"])
+                patients[row["case_id"]] = row["patient_id"]
+        found.append({case: float(np.mean(scores)) for case, scores in cases.items()})
+    names = sorted(found[0])
+    if any(sorted(cases) != names for cases in found):
+        raise DataError(
+            "all seeds of a row must have evaluated the same cases; got different ones. "
+            "Finish the folds of every seed with the same command."
+        )
+    dice = np.array([[cases[name] for name in names] for cases in found])
+    return dice, names, [patients[name] for name in names]
+
+
+def summarise_row(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean Dice with its interval over patients, spread over seeds, and detection."""
+    dice, _, patients = dice_of_cases(metrics)
+    means = dice.mean(1)
+
+    def detection(key: str) -> float | None:
+        values = [of_seed.get("detection", {}).get(key) for of_seed in metrics]
+        return None if None in values else float(np.mean(values))
+
+    return {
+        "num_seeds": len(metrics),
+        "num_cases": dice.shape[1],
+        "num_patients": len(set(patients)),
+        "dice": float(means.mean()) if patients else None,
+        "interval": statistics.bootstrap_interval(dice.mean(0), patients) if patients else None,
+        "sd_over_seeds": float(means.std(ddof=1)) if len(means) > 1 and patients else None,
+        "average_precision": detection("average_precision"),
+        "auroc": detection("auroc"),
+    }
+
+
+def compare_rows(
+    metrics: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The row less the full model, paired on cases, each the mean over its seeds."""
+    dice, cases, patients = dice_of_cases(metrics)
+    of_full, same, _ = dice_of_cases(full)
+    if cases != same:
+        raise DataError(
+            "all rows must have evaluated the same cases; got different ones. "
+            "Finish the folds of every row with the same command."
+        )
+    differences = dice.mean(0) - of_full.mean(0)
+    tests = statistics.paired_tests(differences, patients)
+    return {
+        "difference": float(differences.mean()),
+        "interval": statistics.bootstrap_interval(differences, patients),
+        **dataclasses.asdict(tests),
+    }
+
+
+def format_table(table: Mapping[str, Any]) -> str:
+    """The table in Markdown, with what its columns mean."""
+    lines = [
+        "| row | parameters | GFLOP | Dice | 95 % interval | sd over seeds | AP | AUROC "
+        "| less full | 95 % interval | p | p corrected |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in table["rows"].items():
+        against = row["against_full"]
+        cells = [
+            name,
+            f"{row['num_parameters']:,}" if "num_parameters" in row else "",
+            f"{row['num_operations'] / 1e9:.2f}" if "num_operations" in row else "",
+            _number(row["dice"]),
+            _interval(row["interval"]),
+            _number(row["sd_over_seeds"]),
+            _number(row["average_precision"]),
+            _number(row["auroc"]),
+            *(
+                (
+                    f"{against['difference']:+.3f}",
+                    _interval(against["interval"]),
+                    f"{against['permutation_p']:.2g}",
+                    f"{against['corrected_p']:.2g}",
+                )
+                if against
+                else ("", "", "", "")
+            ),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = ", ".join(map(str, table["seeds"]))
+    lines.append("")
+    lines.append(
+        f"Seeds {seeds}. Dice of positive cases, mean over seeds. Intervals: BCa bootstrap over "
+        "patients; they do not cover chance in training, the sd over seeds does. p: sign-flip "
+        "permutation test of the difference to the full model, paired on cases; corrected for the "
+        "number of rows (Holm). GFLOP: one forward pass of a window."
+    )
+    few = [row["num_patients"] for row in table["rows"].values()]
+    if few and min(few) < statistics.FEW_PATIENTS:
+        lines.append(f"Warning: {statistics.few_patients_warning(min(few))}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
+
+
+def _folder_name(row: str) -> str:
+    """A sweep's value may hold what a path must not."""
+    return "".join(c if c.isalnum() or c in "._=-+" else "_" for c in row)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of this module."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, options = tyro.cli(AblationConfig, args=arguments, return_unknown_args=True)
+    run(command, options)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,115 @@
+"""How the report says things: labels of metrics and curves, numbers as text, tables, drawings."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+LABELS = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "sensitivity": "Sensitivity",
+    "precision": "Precision",
+    "specificity": "Specificity",
+    "volume_difference_ml": "Volume difference (ml)",
+    "hd95_mm": "HD95 (mm)",
+    "hd95_penalised_mm": "HD95, misses penalised (mm)",
+    "assd_mm": "ASSD (mm)",
+    "assd_penalised_mm": "ASSD, misses penalised (mm)",
+    "surface_dice_1mm": "Surface Dice at 1 mm",
+    "surface_dice_2mm": "Surface Dice at 2 mm",
+    "false_positive_volume_ml": "False-positive volume (ml)",
+    "volume_truth_ml": "True volume (ml)",
+    "volume_predicted_ml": "Predicted volume (ml)",
+}
+SHORT_LABELS = LABELS | {
+    "volume_difference_ml": "Difference (ml)",
+    "hd95_penalised_mm": "HD95 pen. (mm)",
+    "assd_penalised_mm": "ASSD pen. (mm)",
+    "surface_dice_1mm": "Surf. Dice 1 mm",
+    "surface_dice_2mm": "Surf. Dice 2 mm",
+    "false_positive_volume_ml": "False pos. (ml)",
+    "volume_truth_ml": "Truth (ml)",
+    "volume_predicted_ml": "Predicted (ml)",
+}
+CURVE_LABELS = {
+    "loss": "Loss, total",
+    "cross_entropy_loss": "Cross-entropy loss",
+    "cross_modal_distillation_loss": "Cross-modal distillation loss",
+    "self_distillation_loss": "Self-distillation loss",
+    "examples_per_s": "Training examples per second",
+    "validation_dice": "Validation Dice (reference grid)",
+}
+CLASS_LABELS = {"pz": "peripheral zone", "tz": "transition zone"}
+UNDEFINED = "\u2013"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of texts; the first column names the row, the others are right-aligned figures."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """An SVG with the words that belong to it."""
+
+    title: str
+    svg: Markup
+
+
+def number(value: float | None, metric: str) -> str:
+    """A metric with the decimals that its unit deserves."""
+    if value is None:
+        return UNDEFINED
+    lengths = metric.endswith(("_mm", "_ml"))
+    return f"{value:.2f}" if lengths else f"{value:.{5 if metric == 'specificity' else 3}f}"
+
+
+def interval(ends: Sequence[float] | None, metric: str) -> str:
+    """Both ends of an interval, or that there is none."""
+    if ends is None:
+        return UNDEFINED
+    return f"{number(ends[0], metric)} to {number(ends[1], metric)}"
+
+
+def volume(value: float | None) -> str:
+    """Millilitres."""
+    return UNDEFINED if value is None else f"{value:.2f} ml"
+
+
+def text(value: Any) -> str:
+    """Any value from a configuration or a record."""
+    if value is None:
+        return UNDEFINED
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " ".join(text(item) for item in value)
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that reads well."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def class_label(name: str) -> str:
+    """A class in words."""
+    return CLASS_LABELS.get(name, name)
+
+
+def curve_label(name: str) -> str:
+    """A training curve or record in words."""
+    return CURVE_LABELS.get(name, name.replace("_", " ").capitalize())
