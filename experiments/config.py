@@ -52,6 +52,8 @@ class TrainConfig:
     """Steps between checkpoints, which a killed run continues from with the same result."""
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient is not finite."""
+    accumulation: int = 1
+    """Parts of a batch that go through the network one after another, to save memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,10 @@ class Config:
     """Folds to run now; a later run completes the rest. All by default."""
     folds_file: Path | None = None
     """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
+    profile: Path | None = None
+    """Folder for one trace of ten steps, to be opened with Perfetto or TensorBoard."""
+    compilation_cache: Path | None = Path("~/.cache/cmsad_jax/compiled")
+    """Compiled programs are kept here, so that a run starts sooner the second time."""
     seed: int = 0
     """Of folds, weights, sampling and augmentation."""
     data: DataConfig = DataConfig()
@@ -153,8 +159,13 @@ _NOT_IDENTITY = (
     "output",
     "folds",
     "parallel",
+    "profile",
+    "compilation_cache",
     "data.cache",
+    "data.residency",
     "train.read_threads",
+    "train.accumulation",
+    "network.rematerialize",
     "train.checkpoint_every",
     "train.max_skipped",
 )

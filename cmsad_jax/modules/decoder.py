@@ -23,6 +23,7 @@ class Decoder(nn.Module):
         norm: normalisation of the blocks.
         head_bias: initial bias of the logits; below 0 where the foreground is rare.
         dtype: in which the convolutions compute; logits are float32.
+        rematerialize: as in ``NetworkConfig``.
     """
 
     num_classes: int
@@ -31,6 +32,7 @@ class Decoder(nn.Module):
     norm: Norm = "instance"
     head_bias: float = 0.0
     dtype: DTypeLike = jnp.float32
+    rematerialize: bool = False
 
     @nn.compact
     def __call__(
@@ -39,6 +41,7 @@ class Decoder(nn.Module):
         """Logits at the finest stage, and those of the ``num_deep`` coarser ones, finest first."""
         x = fused[-1]
         pointwise = (1,) * (x.ndim - 2)
+        block_type = nn.remat(ResidualBlock) if self.rematerialize else ResidualBlock
         deep = []
         for stage in reversed(range(len(fused) - 1)):
             skip = fused[stage]
@@ -47,7 +50,7 @@ class Decoder(nn.Module):
                 deep.append(self._head(f"head{stage + 1}", pointwise)(x))
             x = Conv(channels, pointwise, dtype=self.dtype, name=f"reduce{stage}")(x)
             x = jnp.concatenate([resize(x, skip.shape[1:-1]), skip], -1)
-            x = ResidualBlock(
+            x = block_type(
                 channels, self.kernels[stage], None, self.norm, self.dtype, name=f"block{stage}"
             )(x)
         return self._head("head0", pointwise)(x), tuple(reversed(deep))

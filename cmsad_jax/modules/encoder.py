@@ -95,16 +95,18 @@ class Encoder(nn.Module):
 
     config: EncoderConfig = EncoderConfig()
     dtype: DTypeLike = jnp.float32
+    rematerialize: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *space c"]) -> tuple[Float[Array, "b ..."], ...]:
         """Encode; raises ``ConfigError`` as ``EncoderConfig.stage_shapes`` does."""
         config = self.config
         config.stage_shapes(x.shape[1:-1])
+        block_type = nn.remat(ResidualBlock) if self.rematerialize else ResidualBlock
         features = []
         for stage in range(config.num_stages):
             for block in range(config.blocks[stage]):
-                x = ResidualBlock(
+                x = block_type(
                     config.channels[stage],
                     config.kernels[stage],
                     config.strides[stage] if block == 0 else None,
