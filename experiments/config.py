@@ -91,7 +91,8 @@ class Config:
     folds_file: Path | None = None
     """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
     profile: Path | None = None
-    """Folder for one trace of ten steps, to be opened with Perfetto or TensorBoard."""
+    """Folder for a trace of the first fold's training, for Perfetto or TensorBoard; train few steps
+    with it (--train.steps=20)."""
     compilation_cache: Path | None = Path("~/.cache/cmsad_jax/compiled")
     """Compiled programs are kept here, so that a run starts sooner the second time."""
     seed: int = 0

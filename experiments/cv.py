@@ -26,8 +26,10 @@ from experiments.runtime import (
     TEMPORARY,
     deferred_signals,
     environment,
+    keep_compiled,
     locked,
     naming_path,
+    profiled,
     progress,
     remove_temporary_files,
     run_main,
@@ -53,6 +55,7 @@ def run(config: Config) -> dict[str, Any]:
         DataError: for faults of the data.
     """
     devices = select_accelerator(config.accelerator)
+    keep_compiled(config.compilation_cache)
     programs = compile_programs(config, devices)
     output = config.output
     assert output is not None, "complete() names the run folder"
@@ -172,15 +175,17 @@ def run_fold(
         directory.mkdir(exist_ok=True)
     title = f"fold {fold + 1}/{config.num_folds}"
     validation = folds.validation[fold]
-    params, summary = train_fold(
-        config,
-        programs,
-        source,
-        fold=fold,
-        training=folds.training(fold),
-        validation=validation,
-        directory=directory,
-    )
+    first = fold == (config.folds or [0])[0]
+    with profiled(config.profile if first else None):
+        params, summary = train_fold(
+            config,
+            programs,
+            source,
+            fold=fold,
+            training=folds.training(fold),
+            validation=validation,
+            directory=directory,
+        )
     started = time.perf_counter()
     weights = weights_sha256(params)
     found = {case_id: stored_rows(directory, case_id, weights) for case_id in validation}
@@ -210,7 +215,9 @@ def run_fold(
     result = f"Dice {np.mean(dice):.3f} over {len(dice)}" if dice else "no positive case, no Dice"
     log(
         f"{title}: {config.train.steps} steps in {summary['train_s']:.0f} s "
-        f"({summary['examples_per_s']:.1f} examples/s, first step {summary['first_step_s']:.0f} s)"
+        f"({summary['steps_per_s']:.2f} steps/s, first step {summary['first_step_s']:.0f} s, "
+        f"{summary['input_wait_share']:.1%} of the time waiting for input, "
+        f"peak memory {summary['peak_memory_gb']:.1f} GB)"
         f", loss {summary['loss'] or np.nan:.3f}; {len(validation)} cases predicted in "
         f"{summary['predict_s']:.0f} s; {result}"
     )

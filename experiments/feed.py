@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from cmsad_jax.residency import take_crops
-from cmsad_jax.types import ConfigError, Device
+from cmsad_jax.types import ConfigError
 from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT
+from experiments import memory
 from experiments.config import Config
 
 DEVICE_SHARE = 0.25
@@ -41,12 +42,6 @@ def choose_residency(requested: str, num_bytes: int, device_bytes: int | None) -
     if num_bytes <= DEVICE_SHARE * device_bytes:
         return "device", f"{size} fit into {device_bytes / 1e9:.0f} GB"
     return "host", f"{size} exceed a quarter of {device_bytes / 1e9:.0f} GB"
-
-
-def device_bytes(device: Device) -> int | None:
-    """Memory that JAX may use on an accelerator; None where it does not say, as on CPUs."""
-    stats = device.memory_stats()
-    return None if stats is None else stats.get("bytes_limit")
 
 
 class Feed:
@@ -103,7 +98,7 @@ def training_feed(
         "num_threads": train.read_threads,
     }
     where, why = choose_residency(
-        config.data.residency, loading.resident_bytes(source, case_ids), device_bytes(device)
+        config.data.residency, loading.resident_bytes(source, case_ids), memory.limit_bytes(device)
     )
     if where == "host":
         batches = loading.train_batches(source, case_ids, **sampling)
