@@ -37,12 +37,13 @@ class Row:
     crop: str
     dtype: str
     parameters: int
-    compile_s: float
+    compile_s: float | None
     median_ms: float
     iqr_ms: float
     temporary_mb: float | None
     examples_per_s: float
     speedup_pytorch: float | None
+    """Against the faster of PyTorch's memory layouts."""
     device: str
     versions: str
 
@@ -93,7 +94,7 @@ class Prepared:
     config: Config
     call: Callable[[], Any]
     parameters: int
-    compile_s: float
+    compile_s: float | None
     temporary_bytes: int | None
 
 
@@ -136,38 +137,42 @@ def prepare(name: str, config: Config) -> tuple[Prepared, Any, float]:
     return found, params, loss
 
 
-def peer(config: Config, params: Any, loss: float) -> Callable[[], Any]:
+def peers(config: Config, params: Any, loss: float) -> dict[str, Callable[[], Any]]:
     """The same step in PyTorch, once its loss from the same weights was found to be the same."""
-    other, step = pytorch_network.loss_and_step(config, params, random_batch(config))
-    tolerance = 1e-3 if config.network.dtype == "float32" else 2e-2
-    if not abs(other - loss) <= tolerance * abs(loss):
-        raise ArithmeticError(
-            f"PyTorch must compute the same loss before it is timed; got {other} and {loss}. "
-            "Repair benchmarks/pytorch_network.py."
-        )
-    return step
+    tolerance, found = 1e-3 if config.network.dtype == "float32" else 2e-2, {}
+    for name, last in (("channels last", True), ("channels first", False)):
+        other, step = pytorch_network.loss_and_step(config, params, random_batch(config), last=last)
+        if not abs(other - loss) <= tolerance * abs(loss):
+            raise ArithmeticError(
+                f"PyTorch must compute the same loss before it is timed; got {other} and {loss}. "
+                "Repair benchmarks/pytorch_network.py."
+            )
+        found[f"{PEER}, PyTorch eager, {name}"] = step
+    return found
 
 
 def time_steps(config: Config, *, names: Sequence[str] | None, effort: timing.Effort) -> list[Row]:
     """Compile the variants of a preset and time them in turn, PyTorch's step among them."""
     prepared: dict[str, Prepared] = {}
-    calls: dict[str, Callable[[], Any]] = {}
+    others: list[str] = []
     for name, variant in variants(config).items():
         if names is not None and name not in names:
             continue
         prepared[name], params, loss = prepare(name, variant)
-        calls[name] = prepared[name].call
         if name == PEER and pytorch.available():
-            calls["pytorch"] = peer(variant, params, loss)
-            prepared["pytorch"] = Prepared(
-                variant, calls["pytorch"], prepared[name].parameters, 0.0, None
-            )
-    measured = timing.measure_in_turn(calls, effort=effort)
-    other = measured.get("pytorch")
+            for other, call in peers(variant, params, loss).items():
+                others.append(other)
+                prepared[other] = dataclasses.replace(
+                    prepared[name], call=call, compile_s=None, temporary_bytes=None
+                )
+    measured = timing.measure_in_turn(
+        {name: one.call for name, one in prepared.items()}, effort=effort
+    )
+    best = min((measured[name].median_s for name in others), default=None)
     return [
         Row(
             preset=one.config.preset,
-            variant=f"{PEER}, PyTorch eager" if name == "pytorch" else name,
+            variant=name,
             batch=one.config.train.batch_size,
             crop="x".join(map(str, window(one.config))),
             dtype=one.config.network.dtype,
@@ -177,9 +182,7 @@ def time_steps(config: Config, *, names: Sequence[str] | None, effort: timing.Ef
             iqr_ms=1e3 * measured[name].iqr_s,
             temporary_mb=None if one.temporary_bytes is None else one.temporary_bytes / 1e6,
             examples_per_s=one.config.train.batch_size / measured[name].median_s,
-            speedup_pytorch=other.median_s / measured[name].median_s
-            if other is not None and name == PEER
-            else None,
+            speedup_pytorch=best / measured[name].median_s if best and name == PEER else None,
             device=timing.device(),
             versions=timing.versions(),
         )
@@ -201,7 +204,7 @@ def table(rows: Sequence[Row]) -> str:
             row.crop,
             row.dtype,
             f"{row.parameters:,}",
-            f"{row.compile_s:.1f}",
+            timing.number(row.compile_s, ".1f"),
             f"{row.median_ms:.1f}",
             f"{row.iqr_ms:.1f}",
             timing.number(row.temporary_mb, ".0f"),
