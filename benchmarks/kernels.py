@@ -141,7 +141,10 @@ def correlation(stage: Stage, dtype: str) -> Iterator[Operation]:
         f"{stage.name} {count}x{'x'.join(map(str, stage.shape))}",
         dtype,
         (g, alpha, beta, gamma),
-        {"reference": functools.partial(kernels.correlation, implementation="reference")},
+        {
+            name: functools.partial(kernels.correlation, implementation=name)
+            for name in ("reference", "xla")
+        },
         "reference",
         stage.shape[-1],
         lambda cotangent: pytorch.correlation(g, alpha, beta, gamma, cotangent),

@@ -154,6 +154,41 @@ def measure_calls(
     return Measurement(float(median), float(third - first), temporary_bytes, len(times))
 
 
+def measure_in_turn(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    effort: Effort = QUICK,
+    temporary_bytes: Mapping[str, int | None] | None = None,
+) -> dict[str, Measurement]:
+    """Time several calls in turn, so that what else the machine does falls on all alike.
+
+    Each is called as often; ``effort.seconds`` is for each of them.
+    """
+    for call in calls.values():
+        for _ in range(effort.warm_up_calls):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end, count = time.perf_counter() + effort.seconds * len(calls), 0
+    while count < effort.min_calls or (time.perf_counter() < end and count < effort.max_calls):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        count += 1
+    found = {}
+    for name, values in times.items():
+        first, median, third = np.percentile(values, [25, 50, 75])
+        memory = None if temporary_bytes is None else temporary_bytes.get(name)
+        found[name] = Measurement(float(median), float(third - first), memory, count)
+    return found
+
+
+def temporary_bytes(program: Any) -> int | None:
+    """Peak of a compiled program's temporary buffers, where XLA says."""
+    memory = program.memory_analysis()
+    return None if memory is None else int(memory.temp_size_in_bytes)
+
+
 def check_agreement(operation: Operation) -> None:
     """Compare every implementation, its gradients included, with the reference.
 
@@ -196,12 +231,21 @@ def check_agreement(operation: Operation) -> None:
 def compare(operation: Operation, *, copy_bytes_per_s: float, effort: Effort = QUICK) -> list[Row]:
     """One row for each implementation of ``operation``, PyTorch's last, checked before timing."""
     check_agreement(operation)
-    measured = {
-        name: measure(function, *operation.arguments, effort=effort)
+    programs = {
+        name: jax.jit(function).lower(*operation.arguments).compile()
         for name, function in operation.implementations.items()
     }
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda program=program: jax.block_until_ready(program(*operation.arguments))
+        for name, program in programs.items()
+    }
     if operation.pytorch is not None:
-        measured["pytorch"] = measure_calls(operation.pytorch.call, effort=effort)
+        calls["pytorch"] = operation.pytorch.call
+    measured = measure_in_turn(
+        calls,
+        effort=effort,
+        temporary_bytes={name: temporary_bytes(program) for name, program in programs.items()},
+    )
     pytorch = measured.get("pytorch")
     return [
         Row(

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.train_step`` times the small preset; ``--presets`` names others. The batch
 is random and on the device already, so reading and preprocessing are not in these figures. Every
-variant is the preset with one part taken away.
+variant is the preset with one part taken away; they are timed in turn. The one without
+augmentation is timed beside the same network and loss in PyTorch, from the same weights.
 """
 
 import argparse
@@ -10,14 +11,15 @@ import dataclasses
 import functools
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import timing
+from benchmarks import pytorch, pytorch_network, timing
 from cmsad_jax.augmentation import AugmentationConfig
 from cmsad_jax.modules.fusion import FusionConfig
 from cmsad_jax.modules.network import CMSAD
@@ -35,10 +37,13 @@ class Row:
     crop: str
     dtype: str
     parameters: int
+    compile_s: float | None
     median_ms: float
     iqr_ms: float
     temporary_mb: float | None
     examples_per_s: float
+    speedup_pytorch: float | None
+    """Against the faster of PyTorch's memory layouts."""
     device: str
     versions: str
 
@@ -78,24 +83,43 @@ def random_batch(config: Config) -> dict[str, jax.Array]:
     }
 
 
-def time_step(name: str, config: Config, *, effort: timing.Effort) -> Row:
-    """Compile the step of one variant and time it, the state handed from step to step."""
+PEER = "no augmentation"
+"""Variant that the PyTorch network does as well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A variant ready to be timed."""
+
+    config: Config
+    call: Callable[[], Any]
+    parameters: int
+    compile_s: float | None
+    temporary_bytes: int | None
+
+
+def prepare(name: str, config: Config) -> tuple[Prepared, Any, float]:
+    """Compile the step of one variant; also its first weights, and its loss on the batch."""
     network = CMSAD(config.network)
     optimizer = config.train.optimizer.optimizer(config.train.steps)
     step = functools.partial(
         train_step,
         network=network,
         optimizer=optimizer,
-        loss=config.loss,
+        loss=dataclasses.replace(config.loss, warmup_steps=0),
         augmentation=config.train.augmentation,
         modality_dropout=config.train.modality_dropout,
         average_decay=config.train.average_decay,
     )
     batch = random_batch(config)
     state: Any = init_state(network, optimizer, batch["image"].shape, key=jax.random.key(0))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    program = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    memory = program.memory_analysis()
+    params = jax.device_get(state.params)
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    started = time.perf_counter()
+    program = (
+        jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, batch).compile()
+    )
+    compile_s = time.perf_counter() - started
 
     def call():
         nonlocal state
@@ -108,32 +132,69 @@ def time_step(name: str, config: Config, *, effort: timing.Effort) -> Row:
             f"the loss must be finite before a step is timed; got {loss} for {name}. "
             "Check the preset's losses."
         )
-    result = timing.measure_calls(
-        call,
-        effort=effort,
-        temporary_bytes=None if memory is None else int(memory.temp_size_in_bytes),
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    found = Prepared(config, call, count, compile_s, timing.temporary_bytes(program))
+    return found, params, loss
+
+
+def peers(config: Config, params: Any, loss: float) -> dict[str, Callable[[], Any]]:
+    """The same step in PyTorch, once its loss from the same weights was found to be the same."""
+    tolerance, found = 1e-3 if config.network.dtype == "float32" else 2e-2, {}
+    for name, last in (("channels last", True), ("channels first", False)):
+        other, step = pytorch_network.loss_and_step(config, params, random_batch(config), last=last)
+        if not abs(other - loss) <= tolerance * abs(loss):
+            raise ArithmeticError(
+                f"PyTorch must compute the same loss before it is timed; got {other} and {loss}. "
+                "Repair benchmarks/pytorch_network.py."
+            )
+        found[f"{PEER}, PyTorch eager, {name}"] = step
+    return found
+
+
+def time_steps(config: Config, *, names: Sequence[str] | None, effort: timing.Effort) -> list[Row]:
+    """Compile the variants of a preset and time them in turn, PyTorch's step among them."""
+    prepared: dict[str, Prepared] = {}
+    others: list[str] = []
+    for name, variant in variants(config).items():
+        if names is not None and name not in names:
+            continue
+        prepared[name], params, loss = prepare(name, variant)
+        if name == PEER and pytorch.available():
+            for other, call in peers(variant, params, loss).items():
+                others.append(other)
+                prepared[other] = dataclasses.replace(
+                    prepared[name], call=call, compile_s=None, temporary_bytes=None
+                )
+    measured = timing.measure_in_turn(
+        {name: one.call for name, one in prepared.items()}, effort=effort
     )
-    return Row(
-        preset=config.preset,
-        variant=name,
-        batch=config.train.batch_size,
-        crop="x".join(map(str, window(config))),
-        dtype=config.network.dtype,
-        parameters=parameters,
-        median_ms=1e3 * result.median_s,
-        iqr_ms=1e3 * result.iqr_s,
-        temporary_mb=None if result.temporary_bytes is None else result.temporary_bytes / 1e6,
-        examples_per_s=config.train.batch_size / result.median_s,
-        device=timing.device(),
-        versions=timing.versions(),
-    )
+    best = min((measured[name].median_s for name in others), default=None)
+    return [
+        Row(
+            preset=one.config.preset,
+            variant=name,
+            batch=one.config.train.batch_size,
+            crop="x".join(map(str, window(one.config))),
+            dtype=one.config.network.dtype,
+            parameters=one.parameters,
+            compile_s=one.compile_s,
+            median_ms=1e3 * measured[name].median_s,
+            iqr_ms=1e3 * measured[name].iqr_s,
+            temporary_mb=None if one.temporary_bytes is None else one.temporary_bytes / 1e6,
+            examples_per_s=one.config.train.batch_size / measured[name].median_s,
+            speedup_pytorch=best / measured[name].median_s if best and name == PEER else None,
+            device=timing.device(),
+            versions=timing.versions(),
+        )
+        for name, one in prepared.items()
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     header = (
-        "preset", "variant", "batch", "crop", "dtype", "parameters", "median ms", "IQR ms",
-        "temp MB", "examples/s",
+        "preset", "variant", "batch", "crop", "dtype", "parameters", "compile s",
+        "median ms", "IQR ms", "temp MB", "examples/s", "vs PyTorch",
     )  # fmt: skip
     cells = [
         (
@@ -143,10 +204,12 @@ def table(rows: Sequence[Row]) -> str:
             row.crop,
             row.dtype,
             f"{row.parameters:,}",
+            timing.number(row.compile_s, ".1f"),
             f"{row.median_ms:.1f}",
             f"{row.iqr_ms:.1f}",
             timing.number(row.temporary_mb, ".0f"),
             f"{row.examples_per_s:.2f}",
+            timing.number(row.speedup_pytorch, ".2f"),
         )
         for row in rows
     ]
@@ -159,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few calls")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["small"])
+    parser.add_argument("--variants", nargs="+", help="which; all by default")
     options = parser.parse_args(arguments)
     effort = timing.QUICK if options.quick else timing.Effort()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -166,9 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print(f"{timing.device()}; {timing.versions()}\n`{command}`\n")
     rows = [
-        time_step(name, config, effort=effort)
+        row
         for preset in options.presets
-        for name, config in variants(PRESETS[preset]).items()
+        for row in time_steps(PRESETS[preset], names=options.variants, effort=effort)
     ]
     print(table(rows))
     if options.json:

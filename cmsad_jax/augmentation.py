@@ -30,8 +30,8 @@ _NUM_DRAWS = 32
 class AugmentationConfig:
     """How often and how far examples are changed.
 
-    Each effect has a probability: per example for ``flip`` and ``affine``, which move all
-    modalities and the labels alike, else per modality. Strengths are drawn uniformly. The
+    Each effect has a probability: per example for ``flip``, ``affine`` and ``elastic``, which move
+    all modalities and the labels alike, else per modality. Strengths are drawn uniformly. The
     intensities are taken to be standardised (mean 0, standard deviation 1), pixels to be square.
     """
 
@@ -45,6 +45,12 @@ class AugmentationConfig:
     """Range of the magnification; above 1 enlarges."""
     translation_voxels: float = 4.0
     """Largest shift along h and along w, either way."""
+    elastic_probability: float = 0.0
+    """Smooth random displacements in plane, of image and labels alike; off by default."""
+    elastic_voxels: float = 3.0
+    """Largest displacement along h and along w, either way."""
+    elastic_nodes: int = 5
+    """Independent displacements along h and along w; those between are interpolated."""
     misalignment_probability: float = 0.3
     """Shift a modality against the first one, on which the labels lie; never the first itself."""
     misalignment_voxels: float = 2.0
@@ -80,6 +86,8 @@ class AugmentationConfig:
             elif isinstance(value, tuple):
                 rule = "a range of positive numbers, the smaller first"
                 valid = len(value) == 2 and 0 < value[0] <= value[1]
+            elif field.name == "elastic_nodes":
+                rule, valid = "2 or more", value >= 2
             else:
                 rule, valid = "0 or more", value >= 0
             if not valid:
@@ -123,7 +131,7 @@ def augment(
         draw_key, noise_key = jax.random.split(key)
         drawn = jax.random.uniform(draw_key, (_NUM_DRAWS * present.size,))
         draws = iter(drawn.reshape(_NUM_DRAWS, -1))
-        volume, labels = _move(volume, labels, draws, config)
+        volume, labels = _move(volume, labels, draws, config, jax.random.fold_in(noise_key, 1))
         volume = _change_intensity(volume, draws, config)
         if config.noise_probability:
             chosen, strength = _chosen(draws, config.noise_probability), _column(next(draws))
@@ -184,17 +192,28 @@ def _flat_index(
 
 
 def _move(
-    volume: Volume, labels: Int[Array, "d h w"], draws: Draws, config: AugmentationConfig
+    volume: Volume,
+    labels: Int[Array, "d h w"],
+    draws: Draws,
+    config: AugmentationConfig,
+    elastic_key: Shaped[Array, ""],
 ) -> tuple[Volume, Int[Array, "d h w"]]:
-    """Flip, then rotate, scale and shift all alike, and shift the other modalities further."""
+    """Flip, then rotate, scale, shift, bend all alike, and shift the other modalities further."""
     if config.flip_probability:
         flipped = next(draws)[0] < config.flip_probability
         volume = jnp.where(flipped, volume[..., ::-1], volume)
         labels = jnp.where(flipped, labels[..., ::-1], labels)
-    if not (config.affine_probability or config.misalignment_probability):
+    moving = (
+        config.affine_probability,
+        config.elastic_probability,
+        config.misalignment_probability,
+    )
+    if not any(moving):
         return volume, labels
     plane = volume.shape[2], volume.shape[3]
     positions = source_positions(plane, *_draw_affine(draws, config))
+    if config.elastic_probability:
+        positions += _elastic(plane, elastic_key, config)
     labels = sample_nearest(labels, positions)
     chosen = _chosen(draws, config.misalignment_probability).at[0].set(False)
     offsets = jnp.stack([_symmetric(next(draws), config.misalignment_voxels) for _ in "hw"], -1)
@@ -213,6 +232,18 @@ def _draw_affine(
     shift = _symmetric(jnp.stack(shift), config.translation_voxels)
     chosen = chosen < config.affine_probability
     return jnp.where(chosen, matrix, jnp.eye(2)), jnp.where(chosen, shift, 0.0)
+
+
+def _elastic(
+    plane: tuple[int, int], key: Shaped[Array, ""], config: AugmentationConfig
+) -> Float[Array, "h w 2"]:
+    """Displacement of every pixel, from random ones at a few nodes; 0 where it was not drawn."""
+    nodes = config.elastic_nodes
+    drawn = jax.random.uniform(key, (1 + 2 * nodes**2,))
+    coarse = _symmetric(drawn[1:], config.elastic_voxels).reshape(nodes, nodes, 2)
+    smooth = jax.image.resize(coarse, (*plane, 2), "cubic")
+    smooth = jnp.clip(smooth, -config.elastic_voxels, config.elastic_voxels)
+    return jnp.where(drawn[0] < config.elastic_probability, smooth, 0.0)
 
 
 def _change_intensity(volume: Volume, draws: Draws, config: AugmentationConfig) -> Volume:

@@ -197,6 +197,9 @@ class DataConfig:
     cache: Path = Path("~/.cache/cmsad_jax")
     """Where built data sets are kept; one folder per configuration."""
     preprocess: PreprocessConfig = PreprocessConfig()
+    residency: Literal["auto", "device", "host"] = "auto"
+    """Where training cases lie: all on the device, which cuts the crops there; or on the host. auto
+    takes the device where it is an accelerator and they fill less than a quarter of its memory."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -247,6 +247,62 @@ def train_batches(
     return iter(examples.batch(batch_size).to_iter_dataset(_read_options(num_threads)))
 
 
+def train_plans(
+    source: CaseSource,
+    case_ids: Sequence[str],
+    *,
+    crop: tuple[int, int, int],
+    batch_size: int,
+    seed: int,
+    num_steps: int,
+    foreground_share: float = 1 / 3,
+    start_step: int = 0,
+    num_threads: int = 2,
+) -> Iterator[Batch]:
+    """Where the crops of ``train_batches`` lie, instead of the crops: for cases on the device.
+
+    ``case_index``: int32 ``b``; ``offset``: int32 ``b 3``; ``key`` as in a batch. Arguments and
+    errors are those of ``train_batches``.
+    """
+    plan = sampling_plan(
+        source,
+        case_ids,
+        crop=crop,
+        seed=seed,
+        foreground_share=foreground_share,
+        num_threads=num_threads,
+    )
+
+    def batches():
+        for step in range(start_step, num_steps):
+            drawn = [plan[step * batch_size + i] for i in range(batch_size)]
+            yield {
+                "case_index": np.array([one.case_index for one in drawn], np.int32),
+                "offset": np.array([one.offset for one in drawn], np.int32),
+                "key": np.stack([one.key for one in drawn]),
+            }
+
+    return batches()
+
+
+def resident_arrays(source: CaseSource, case_ids: Sequence[str]) -> dict[str, np.ndarray]:
+    """What training needs of all cases, as stored: ``image``, ``label``, ``present``, stacked."""
+    first = source.arrays(case_ids[0])
+    stacked = {
+        name: np.empty((len(case_ids), *array.shape), array.dtype)
+        for name, array in first._asdict().items()
+    }
+    for i, case_id in enumerate(case_ids):
+        for name, array in source.arrays(case_id)._asdict().items():
+            stacked[name][i] = array
+    return stacked
+
+
+def resident_bytes(source: CaseSource, case_ids: Sequence[str]) -> int:
+    """Memory that ``resident_arrays`` will take: all cases share one grid."""
+    return len(case_ids) * source.arrays(case_ids[0]).num_bytes
+
+
 def eval_cases(
     source: CaseSource, case_ids: Sequence[str], *, num_threads: int = 1
 ) -> Iterator[Case]:

@@ -52,6 +52,8 @@ class TrainConfig:
     """Steps between checkpoints, which a killed run continues from with the same result."""
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient is not finite."""
+    accumulation: int = 1
+    """Parts of a batch that go through the network one after another, to save memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Config:
     group_by: str | None = None
     """Fact of the cases (PI-CAI: center; a table's group) of which each value is left out once,
     instead of drawing folds."""
+    profile: Path | None = None
+    """Folder for a trace of the first fold's training, for Perfetto or TensorBoard; train few steps
+    with it (--train.steps=20)."""
+    compilation_cache: Path | None = Path("~/.cache/cmsad_jax/compiled")
+    """Compiled programs are kept here, so that a run starts sooner the second time."""
     seed: int = 0
     """Of folds, weights, sampling and augmentation."""
     data: DataConfig = DataConfig()
@@ -156,8 +163,13 @@ _NOT_IDENTITY = (
     "output",
     "folds",
     "parallel",
+    "profile",
+    "compilation_cache",
     "data.cache",
+    "data.residency",
     "train.read_threads",
+    "train.accumulation",
+    "network.rematerialize",
     "train.checkpoint_every",
     "train.max_skipped",
 )

@@ -26,9 +26,11 @@ from experiments.runtime import (
     TEMPORARY,
     deferred_signals,
     environment,
+    keep_compiled,
     locked,
     naming_path,
-    peak_memory_mb,
+    peak_memory_bytes,
+    profiled,
     progress,
     remove_temporary_files,
     run_main,
@@ -56,6 +58,7 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
         DataError: for faults of the data.
     """
     devices = select_accelerator(config.accelerator)
+    keep_compiled(config.compilation_cache)
     programs = programs or compile_programs(config, devices)
     output = config.output
     assert output is not None, "complete() names the run folder"
@@ -184,15 +187,17 @@ def run_fold(
         directory.mkdir(exist_ok=True)
     title = f"fold {fold + 1}/{config.num_folds}"
     validation = folds.validation[fold]
-    params, summary = train_fold(
-        config,
-        programs,
-        source,
-        fold=fold,
-        training=folds.training(fold),
-        validation=validation,
-        directory=directory,
-    )
+    first = fold == (config.folds or [0])[0]
+    with profiled(config.profile if first else None):
+        params, summary = train_fold(
+            config,
+            programs,
+            source,
+            fold=fold,
+            training=folds.training(fold),
+            validation=validation,
+            directory=directory,
+        )
     tensorboard.write_events(directory / "history.csv", directory / "tensorboard")
     started = time.perf_counter()
     weights = weights_sha256(params)
@@ -218,13 +223,15 @@ def run_fold(
     for case_id in cases_to_show(rows, config.predict.figures):
         save_figure(config, programs, params, source[case_id], directory)
     summary["predict_s"] = round(time.perf_counter() - started, 2)
-    summary["peak_memory_mb"] = peak_memory_mb()
+    summary["peak_memory_gb"] = round(peak_memory_bytes(jax.devices()[0]) / 1e9, 2)
     write_json(directory / "metrics.json", {"metric_per_case": rows, "summary": summary})
     dice = [row["dice"] for row in rows if row["dice"] is not None]
     result = f"Dice {np.mean(dice):.3f} over {len(dice)}" if dice else "no positive case, no Dice"
     log(
         f"{title}: {config.train.steps} steps in {summary['train_s']:.0f} s "
-        f"({summary['examples_per_s']:.1f} examples/s, first step {summary['first_step_s']:.0f} s)"
+        f"({summary['steps_per_s']:.2f} steps/s, first step {summary['first_step_s']:.0f} s, "
+        f"{summary['input_wait_share']:.1%} of the time waiting for input, "
+        f"peak memory {summary['peak_memory_gb']:.1f} GB)"
         f", loss {summary['loss'] or np.nan:.3f}; {len(validation)} cases predicted in "
         f"{summary['predict_s']:.0f} s; {result}"
     )

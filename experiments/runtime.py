@@ -65,6 +65,36 @@ def select_accelerator(name: str) -> list[Device]:
     return list(devices)
 
 
+def keep_compiled(folder: Path | None) -> None:
+    """Keep compiled programs in ``folder``, for runs to come; None keeps nothing.
+
+    The folder holds programs of any configuration, device and version side by side.
+    """
+    if folder is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def peak_memory_bytes(device: Device) -> int:
+    """Most memory in use so far: of an accelerator, or of this process on a CPU."""
+    stats = device.memory_stats()
+    if stats is not None and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def profiled(folder: Path | None) -> Iterator[None]:
+    """Trace what runs within into ``folder``; None traces nothing."""
+    if folder is None:
+        yield
+        return
+    with jax.profiler.trace(str(folder.expanduser())):
+        yield
+
+
 def environment() -> dict[str, Any]:
     """Versions, git commit, hardware and time, for the record in a run folder."""
     versions = {}
@@ -83,12 +113,6 @@ def environment() -> dict[str, Any]:
         "git_commit": git_commit(),
         "versions": versions,
     }
-
-
-def peak_memory_mb() -> float:
-    """Most main memory that this process has held so far, in MB (of 2**20 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def git_commit() -> str | None:

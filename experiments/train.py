@@ -24,7 +24,14 @@ from data_pipelines.case import STORED_UNIT, Case
 from experiments import memory
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config, to_json, window
-from experiments.runtime import RunError, deferred_signals, log, progress, whole_file
+from experiments.feed import Feed, training_feed
+from experiments.runtime import (
+    RunError,
+    deferred_signals,
+    log,
+    progress,
+    whole_file,
+)
 
 LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""
@@ -61,6 +68,8 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
         augmentation=config.train.augmentation,
         modality_dropout=config.train.modality_dropout,
         average_decay=config.train.average_decay,
+        accumulation=config.train.accumulation,
+        rolled=devices[0].platform != "cpu",
     )
     image_shape = (1, *window(config), len(config.data.modalities))
 
@@ -274,6 +283,7 @@ def train_fold(
             round(train.steps * (i + 1) / train.validations) for i in range(train.validations)
         }
         batches = train_batches(config, source, training, fold=fold, start=start)
+        opened = time.perf_counter()
         bar = progress(batches, description=f"{title} training", total=train.steps, initial=start)
         uncounted: list[Step] = []
         row_from = done.steady_steps, done.steady_s
@@ -334,11 +344,14 @@ def train_fold(
                 checkpoints.wait()
                 log(f"{title}: saved after step {number} of {train.steps}")
                 break
+    trained = time.perf_counter()
     write_history(directory / "history.csv", done.history)
     return programs.step.fetch_state(state).average, {
         "first_step_s": round(done.first_step_s, 2),
         "train_s": round(done.train_s, 2),
         "examples_per_s": round(done.steady_steps * train.batch_size / max(done.steady_s, 1e-9), 2),
+        "steps_per_s": round(done.steady_steps / max(done.steady_s, 1e-9), 3),
+        "input_wait_share": round(batches.waited_s / max(trained - opened, 1e-9), 4),
         "loss": done.history[-1]["loss"],
         "skipped_updates": done.skipped,
         "best": done.best,
@@ -352,26 +365,25 @@ def train_batches(
     *,
     fold: int,
     start: int = 0,
-) -> Iterator[loading.Batch]:
+) -> Feed:
     """Batches for the steps of a fold after ``start``; the same however often it was resumed."""
     train = config.train
     if start == train.steps:
-        return iter(())
+        return Feed(iter(()), "no step is left")
     share = train.foreground_share
     if share and not any(source.foreground(case_id).size for case_id in training):
         share = 0.0
         log(f"fold {fold + 1}: no training case holds the target; crops are drawn at random")
-    return loading.train_batches(
+    feed = training_feed(
+        config,
         source,
         training,
-        crop=train.crop,
-        batch_size=train.batch_size,
         seed=config.seed * 1000 + fold,
         foreground_share=share,
-        num_steps=train.steps,
         start_step=start,
-        num_threads=train.read_threads,
     )
+    log(f"fold {fold + 1}/{config.num_folds}: {feed.description}")
+    return feed
 
 
 def _give_up(

@@ -325,3 +325,20 @@ def test_half_precision_images_stay_so():
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         AugmentationConfig(**options)
+
+
+def test_elastic_bends_image_and_labels_alike_within_its_limit():
+    rows, columns = jnp.meshgrid(jnp.arange(24.0), jnp.arange(24.0), indexing="ij")
+    image = jnp.tile(jnp.stack([rows, columns], -1), (4, 1, 1, 1))
+    labels = jnp.tile((columns > 11).astype(jnp.int32), (4, 1, 1))
+    config = only("elastic", elastic_voxels=2.0)
+    moved, moved_labels = compiled(image, labels, keys=make_keys(4), config=config)
+    inner = np.s_[:, 3:-3, 3:-3]  # where nothing enters from beyond the border
+    shift = np.asarray(moved - image)[inner]
+    assert np.abs(shift).max() <= 2.0 + 1e-4
+    assert np.abs(shift).max() > 0.5
+    assert np.abs(np.diff(shift, axis=1)).max() < 1.0, "smooth: nothing folds"
+    assert shift.std((1, 2)).min() > 0.05, "no mere translation"
+    clear = np.abs(np.asarray(moved[..., 1]) - 11.5)[inner] > 0.01
+    agree = (np.asarray(moved[..., 1]) > 11.5)[inner] == np.asarray(moved_labels)[inner]
+    assert agree[clear].mean() > 0.99

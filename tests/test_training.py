@@ -32,7 +32,8 @@ def make_step(config=None, loss=ALL_TERMS, **options):
     config = config or tiny_config()
     network = CMSAD(config)
     optimizer = OptimizerConfig(learning_rate=1e-2).optimizer(50)
-    state = init_state(network, optimizer, (1, 4, 16, 16, 3), key=jax.random.key(0))
+    shape = (1, *(4, 16, 16)[-config.encoder.rank :], len(config.modalities))
+    state = init_state(network, optimizer, shape, key=jax.random.key(0))
     return state, partial(train_step, network=network, optimizer=optimizer, loss=loss, **options)
 
 

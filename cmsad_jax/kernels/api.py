@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from cmsad_jax.kernels import reference
 from cmsad_jax.kernels.convolution import folded_convolution
+from cmsad_jax.kernels.correlation import pallas_correlation, xla_correlation
 from cmsad_jax.types import AttentionMap, ConfigError, Feature
 
 T = TypeVar("T")
@@ -114,11 +115,14 @@ def correlation(
         alpha: of the square, for each example, pair ``(i, j)`` and channel.
         beta: of the linear term.
         gamma: of the constant.
-        implementation: ``reference`` or None.
+        implementation: ``reference``: plain jnp. ``xla``: one pass over the features with a
+            backward pass of its own, see :mod:`cmsad_jax.kernels.correlation`. ``pallas``: the
+            same as a kernel, interpreted on a CPU; it refuses voxels that are no multiple of its
+            tile. None: ``xla``.
 
     Raises:
         ConfigError: if shapes disagree.
-        NotImplementedError: if ``implementation`` is unknown.
+        NotImplementedError: if ``implementation`` is unknown, or ``pallas`` refuses the shape.
     """
     shapes = {feature.shape for feature in features}
     if len(shapes) != 1:
@@ -134,8 +138,12 @@ def correlation(
                 f"{name} must hold one coefficient for each example, pair and channel; "
                 f"got shape {coefficients.shape}. Use shape {wanted}."
             )
-    function = _choose(implementation or "reference", {"reference": reference.correlation})
-    return function(tuple(features), alpha, beta, gamma)
+    known = {
+        "reference": reference.correlation,
+        "xla": xla_correlation,
+        "pallas": functools.partial(pallas_correlation, interpret=_interpret()),
+    }
+    return _choose(implementation or "xla", known)(tuple(features), alpha, beta, gamma)
 
 
 def convolution(
@@ -204,6 +212,11 @@ def check_normalization(normalization: str, temperature: float) -> None:
         raise ConfigError(
             f"attention temperature must be above 0; got {temperature}. Use 1 or more."
         )
+
+
+def _interpret() -> bool:
+    """Pallas kernels are interpreted where they cannot be compiled."""
+    return jax.default_backend() == "cpu"
 
 
 def _choose(name: str, known: Mapping[str, T]) -> T:

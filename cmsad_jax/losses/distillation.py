@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool
 
 from cmsad_jax import kernels
@@ -71,14 +72,20 @@ def cross_modal_distillation_loss(
     _check_distance(distance, attention)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
-    attention_of = _attention(features, attention, distance)
-    terms = []
-    for (teacher, student), stage in itertools.product(parse_pairs(pairs, tuple(features)), stages):
-        space = features[student][stage].shape[1:-1]
-        target, q = (attention_of(name, stage, space) for name in (teacher, student))
-        value = _distance(target, q, attention, distance)
-        terms.append((there[teacher] & there[student], value))
-    return _mean_of_valid(terms, there)
+    parsed = parse_pairs(pairs, tuple(features))
+
+    @_keeping_energies
+    def loss(features):
+        attention_of = _attention(features, attention, distance)
+        terms = []
+        for (teacher, student), stage in itertools.product(parsed, stages):
+            space = features[student][stage].shape[1:-1]
+            target, q = (attention_of(name, stage, space) for name in (teacher, student))
+            value = _distance(target, q, attention, distance)
+            terms.append((there[teacher] & there[student], value))
+        return _mean_of_valid(terms, there)
+
+    return loss(dict(features))
 
 
 def self_distillation_loss(
@@ -99,14 +106,19 @@ def self_distillation_loss(
     _check_distance(distance, attention)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
-    attention_of = _attention(features, attention, distance)
-    terms = []
-    for name, stage in itertools.product(features, stages):
-        if stage + 1 < len(features[name]):
-            space = features[name][stage].shape[1:-1]
-            target, q = (attention_of(name, s, space) for s in (stage + 1, stage))
-            terms.append((there[name], _distance(target, q, attention, distance)))
-    return _mean_of_valid(terms, there)
+
+    @_keeping_energies
+    def loss(features):
+        attention_of = _attention(features, attention, distance)
+        terms = []
+        for name, stage in itertools.product(features, stages):
+            if stage + 1 < len(features[name]):
+                space = features[name][stage].shape[1:-1]
+                target, q = (attention_of(name, s, space) for s in (stage + 1, stage))
+                terms.append((there[name], _distance(target, q, attention, distance)))
+        return _mean_of_valid(terms, there)
+
+    return loss(dict(features))
 
 
 def parse_pairs(
@@ -144,6 +156,15 @@ def parse_pairs(
     return tuple(parsed)
 
 
+_ENERGY = "attention_energy"
+
+_keeping_energies = functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_ENERGY)
+)
+"""Beside the features, the gradient keeps one float32 map for each: what follows from the maps is
+computed again. Each feature is still read once forward and once backward."""
+
+
 def _attention(
     features: Features, attention: AttentionConfig, distance: str
 ) -> Callable[[str, int, tuple[int, ...]], AttentionMap]:
@@ -154,7 +175,7 @@ def _attention(
         energy = kernels.attention_energy(
             features[name][stage], kind=attention.kind, exponent=attention.exponent
         )
-        energy = kernels.resize_map(energy, space)
+        energy = kernels.resize_map(checkpoint_name(energy, _ENERGY), space)
         if distance == "kl":
             scaled = energy / attention.temperature
             return jax.nn.log_softmax(scaled, axis=tuple(range(1, scaled.ndim)))

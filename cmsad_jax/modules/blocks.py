@@ -1,6 +1,7 @@
 """Convolution, normalisation and the residual block, on volumes and slices alike."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
@@ -145,6 +146,11 @@ class PlainBlock(nn.Module):
 
 
 BLOCKS = {"residual": ResidualBlock, "plain": PlainBlock}
+
+
+def block_class(block: Block, *, rematerialize: bool) -> Callable[..., nn.Module]:
+    """The class of a block; ``rematerialize`` computes its inside again in the backward pass."""
+    return nn.remat(BLOCKS[block]) if rematerialize else BLOCKS[block]
 
 
 def resize(x: Float[Array, "b *space c"], space: tuple[int, ...]) -> Float[Array, "b *out_space c"]:

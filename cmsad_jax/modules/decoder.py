@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cmsad_jax.modules.blocks import BLOCKS, Block, Conv, Norm, resize
+from cmsad_jax.modules.blocks import Block, Conv, Norm, block_class, resize
 
 
 class Decoder(nn.Module):
@@ -25,6 +25,7 @@ class Decoder(nn.Module):
         dtype: in which the convolutions compute; logits are float32.
         block: residual, or plain.
         num_blocks: blocks of each stage.
+        rematerialize: as in ``NetworkConfig``.
     """
 
     num_classes: int
@@ -35,6 +36,7 @@ class Decoder(nn.Module):
     dtype: DTypeLike = jnp.float32
     block: Block = "residual"
     num_blocks: int = 1
+    rematerialize: bool = False
 
     @nn.compact
     def __call__(
@@ -43,6 +45,7 @@ class Decoder(nn.Module):
         """Logits at the finest stage, and those of the ``num_deep`` coarser ones, finest first."""
         x = fused[-1]
         pointwise = (1,) * (x.ndim - 2)
+        block_type = block_class(self.block, rematerialize=self.rematerialize)
         deep = []
         for stage in reversed(range(len(fused) - 1)):
             skip = fused[stage]
@@ -53,7 +56,7 @@ class Decoder(nn.Module):
             x = jnp.concatenate([resize(x, skip.shape[1:-1]), skip], -1)
             for block in range(self.num_blocks):
                 name = f"block{stage}" if block == 0 else f"block{stage}_{block}"
-                x = BLOCKS[self.block](
+                x = block_type(
                     channels, self.kernels[stage], None, self.norm, self.dtype, name=name
                 )(x)
         return self._head("head0", pointwise)(x), tuple(reversed(deep))

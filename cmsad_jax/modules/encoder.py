@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cmsad_jax.modules.blocks import BLOCKS, Block, Norm
+from cmsad_jax.modules.blocks import Block, Norm, block_class
 from cmsad_jax.types import ConfigError
 
 
@@ -97,16 +97,18 @@ class Encoder(nn.Module):
 
     config: EncoderConfig = EncoderConfig()
     dtype: DTypeLike = jnp.float32
+    rematerialize: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *space c"]) -> tuple[Float[Array, "b ..."], ...]:
         """Encode; raises ``ConfigError`` as ``EncoderConfig.stage_shapes`` does."""
         config = self.config
         config.stage_shapes(x.shape[1:-1])
+        block_type = block_class(config.block, rematerialize=self.rematerialize)
         features = []
         for stage in range(config.num_stages):
             for block in range(config.blocks[stage]):
-                x = BLOCKS[config.block](
+                x = block_type(
                     config.channels[stage],
                     config.kernels[stage],
                     config.strides[stage] if block == 0 else None,

@@ -83,13 +83,26 @@ def test_effort_must_allow_a_call():
         Effort(min_calls=9, max_calls=3)
 
 
-def test_rows_follow_from_the_medians(monkeypatch):
-    seconds = iter([0.004, 0.001])
-    monkeypatch.setattr(
-        timing, "measure", lambda *_, effort: Measurement(next(seconds), 0.0005, 2_000_000, 2)
+def test_calls_are_timed_in_turn():
+    calls = []
+    found = timing.measure_in_turn(
+        {name: lambda name=name: calls.append(name) for name in "ab"},
+        effort=Effort(seconds=0.0, min_calls=3, max_calls=3, warm_up_calls=1),
+        temporary_bytes={"a": 7},
     )
+    assert calls == ["a", "b", *"ab" * 3]
+    assert (found["a"].temporary_bytes, found["b"].temporary_bytes) == (7, None)
+    assert found["a"].num_calls == 3
+
+
+def test_rows_follow_from_the_medians(monkeypatch):
+    seconds = {"reference": 0.004, "fast": 0.001, "pytorch": 0.008}
     monkeypatch.setattr(
-        timing, "measure_calls", lambda *_, effort: Measurement(0.008, 0.0, None, 2)
+        timing,
+        "measure_in_turn",
+        lambda calls, **_: {
+            name: Measurement(seconds[name], 0.0005, 2_000_000, 2) for name in calls
+        },
     )
     foreign = Foreign(call=lambda: None, value=lambda: X**2)
     rows = timing.compare(

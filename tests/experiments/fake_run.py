@@ -98,7 +98,7 @@ def make_run(
                     "train_s": 71.5,
                     "predict_s": 6.0,
                     "examples_per_s": 25.0,
-                    "peak_memory_mb": 1234.0,
+                    "peak_memory_gb": 1.23,
                 }
                 for f in done
             },

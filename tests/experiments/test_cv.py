@@ -110,7 +110,7 @@ def test_run_folder_holds_config_versions_folds_curves_and_report(finished):
     assert "<html" in (output / "report.html").read_text()
     assert (output / "report.md").is_file()
     assert metrics["detection"]["num_cases"] == 10
-    assert metrics["fold_summaries"][0]["peak_memory_mb"] > 100
+    assert metrics["fold_summaries"][0]["peak_memory_gb"] > 0.1
     (events,) = (output / "fold_0" / "tensorboard").iterdir()
     assert "loss" in {event.tag for event in read_events(events)}
     with np.load(next((output / "fold_0" / "figures").iterdir())) as figure:

@@ -300,3 +300,15 @@ def test_bad_attention():
         AttentionConfig(exponent=0.5)
     with pytest.raises(ConfigError, match=r"temperature must be above 0; got 0\.0"):
         AttentionConfig(temperature=0.0)
+
+
+def test_temporaries_of_the_gradient_are_at_most_two_maps_for_each_feature():
+    shapes = [(1, 8, 48, 48, 8), (1, 8, 24, 24, 16)]
+    features = {name: [jnp.ones(shape) for shape in shapes] for name in ("t2w", "adc", "hbv")}
+
+    def loss(features):
+        return cross_modal_distillation_loss(features, stages=(0, 1)).sum()
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(features).compile()
+    maps = sum(4 * np.prod(shape[:-1]) for shape in shapes) * len(features)
+    assert program.memory_analysis().temp_size_in_bytes <= 2 * maps

@@ -1,0 +1,278 @@
+"""Correlation of every pair of modalities in one pass over the features, forward and backward.
+
+Plain jnp reads a feature again for every sum over its channels, and its gradient keeps several
+arrays of the size of a feature. Here all sums of a block of voxels come from one reduction with
+many operands. Beside the features and the result, the backward pass keeps one float32 map for the
+norm of each modality and of each expression. ``xla_correlation`` and ``pallas_correlation`` share
+the arithmetic of a block.
+
+With ``e = alpha g_j^2 + beta g_j + gamma``, ``r = <g_i, e> / (norm(g_i) norm(e))`` and the
+cotangent ``t`` of ``r``, the cotangents are ``t / (norm(g_i) norm(e)) e - t r / norm(g_i)^2 g_i``
+for ``g_i``, and for ``e`` the same with the two exchanged.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from cmsad_jax.kernels.reference import EPSILON
+from cmsad_jax.types import Feature
+
+Coefficients = Float[Array, "3 p c"]
+"""``alpha, beta, gamma`` of every ordered pair of one example."""
+
+CPU_BLOCK = 2048
+"""Voxels of a block on a CPU, few enough for its second-level cache; elsewhere all are one."""
+
+TILE = 128
+"""Voxels of a block of the Pallas kernel."""
+
+
+def pairs_of(num_modalities: int) -> tuple[tuple[int, int], ...]:
+    """Ordered pairs of different modalities; those of one first modality are neighbours."""
+    return tuple(itertools.permutations(range(num_modalities), 2))
+
+
+def xla_correlation(
+    features: tuple[Feature, ...],
+    alpha: Float[Array, "b m m c"],
+    beta: Float[Array, "b m m c"],
+    gamma: Float[Array, "b m m c"],
+) -> Float[Array, "b *space m m"]:
+    """``reference.correlation`` as a loop over blocks of voxels; see the module."""
+    return _correlation(features, alpha, beta, gamma, _over_blocks)
+
+
+def pallas_correlation(
+    features: tuple[Feature, ...],
+    alpha: Float[Array, "b m m c"],
+    beta: Float[Array, "b m m c"],
+    gamma: Float[Array, "b m m c"],
+    *,
+    interpret: bool,
+) -> Float[Array, "b *space m m"]:
+    """``reference.correlation`` as one Pallas kernel forward and one backward.
+
+    Raises:
+        NotImplementedError: if the voxels of an example are not a multiple of ``TILE``.
+    """
+    voxels = math.prod(features[0].shape[1:-1])
+    if voxels % TILE:
+        raise NotImplementedError(
+            f"the Pallas correlation takes multiples of {TILE} voxels an example; "
+            f"got {voxels}. Use implementation='xla'."
+        )
+    over = functools.partial(_over_tiles, interpret=interpret)
+    return _correlation(features, alpha, beta, gamma, over)
+
+
+def _correlation(features, alpha, beta, gamma, over) -> Float[Array, "b *space m m"]:
+    """Arrange the arguments by pair and call ``over``'s two passes."""
+    batch, *space, channels = features[0].shape
+    num_modalities = len(features)
+    if num_modalities == 1:
+        return jnp.zeros((batch, *space, 1, 1))
+    flat = tuple(feature.reshape(batch, -1, channels) for feature in features)
+    table = jnp.stack([alpha, beta, gamma], 1).astype(jnp.float32)
+    table = jnp.stack([table[:, :, i, j] for i, j in pairs_of(num_modalities)], 2)
+    cells = _matrix(flat, table, over)
+    return cells.reshape(batch, *space, num_modalities, num_modalities)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matrix(features, coefficients, over) -> Float[Array, "b n mm"]:
+    return over(_forward_block, (*features,), coefficients)[0]
+
+
+def _matrix_forward(features, coefficients, over):
+    cells, norms = over(_forward_block, (*features,), coefficients)
+    return cells, (features, coefficients, cells, norms)
+
+
+def _matrix_backward(over, residuals, cotangent):
+    features, coefficients, cells, norms = residuals
+    *gradients, total = over(_backward_block, (*features, cells, norms, cotangent), coefficients)
+    return tuple(gradients), total
+
+
+_matrix.defvjp(_matrix_forward, _matrix_backward)
+
+
+def _over_blocks(block: Callable, voxelwise: tuple[Array, ...], coefficients: Array) -> Any:
+    """Blocks one after another on a CPU; on accelerators one block of everything."""
+    return jax.lax.platform_dependent(
+        voxelwise,
+        coefficients,
+        cpu=functools.partial(_loop, block, CPU_BLOCK),
+        default=functools.partial(_loop, block, None),
+    )
+
+
+def _loop(
+    block: Callable, limit: int | None, voxelwise: tuple[Array, ...], coefficients: Array
+) -> tuple[Array, ...]:
+    """``block`` over parts of the axis ``n``; results without that axis are summed over them."""
+    voxels = voxelwise[0].shape[1]
+    each = jax.vmap(functools.partial(block, sums=_sums_at_once))
+    if limit is None or voxels <= limit:
+        of_voxels, totals = each(voxelwise, coefficients, jnp.ones((len(coefficients), voxels)))
+        return (*of_voxels, *totals)
+    count = -(-voxels // limit)
+    size = -(-voxels // count)
+    # Multiples of 512 took twice the time of their neighbours: rows then collide in the cache.
+    size += size % 512 == 0
+
+    def part(i):
+        # The first block lies at the end and may overlap: it leaves what others will write.
+        start = jnp.where(i == 0, voxels - size, (i - 1) * size)
+        fresh = (i > 0) | (start + jnp.arange(size) >= (count - 1) * size)
+        blocks = tuple(jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in voxelwise)
+        fresh = jnp.broadcast_to(fresh.astype(jnp.float32), (len(coefficients), size))
+        return start, each(blocks, coefficients, fresh)
+
+    shapes = jax.eval_shape(lambda: part(0)[1])
+    of_voxels = tuple(jnp.zeros((len(x), voxels, *x.shape[2:]), x.dtype) for x in shapes[0])
+    totals = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes[1])
+
+    def step(i, carry):
+        start, (parts, changes) = part(i)
+        written = tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, new, start, 1)
+            for whole, new in zip(carry[0], parts, strict=True)
+        )
+        return written, tuple(a + b for a, b in zip(carry[1], changes, strict=True))
+
+    of_voxels, totals = jax.lax.fori_loop(0, count, step, (of_voxels, totals))
+    return (*of_voxels, *totals)
+
+
+def _sums_at_once(terms: Sequence[Float[Array, "n c"]], axis: int) -> list[Array]:
+    """Sum of each array over ``axis``, by one loop over all of them."""
+    zeros = tuple(jnp.zeros((), jnp.float32) for _ in terms)
+
+    def add(left, right):
+        return tuple(a + b for a, b in zip(left, right, strict=True))
+
+    return list(jax.lax.reduce(tuple(terms), zeros, add, (axis,)))
+
+
+def _sums(terms: Sequence[Float[Array, "n c"]], axis: int) -> list[Array]:
+    return [term.sum(axis) for term in terms]
+
+
+def _inverse_root(square: Float[Array, " n"]) -> Float[Array, " n"]:
+    """``1 / sqrt``, and 0 where the square counts as 0."""
+    nonzero = square >= EPSILON
+    return jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, square, 1.0)), 0.0)
+
+
+def _expressed(g: Float[Array, "n c"], coefficients: Float[Array, "3 c"]) -> Float[Array, "n c"]:
+    return (coefficients[0] * g + coefficients[1]) * g + coefficients[2]
+
+
+def _forward_block(
+    voxelwise: Sequence[Float[Array, "n _"]],
+    coefficients: Coefficients,
+    fresh: Float[Array, " n"],
+    *,
+    sums: Callable,
+) -> tuple[tuple[Float[Array, "n mm"], Float[Array, "n q"]], tuple[()]]:
+    """Correlations of some voxels, and the inverse norms of modalities and of expressions."""
+    g = [x.astype(jnp.float32) for x in voxelwise]
+    pairs = pairs_of(len(g))
+    products, squares = [], []
+    for p, (i, j) in enumerate(pairs):
+        expressed = _expressed(g[j], coefficients[:, p])
+        products.append(g[i] * expressed)
+        squares.append(expressed * expressed)
+    found = sums([*products, *(x * x for x in g), *squares], 1)
+    norms = [_inverse_root(square) for square in found[len(pairs) :]]
+    cells = [jnp.zeros_like(norms[0])] * len(g) ** 2
+    for p, (i, j) in enumerate(pairs):
+        cells[i * len(g) + j] = found[p] * norms[i] * norms[len(g) + p]
+    return (jnp.stack(cells, -1), jnp.stack(norms, -1)), ()
+
+
+def _backward_block(
+    voxelwise: Sequence[Float[Array, "n _"]],
+    coefficients: Coefficients,
+    fresh: Float[Array, " n"],
+    *,
+    sums: Callable,
+) -> tuple[tuple[Float[Array, "n c"], ...], tuple[Coefficients]]:
+    """Cotangents of the features of some voxels, and their share of those of the coefficients."""
+    *features, cells, norms, cotangent = voxelwise
+    g = [x.astype(jnp.float32) for x in features]
+    cotangent = cotangent * fresh[:, None]
+    pairs = pairs_of(len(g))
+    own = jnp.stack([norms[:, i] for i, _ in pairs], 1)
+    other = norms[:, len(g) :]
+    cotangent, cosine = (
+        jnp.stack([x[:, i * len(g) + j] for i, j in pairs], 1) for x in (cotangent, cells)
+    )
+    mixed = cotangent * own * other
+    # One array: XLA would compute separate maps anew for every channel.
+    maps = jnp.concatenate([mixed, cotangent * cosine * own**2, cotangent * cosine * other**2], 1)
+    gradients = [jnp.zeros_like(x) for x in g]
+    of_coefficients = []
+    for p, (i, j) in enumerate(pairs):
+        mix, to_own, to_other = (maps[:, k * len(pairs) + p, None] for k in range(3))
+        expressed = _expressed(g[j], coefficients[:, p])
+        gradients[i] += mix * expressed - to_own * g[i]
+        change = mix * g[i] - to_other * expressed
+        gradients[j] += change * (2 * coefficients[0, p] * g[j] + coefficients[1, p])
+        of_coefficients += [change * g[j] * g[j], change * g[j], change]
+    totals = jnp.stack(sums(of_coefficients, 0)).reshape(len(pairs), 3, -1)
+    cast = [x.astype(y.dtype) for x, y in zip(gradients, features, strict=True)]
+    return tuple(cast), (jnp.moveaxis(totals, 1, 0),)
+
+
+def _over_tiles(
+    block: Callable, voxelwise: tuple[Array, ...], coefficients: Array, *, interpret: bool
+) -> tuple[Array, ...]:
+    """``block`` on a grid of examples and tiles of voxels; sums over tiles are taken outside."""
+    batch, voxels = voxelwise[0].shape[:2]
+    grid = (batch, voxels // TILE)
+    tiles = [jax.ShapeDtypeStruct((TILE, x.shape[-1]), x.dtype) for x in voxelwise]
+    table = jax.ShapeDtypeStruct(coefficients.shape[1:], coefficients.dtype)
+    fresh = jax.ShapeDtypeStruct((TILE,), jnp.float32)
+    one = functools.partial(block, sums=_sums)
+    of_voxels, totals = jax.eval_shape(one, tiles, table, fresh)
+
+    def kernel(table_ref, *refs):
+        inputs, outputs = refs[: len(voxelwise)], refs[len(voxelwise) :]
+        parts, changes = one([ref[0] for ref in inputs], table_ref[0], jnp.ones(TILE))
+        for ref, part in zip(outputs, parts, strict=False):
+            ref[0] = part
+        for ref, change in zip(outputs[len(parts) :], changes, strict=True):
+            ref[0, 0] = change
+
+    def by_tile(x):
+        return pl.BlockSpec((1, TILE, x.shape[-1]), lambda b, t: (b, t, 0))
+
+    found = pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((1, *table.shape), lambda b, t: (b, 0, 0, 0)),
+            *map(by_tile, voxelwise),
+        ],
+        out_specs=[
+            *map(by_tile, of_voxels),
+            *(pl.BlockSpec((1, 1, *x.shape), lambda b, t: (b, t, 0, 0, 0)) for x in totals),
+        ],
+        out_shape=[
+            *(jax.ShapeDtypeStruct((batch, voxels, x.shape[-1]), x.dtype) for x in of_voxels),
+            *(jax.ShapeDtypeStruct((*grid, *x.shape), x.dtype) for x in totals),
+        ],
+        interpret=interpret,
+    )(coefficients, *voxelwise)
+    of_voxels, totals = found[: len(of_voxels)], found[len(of_voxels) :]
+    return (*of_voxels, *(total.sum(1) for total in totals))

@@ -1,0 +1,110 @@
+"""What a train step is fed with: batches read by the host, or crops cut on the device."""
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+
+from cmsad_jax.residency import take_crops
+from cmsad_jax.types import ConfigError
+from data_pipelines import loading
+from data_pipelines.case import STORED_UNIT
+from experiments import memory
+from experiments.config import Config
+
+DEVICE_SHARE = 0.25
+"""Part of a device's memory that training cases may fill without being asked to."""
+
+
+def choose_residency(requested: str, num_bytes: int, device_bytes: int | None) -> tuple[str, str]:
+    """``device`` or ``host``, and why.
+
+    Args:
+        requested: ``auto``, ``device`` or ``host``.
+        num_bytes: size of all training cases of a fold.
+        device_bytes: memory of an accelerator; None for a CPU, whose memory is the host's.
+
+    Raises:
+        ConfigError: if the device is asked for and cannot hold the cases.
+    """
+    size = f"{num_bytes / 1e9:.2f} GB of training cases"
+    if requested == "device" and device_bytes is not None and num_bytes > device_bytes:
+        raise ConfigError(
+            "resident cases must fit into the memory of one device; "
+            f"got {size} and {device_bytes / 1e9:.2f} GB. Use --data.residency=host."
+        )
+    if requested != "auto":
+        return requested, f"{size}, as asked for"
+    if device_bytes is None:
+        return "host", f"{size}; the device is the host"
+    if num_bytes <= DEVICE_SHARE * device_bytes:
+        return "device", f"{size} fit into {device_bytes / 1e9:.0f} GB"
+    return "host", f"{size} exceed a quarter of {device_bytes / 1e9:.0f} GB"
+
+
+class Feed:
+    """Batches as ``loading.train_batches`` gives them, on the host or on the device.
+
+    Attributes:
+        waited_s: time for which the caller has waited for batches.
+        description: where the cases lie and why, for the log.
+    """
+
+    def __init__(self, batches: Iterator[loading.Batch], description: str):
+        self._batches = batches
+        self.description = description
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[loading.Batch]:
+        return self
+
+    def __next__(self) -> loading.Batch:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.waited_s += time.perf_counter() - started
+
+
+def training_feed(
+    config: Config,
+    source: loading.CaseSource,
+    case_ids: Sequence[str],
+    *,
+    seed: int,
+    foreground_share: float,
+    start_step: int = 0,
+) -> Feed:
+    """The batches of one fold from ``start_step`` on, the same from the host and on the device.
+
+    Args:
+        config: of the run.
+        source: all cases.
+        case_ids: those to train on.
+        seed: of the sampling plan.
+        foreground_share: of the crops.
+        start_step: steps made before.
+    """
+    train, device = config.train, jax.devices()[0]
+    sampling: dict[str, Any] = {
+        "crop": train.crop,
+        "batch_size": train.batch_size,
+        "seed": seed,
+        "foreground_share": foreground_share,
+        "num_steps": train.steps,
+        "start_step": start_step,
+        "num_threads": train.read_threads,
+    }
+    where, why = choose_residency(
+        config.data.residency, loading.resident_bytes(source, case_ids), memory.limit_bytes(device)
+    )
+    if where == "host":
+        batches = loading.train_batches(source, case_ids, **sampling)
+        return Feed(batches, f"batches from the host: {why}")
+    plans = loading.train_plans(source, case_ids, **sampling)
+    cases = jax.device_put(loading.resident_arrays(source, case_ids), device)
+    cut = jax.jit(partial(take_crops, crop=train.crop, unit=STORED_UNIT))
+    crops = (plan | cut(cases, plan["case_index"], plan.pop("offset")) for plan in plans)
+    return Feed(crops, f"cases resident on the device: {why}")

@@ -1,0 +1,69 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from cmsad_jax.types import ConfigError
+from data_pipelines import loading
+from data_pipelines.splits import CaseInfo
+from experiments.config import Config, TrainConfig
+from experiments.feed import choose_residency, training_feed
+
+CROP = (4, 8, 8)
+
+
+class Source(loading.CaseSource):
+    """Random cases in memory."""
+
+    def __init__(self, num_cases=3, space=(6, 12, 14)):
+        rng = np.random.default_rng(0)
+        info = [CaseInfo(f"case{i}", f"patient{i}", True) for i in range(num_cases)]
+        super().__init__([], info, "none")
+        for one in info:
+            self._kept[one.case_id] = loading.Arrays(
+                rng.integers(-(2**15), 2**15, (*space, 2), np.int16),
+                rng.integers(0, 2, space, np.uint8),
+                rng.integers(0, 2, 2).astype(bool),
+            )
+
+
+def feed(residency, **options):
+    config = Config(train=TrainConfig(steps=4, batch_size=3, crop=CROP))
+    data = dataclasses.replace(config.data, residency=residency)
+    source = Source()
+    return training_feed(
+        dataclasses.replace(config, data=data),
+        source,
+        source.case_ids,
+        seed=7,
+        foreground_share=0.5,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_device_and_host_give_the_same_batches(start):
+    device, host = feed("device", start_step=start), feed("host", start_step=start)
+    assert "resident on the device" in device.description
+    assert "from the host" in host.description
+    count = 0
+    for cut, read in zip(device, host, strict=True):
+        assert set(cut) == set(read)
+        assert isinstance(cut["image"], jax.Array)
+        for name in read:
+            assert cut[name].dtype == read[name].dtype
+            np.testing.assert_array_equal(cut[name], read[name])
+        count += 1
+    assert count == 4 - start
+    assert host.waited_s > 0
+
+
+def test_where_cases_lie_follows_from_sizes():
+    assert choose_residency("auto", 10**9, None)[0] == "host"
+    assert choose_residency("auto", 10**9, 8 * 10**9)[0] == "device"
+    assert choose_residency("auto", 3 * 10**9, 8 * 10**9)[0] == "host"
+    assert choose_residency("host", 1, 8 * 10**9)[0] == "host"
+    assert choose_residency("device", 3 * 10**9, 8 * 10**9)[0] == "device"
+    with pytest.raises(ConfigError, match=r"got 9.00 GB .* 8.00 GB. Use --data.residency=host"):
+        choose_residency("device", 9 * 10**9, 8 * 10**9)
