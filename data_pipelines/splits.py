@@ -230,7 +230,7 @@ def _check_unique(infos: Sequence[CaseInfo]) -> None:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingDataError(f"no fold file at {path}. Check the path.") from None
     except ValueError as error:

@@ -146,7 +146,7 @@ def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
 
 def _read_dataset_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingDataError(
             f"the nnU-Net layout needs dataset.json, which names the channels; none at {path}. "
