@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import ndimage
@@ -39,7 +39,7 @@ def draw(lesion: np.ndarray, rng: np.random.Generator) -> Volume:
     part = np.pad(lesion[box].astype(np.float64), ((2, 2), (MARGIN_MM,) * 2, (MARGIN_MM,) * 2))
     soft = ndimage.gaussian_filter(part, (0, SMOOTHING_MM, SMOOTHING_MM))
     size = (part.shape[0], *(int((n - 1) / T2W_MM) for n in part.shape[1:]))
-    shift = [0.0, *rng.uniform(0, T2W_MM, 2).tolist()]
+    shift: Any = [0.0, *rng.uniform(0, T2W_MM, 2)]
     fine = ndimage.affine_transform(soft, (1, T2W_MM, T2W_MM), shift, output_shape=size, order=3)
     wanted = round(part.sum() / T2W_MM**2)
     threshold = np.partition(fine.ravel(), -wanted)[-wanted]
