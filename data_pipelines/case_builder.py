@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from data_pipelines import examination, staging, validation
+from data_pipelines import beam, examination, staging, validation
 from data_pipelines.case import Case, DataConfig, DataError, MissingDataError, RawCase, raise_all
 from data_pipelines.examination import Examination
 from data_pipelines.preprocessing import check_preprocess
@@ -189,7 +189,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise DataError(_report(errors, len(self.entries)))
         config = None
         if beam_runner is not None:
-            config = _beam_config(beam_runner, beam_options)
+            config = beam.download_config(beam_runner, beam_options)
         self._beam = beam_runner is not None
         try:
             with _quiet_tfds():
@@ -260,9 +260,8 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _beam_examples(self):
         """The same over any number of machines, which must all see the files."""
-        beam = tfds.core.lazy_imports.apache_beam
         work = functools.partial(_beam_example, type(self), self.data_config)
-        return beam.Create(list(enumerate(self.sorted_entries))) | beam.Map(work)
+        return beam.map_all(work, list(enumerate(self.sorted_entries)))
 
     def _write_info(self) -> None:
         """The file that marks the data set as complete: facts and hash of all that is stored."""
@@ -469,30 +468,6 @@ def _beam_example(
     worker = builder.__new__(builder)  # without listing the cases again
     worker.data_config = config
     return index, _record(worker.examine_anew(entry))
-
-
-def _beam_config(runner: str, options: Sequence[str]) -> tfds.download.DownloadConfig:
-    """TFDS's settings for a Beam runner of that name."""
-    try:
-        from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
-            PipelineOptions,
-        )
-        from apache_beam.runners import create_runner  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise DataError(
-            f"a Beam runner needs Apache Beam; got --beam.runner={runner} and no apache_beam. "
-            'Use pip install -e ".[experiments,beam]", in an environment of its own.'
-        ) from None
-    try:
-        known = create_runner(runner)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise DataError(
-            f"a Beam runner must be one that Beam knows; got {runner!r}: {error}. "
-            "Use --beam.runner=DirectRunner."
-        ) from None
-    return tfds.download.DownloadConfig(
-        beam_runner=known, beam_options=PipelineOptions(list(options))
-    )
 
 
 @contextlib.contextmanager

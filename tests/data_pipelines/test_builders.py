@@ -139,7 +139,7 @@ def test_all_faults_of_all_cases_are_told_at_once(tmp_path):
     assert "- b: a case must have a label for the target 'lesion'; got none, looked for" in text
     assert "t2w.nii.gz must be a readable image" in text
     assert "- e: 'adc' must overlap the reference image" in text
-    assert "- f 1: a case id must consist of letters, digits, '.', '_' and '-'" in text
+    assert "- f 1: a case id must consist of at most 64 letters" in text
     assert_nothing_built(config)
 
 

@@ -244,3 +244,13 @@ def test_enhanced_dicom_is_refused_and_a_converter_named(tmp_path):
     sitk.WriteImage(image, str(tmp_path / "hbv" / "enhanced.dcm"))
     with pytest.raises(DataError, match=r"series of single images; got the multi-frame .*dcm2niix"):
         read_volume(tmp_path / "hbv")
+
+
+def test_colour_dicom_is_refused(tmp_path):
+    (tmp_path / "t2w").mkdir()
+    image = sitk.GetImageFromArray(np.zeros((24, 24, 3), np.uint8), isVector=True)
+    sitk.WriteImage(image, str(tmp_path / "t2w" / "colour.dcm"))
+    with pytest.raises(
+        DataError, match=r"must hold grey-level images; got 3 values a voxel in col"
+    ):
+        read_volume(tmp_path / "t2w")
