@@ -247,7 +247,8 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
           ``false_positives_on_negatives``: ``num_cases`` with any, mean, median, sd, max in ml.
 
     Raises:
-        DataError: no rows, a row twice, or a row of a fold that ``folds`` lacks.
+        DataError: no rows, a row twice or without some metric, or a row of a fold that ``folds``
+            lacks.
     """
     _check_rows(rows, folds)
     rows = sorted(rows, key=lambda row: (_fold_key(row), row["case_id"]))
@@ -300,6 +301,12 @@ def _check_rows(rows: Sequence[Row], folds: Sequence[int]) -> None:
     if twice := sorted(row for row, times in count.items() if times > 1):
         raise DataError(
             f"each case must be evaluated once per class; got {twice} twice. Drop the copies."
+        )
+    lacking = sorted({metric for row in rows for metric in METRICS if metric not in row})
+    if lacking:
+        raise DataError(
+            f"every row must hold all metrics; got rows without {', '.join(lacking)}, as earlier "
+            "versions wrote them. Evaluate the cases again with this version."
         )
     strays = [row for row in rows if folds and row.get("fold") not in folds]
     if strays:

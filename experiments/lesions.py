@@ -54,7 +54,8 @@ def detection_map(probability: np.ndarray) -> np.ndarray:
     count = 0
     while count < _MOST_CANDIDATES and (peak := working.max()) >= _LEAST_PEAK:
         edge = peak / _PEAK_TO_EDGE
-        labels, _ = ndimage.label(working >= edge, _NEIGHBOURS)
+        labels = np.empty(working.shape, np.int32)
+        ndimage.label(working >= edge, _NEIGHBOURS, output=labels)
         large = np.bincount(labels.ravel()) > _TOO_SMALL
         large[0] = False
         if not large.any():
@@ -67,7 +68,7 @@ def detection_map(probability: np.ndarray) -> np.ndarray:
         inner = _box(region)
         assert inner is not None
         around = tuple(slice(max(axis.start - 1, 0), axis.stop + 1) for axis in inner)
-        grown = ndimage.binary_dilation(region[around], _NEIGHBOURS)
+        grown = np.asarray(ndimage.binary_dilation(region[around], _NEIGHBOURS), bool)
         if not (grown & (candidates[around] > 0)).any():
             candidates[region] = confidence
             count += 1

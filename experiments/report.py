@@ -24,7 +24,7 @@ from experiments.charts import (
     read_history,
     result_charts,
 )
-from experiments.evaluate import METRICS, read_metrics, write_text
+from experiments.evaluate import METRICS, read_metrics, summarise, write_text
 from experiments.pictures import pictures_of, viewer_of
 from experiments.runtime import run_main
 from experiments.statistics import FEW_PATIENTS, few_patients_warning
@@ -110,6 +110,7 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         MissingDataError: the folder holds no ``metrics.json``.
+        DataError: an earlier version wrote it, without the metrics of today.
     """
     run_dir = Path(run_dir)
     facts = _facts(run_dir)
@@ -143,6 +144,8 @@ def _markdown(table: Table) -> str:
 def _facts(run_dir: Path) -> dict[str, Any]:
     """Everything the two templates show."""
     metrics = read_metrics(run_dir)
+    if "interval" not in metrics:  # written by an earlier version
+        metrics |= summarise(metrics["metric_per_case"], [e["fold"] for e in metrics["per_fold"]])
     classes = metrics.get("classes") or list(metrics["mean"])
     target = metrics.get("target", classes[0])
     folds = _read_json(run_dir / "folds.json")

@@ -22,7 +22,7 @@ TINY = [
     *("--data.preprocess.size", "12", "32", "32"),
     *("--train.crop", "8", "32", "32"),
     "--train.validations=1",
-    *("--network.encoder.channels", "4", "4", "6"),
+    *("--network.encoder.channels", "4", "4", "4", "6"),
     "--predict.figures=1",
 ]
 
@@ -56,7 +56,7 @@ def test_rows_are_those_of_the_method(tmp_path):
         assert distils == (name in ("full", "cmsad"))
         assert config.train == rows["full"].train
     assert rows["adc-alone"].network.modalities == rows["adc-alone"].data.modalities == ("adc",)
-    assert rows["early-resenc"].network.encoder.blocks == (1, 3, 4)
+    assert rows["early-resenc"].network.encoder.blocks == (1, 3, 4, 6)
 
 
 def test_options_hold_for_all_rows_and_replace_those_of_the_preset(tmp_path):

@@ -279,6 +279,9 @@ def test_bad_rows_are_refused():
         summarise([])
     with pytest.raises(DataError, match=r"once per class; got \[\('a', 'lesion'\)\] twice"):
         summarise([row("a", 0, 0.5), row("a", 0, 0.6)], [0])
+    old = {key: value for key, value in row("a", 0, 0.5).items() if key != "iou"}
+    with pytest.raises(DataError, match="got rows without iou, as earlier versions wrote them"):
+        summarise([old], [0])
     with pytest.raises(DataError, match=r"got case a of fold 3 and folds \[0, 1\]"):
         summarise([row("a", 3, 0.5)], [0, 1])
 

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_pipelines.case import MissingDataError
+from data_pipelines.case import DataError, MissingDataError
 from experiments import pictures
 from experiments.evaluate import read_metrics
 from experiments.pictures import choose_cases, outline, slice_to_show
@@ -183,6 +183,19 @@ def test_report_is_written_anew_and_alike(tmp_path):
     first = write_report(run).read_text()
     main([str(run)])
     assert (run / "report.html").read_text() == first
+
+
+def test_run_of_an_earlier_version_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", num_folds=2, figures=False, history=False, extras=False)
+    metrics = read_metrics(run)
+    del metrics["interval"]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "95 % interval" in write_report(run).read_text()  # the rows say enough
+    for entry in metrics["metric_per_case"]:
+        del entry["iou"]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(DataError, match="rows without iou"):
+        write_report(run)
 
 
 def test_folder_without_metrics_is_refused(tmp_path):
