@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+import cmsad_jax.export
 from cmsad_jax.types import ConfigError
 from data_pipelines import preprocessing
 from data_pipelines.case import DataError, Volume
@@ -324,3 +325,32 @@ def test_cases_are_read_ahead_but_not_all_of_them():
         assert [next(results) for _ in range(5)] == [1, 4, 9, 16, 25]
         assert len(read) <= 6 + predict.READ_AHEAD
         assert list(results) == [n * n for n in range(6, 20)]
+
+
+def test_several_classes_and_networks_of_slices(config, tmp_path):
+    """Zones from a stand-in for a network of slices: class by intensity of the T2W."""
+
+    def program(weights, windows, present):
+        assert windows.shape[1:] == (8, 8, 2)
+        value = windows[..., 0]
+        logits = np.stack([np.zeros_like(value), value, 2 * value - 1], -1)
+        share = np.exp(logits - logits.max(-1, keepdims=True))
+        return share / share.sum(-1, keepdims=True)
+
+    description = export.describe(config, members=["a"], provenance={}, metrics={}, license="")
+    description = dataclasses.replace(
+        description, target="zones", classes=("pz", "tz"), window=(8, 8)
+    )
+    model = cmsad_jax.export.Model(description, {"predict": program}, ({},), "", "", ("0",))
+    data = predict.data_config(description)
+    assert data.classes == ("pz", "tz")
+    case = preprocessing.preprocess_case(case_of("a"), data, require_label=False)
+    computed = predict.compute(model, case, attention=False)
+    account = predict.write_case(computed, description, tmp_path, uncertainty=True)
+    mask = load(tmp_path / "masks/a.nii.gz")
+    pz, tz = (load(tmp_path / f"probabilities/a_{name}.nii.gz") for name in description.classes)
+    assert set(np.unique(mask)) == {0, 1, 2}
+    np.testing.assert_array_equal(mask == 2, (tz > pz) & (tz > 1 - pz - tz) & (pz + tz > 0))
+    assert {candidate["class"] for candidate in account["candidates"]} == {"pz", "tz"}
+    assert account["highest_probability"]["tz"] == pytest.approx(tz.max(), abs=1e-6)
+    assert load(tmp_path / "entropy/a.nii.gz").max() <= 1 + 1e-6
