@@ -9,6 +9,8 @@ settings=(
   --data.modalities t2w adc hbv
   --data.preprocess.spacing-mm 3.0 0.5 0.5
   --data.preprocess.size 20 256 256
+  --data.preprocess.centre image
+  --data.preprocess.label-sampling linear
   --data.preprocess.clip-percentiles 0.5 99.5
   # Folds (the abstract: five, of 358 cases)
   --num-folds 5

@@ -113,7 +113,7 @@ def write_artifact(
             platforms=platforms,
         )
     file = Path(license)
-    text = file.read_text() if license and file.is_file() else license or UNSTATED_LICENSE
+    text = file.read_text("utf-8") if license and file.is_file() else license or UNSTATED_LICENSE
     description = describe(
         config,
         members=[f"fold_{fold}" for fold in chosen],

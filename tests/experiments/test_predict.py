@@ -18,7 +18,7 @@ from data_pipelines import preprocessing
 from data_pipelines.case import DataError, Volume
 from experiments import cv, export, predict
 from experiments.train import compile_programs
-from tests.data_pipelines.fabricate import affine, raw_case, save, write_folder
+from tests.data_pipelines.fabricate import affine, raw_case, save, write_dicom, write_folder
 from tests.experiments.untrained_run import make_untrained_run, tiny_config
 
 MODALITIES = ("t2w", "adc")
@@ -257,6 +257,31 @@ def test_cases_are_found_in_every_layout(tmp_path):
         "kim": {"t2w": "kim_t2_tse.mha", "adc": "kim_adc.mha"},
         "lee": {"t2w": "lee-t2w.mha", "adc": "lee-adc.mha"},
     }
+
+
+def test_dicom_folders_and_the_gland_for_the_crop_are_read(tmp_path, config):
+    raw = raw_case("a")
+    for name in MODALITIES:
+        volume = Volume(raw.images[name].array.astype(np.int16), raw.images[name].affine)
+        write_dicom(tmp_path / "a" / name.upper(), volume)
+    mask = np.zeros(raw.images["t2w"].shape, np.uint8)
+    mask[3:6, 4:9, 12:20] = 1
+    save(tmp_path / "a/gland.nii.gz", Volume(mask, raw.images["t2w"].affine))
+    grid = dataclasses.replace(config.data.preprocess, centre="gland", size=(3, 8, 8))
+    data = dataclasses.replace(config.data, preprocess=grid)
+    (files,) = predict.find_inputs(tmp_path, MODALITIES, with_gland=True)
+    read = predict.read_case(files, data)
+    expected = preprocessing.preprocess_case(
+        dataclasses.replace(case_of("a"), gland=Volume(mask, raw.images["t2w"].affine)),
+        data,
+        require_label=False,
+    )
+    np.testing.assert_allclose(read.affine, expected.affine, atol=1e-3)
+    np.testing.assert_allclose(read.image, expected.image, atol=2)  # multiples of 1 / 2048
+
+    (without,) = predict.find_inputs(tmp_path, MODALITIES)
+    with pytest.raises(DataError, match="gland"):
+        predict.read_case(without, data)
 
 
 def test_inputs_without_a_case_are_refused(tmp_path):
