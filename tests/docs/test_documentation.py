@@ -25,23 +25,29 @@ PAPER = ROOT / "docs/paper_settings.sh"
 
 NOT_OF_THE_METHOD = {
     "accelerator",
+    "compilation_cache",
     "data.allow_missing",
     "data.cache",
     "data.name",
     "data.num_cases",
     "data.path",
     "data.reader",
+    "data.residency",
     "data.seed",
     "data.target",
     "folds",
+    "group_by",
     "network.dtype",
     "network.modalities",  # follow from the data
     "network.num_classes",
+    "network.rematerialize",
     "output",
     "parallel",
     "predict.batch_size",
     "predict.figures",
     "preset",
+    "profile",
+    "train.accumulation",
     "train.checkpoint_every",
     "train.max_skipped",
     "train.read_threads",
@@ -201,7 +207,7 @@ def test_site_builds_without_a_warning(tmp_path):
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "api/index.html").read_text("utf-8")
