@@ -153,9 +153,8 @@ def find_inputs(
     """
     if not root.is_dir():
         raise MissingDataError(f"the input must be a folder; got {root}. Check --input.")
-    wanted = tuple(
-        dict.fromkeys((preprocessing.REFERENCE, *modalities, *([GLAND] if with_gland else [])))
-    )
+    names: list[str] = [preprocessing.REFERENCE, *modalities, *([GLAND] if with_gland else [])]
+    wanted = tuple(dict.fromkeys(names))
     found: dict[tuple[Path, str], dict[str, list[Path]]] = {}
     channels: dict[Path, Mapping[str, str]] = {}
     for path in sorted(root.rglob("*")):
