@@ -9,6 +9,8 @@ settings=(
   --data.modalities t2w adc hbv
   --data.preprocess.spacing-mm 3.0 0.5 0.5
   --data.preprocess.size 20 256 256
+  --data.preprocess.centre image
+  --data.preprocess.label-sampling linear
   --data.preprocess.clip-percentiles 0.5 99.5
   # Folds (the abstract: five, of 358 cases)
   --num-folds 5
@@ -30,13 +32,16 @@ settings=(
   --network.encoder.strides.5 1 2 2
   --network.encoder.blocks 1 1 2 2 2 2
   --network.encoder.norm instance
+  --network.encoder.block residual
   --network.share-encoders False
   # Spatial correlated feature fusion: its form (the abstract: complementary correlation, non-linear)
   --network.fusion.kind scff
   --network.fusion.expression nonlinear
   --network.fusion.hidden 16
   --network.fusion.gate-kernel 3
-  # Decoder: deep supervision, first bias
+  # Decoder: blocks, deep supervision, first bias
+  --network.decoder-block residual
+  --network.decoder-blocks 1
   --network.deep-supervision 3
   --network.head-bias -4.0
   # Segmentation losses
@@ -69,6 +74,9 @@ settings=(
   --train.augmentation.rotation-degrees 15.0
   --train.augmentation.scale 0.85 1.15
   --train.augmentation.translation-voxels 4.0
+  --train.augmentation.elastic-probability 0.0
+  --train.augmentation.elastic-voxels 3.0
+  --train.augmentation.elastic-nodes 5
   --train.augmentation.misalignment-probability 0.3
   --train.augmentation.misalignment-voxels 2.0
   --train.augmentation.blur-probability 0.1

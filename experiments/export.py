@@ -113,7 +113,7 @@ def write_artifact(
             platforms=platforms,
         )
     file = Path(license)
-    text = file.read_text() if license and file.is_file() else license or UNSTATED_LICENSE
+    text = file.read_text("utf-8") if license and file.is_file() else license or UNSTATED_LICENSE
     description = describe(
         config,
         members=[f"fold_{fold}" for fold in chosen],
@@ -215,7 +215,8 @@ zip file.
 
 def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
     """The record of a run without the folders of the machine it ran on."""
-    config = {key: value for key, value in record["config"].items() if key != "output"}
+    folders = ("output", "compilation_cache", "folds_file")
+    config = {key: value for key, value in record["config"].items() if key not in folders}
     config["data"] = {k: v for k, v in config["data"].items() if k not in ("path", "cache")}
     return {**record, "config": config}
 

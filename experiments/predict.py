@@ -36,7 +36,7 @@ from data_pipelines.case import (
     PreprocessConfig,
     RawCase,
 )
-from data_pipelines.nifti_folder.nifti_folder_dataset_builder import modality_of
+from data_pipelines.nifti_folder.nifti_folder_dataset_builder import GLAND, modality_of
 from data_pipelines.validation import CaseFiles, Problem
 from experiments.config import Accelerator, from_json
 from experiments.evaluate import write_text
@@ -133,27 +133,33 @@ def data_config(description: export.Description) -> DataConfig:
     )
 
 
-def find_inputs(root: Path, modalities: Sequence[str]) -> list[CaseFiles]:
+def find_inputs(
+    root: Path, modalities: Sequence[str], *, with_gland: bool = False
+) -> list[CaseFiles]:
     """The cases under ``root``, by the names of their files; labels and others are passed over.
 
     A file ``<modality>.<ending>`` belongs to the case that its folder is named for, a file
     ``<case>_<modality>.<ending>`` to ``<case>``, and in nnU-Net's raw layout ``<case>_<4 digits>``
-    is the channel of that number in ``dataset.json``. Modalities go by the names that the data
-    pipeline accepts.
+    is the channel of that number in ``dataset.json``. A folder with one DICOM series is named like
+    a file. Modalities go by the names that the data pipeline accepts.
+
+    Args:
+        root: folder of one case or of many.
+        modalities: of the model.
+        with_gland: whether the gland's mask is looked for too, for a crop around it.
 
     Raises:
         DataError: no folder, or no case in it.
     """
     if not root.is_dir():
         raise MissingDataError(f"the input must be a folder; got {root}. Check --input.")
-    wanted = tuple(dict.fromkeys((preprocessing.REFERENCE, *modalities)))
+    names: list[str] = [preprocessing.REFERENCE, *modalities, *([GLAND] if with_gland else [])]
+    wanted = tuple(dict.fromkeys(names))
     found: dict[tuple[Path, str], dict[str, list[Path]]] = {}
     channels: dict[Path, Mapping[str, str]] = {}
     for path in sorted(root.rglob("*")):
-        stem = next(
-            (path.name.removesuffix(s) for s in volume_io.SUFFIXES if path.name.endswith(s)), None
-        )
-        if not stem or stem.startswith(".") or not path.is_file():
+        stem = _volume_name(path)
+        if stem is None:
             continue
         folder = path.parent
         if folder not in channels:
@@ -174,6 +180,18 @@ def find_inputs(root: Path, modalities: Sequence[str]) -> list[CaseFiles]:
             f"Rename the files; endings are {', '.join(volume_io.SUFFIXES)}."
         )
     return sorted(cases, key=lambda case: case.case_id)
+
+
+def _volume_name(path: Path) -> str | None:
+    """Name of a volume without its ending, or of a folder that may hold a DICOM series."""
+    if path.name.startswith("."):
+        return None
+    if path.is_dir():
+        inside = list(path.iterdir())
+        plain = inside and all(p.is_file() and _volume_name(p) is None for p in inside)
+        return path.name if plain else None
+    ending = next((s for s in volume_io.SUFFIXES if path.name.lower().endswith(s)), None)
+    return path.name[: -len(ending)] if ending else None
 
 
 def _case_and_modality(
@@ -215,8 +233,9 @@ def _case_files(
     return CaseFiles(
         case_id=case_id,
         patient_id=case_id,
-        images={name: paths[0] for name, paths in files.items()},
+        images={name: paths[0] for name, paths in files.items() if name != GLAND},
         label=None,
+        gland=files[GLAND][0] if GLAND in files else None,
         looked_for={name: f"'{name}' in {folder}" for name in wanted},
         problems=tuple(
             Problem(
@@ -244,6 +263,7 @@ def read_case(files: CaseFiles, data: DataConfig) -> Case:
         patient_id=files.patient_id,
         images={name: volume_io.read_volume(path) for name, path in files.images.items()},
         label=None,
+        gland=volume_io.read_volume(files.gland) if files.gland else None,
     )
     return preprocessing.preprocess_case(raw, data, require_label=False)
 
@@ -363,7 +383,8 @@ def run(command: PredictCommand) -> int:
             "Export the run again, or leave out --attention."
         )
     data = data_config(facts)
-    entries = find_inputs(command.input, facts.modalities)
+    with_gland = data.preprocess.centre == "gland"
+    entries = find_inputs(command.input, facts.modalities, with_gland=with_gland)
     identity = {
         "sha256": model.sha256,
         "members": list(facts.members),

@@ -186,7 +186,13 @@ def test_safetensors_of_others_are_read():
 
 def test_names_of_the_weights_are_stable():
     """Published weights are found by these names: a change needs a new ``export.VERSION``."""
-    network = CMSAD(NetworkConfig())
+    stages = {
+        "channels": (8, 16, 32),
+        "kernels": ((1, 3, 3), (1, 3, 3), (3, 3, 3)),
+        "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+        "blocks": (1, 1, 1),
+    }
+    network = CMSAD(NetworkConfig(encoder=EncoderConfig(**stages)))
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 12, 48, 48, 3)))
     names = export.flatten_weights(shapes["params"])
     assert "encoder_t2w/stage1_block0/Conv_0/kernel" in names

@@ -122,7 +122,7 @@ def _loop(
     voxels = voxelwise[0].shape[1]
     each = jax.vmap(functools.partial(block, sums=_sums_at_once))
     if limit is None or voxels <= limit:
-        of_voxels, totals = each(voxelwise, coefficients, jnp.ones((len(coefficients), voxels)))
+        of_voxels, totals = each(voxelwise, coefficients, jnp.ones((coefficients.shape[0], voxels)))
         return (*of_voxels, *totals)
     count = -(-voxels // limit)
     size = -(-voxels // count)
@@ -134,11 +134,11 @@ def _loop(
         start = jnp.where(i == 0, voxels - size, (i - 1) * size)
         fresh = (i > 0) | (start + jnp.arange(size) >= (count - 1) * size)
         blocks = tuple(jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in voxelwise)
-        fresh = jnp.broadcast_to(fresh.astype(jnp.float32), (len(coefficients), size))
+        fresh = jnp.broadcast_to(fresh.astype(jnp.float32), (coefficients.shape[0], size))
         return start, each(blocks, coefficients, fresh)
 
     shapes = jax.eval_shape(lambda: part(0)[1])
-    of_voxels = tuple(jnp.zeros((len(x), voxels, *x.shape[2:]), x.dtype) for x in shapes[0])
+    of_voxels = tuple(jnp.zeros((x.shape[0], voxels, *x.shape[2:]), x.dtype) for x in shapes[0])
     totals = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes[1])
 
     def step(i, carry):

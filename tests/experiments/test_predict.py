@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+import cmsad_jax.export
 from cmsad_jax.types import ConfigError
 from data_pipelines import preprocessing
 from data_pipelines.case import DataError, Volume
 from experiments import cv, export, predict
 from experiments.train import compile_programs
-from tests.data_pipelines.fabricate import affine, raw_case, save, write_folder
+from tests.data_pipelines.fabricate import affine, raw_case, save, write_dicom, write_folder
 from tests.experiments.untrained_run import make_untrained_run, tiny_config
 
 MODALITIES = ("t2w", "adc")
@@ -258,6 +259,31 @@ def test_cases_are_found_in_every_layout(tmp_path):
     }
 
 
+def test_dicom_folders_and_the_gland_for_the_crop_are_read(tmp_path, config):
+    raw = raw_case("a")
+    for name in MODALITIES:
+        volume = Volume(raw.images[name].array.astype(np.int16), raw.images[name].affine)
+        write_dicom(tmp_path / "a" / name.upper(), volume)
+    mask = np.zeros(raw.images["t2w"].shape, np.uint8)
+    mask[3:6, 4:9, 12:20] = 1
+    save(tmp_path / "a/gland.nii.gz", Volume(mask, raw.images["t2w"].affine))
+    grid = dataclasses.replace(config.data.preprocess, centre="gland", size=(3, 8, 8))
+    data = dataclasses.replace(config.data, preprocess=grid)
+    (files,) = predict.find_inputs(tmp_path, MODALITIES, with_gland=True)
+    read = predict.read_case(files, data)
+    expected = preprocessing.preprocess_case(
+        dataclasses.replace(case_of("a"), gland=Volume(mask, raw.images["t2w"].affine)),
+        data,
+        require_label=False,
+    )
+    np.testing.assert_allclose(read.affine, expected.affine, atol=1e-3)
+    np.testing.assert_allclose(read.image, expected.image, atol=2)  # multiples of 1 / 2048
+
+    (without,) = predict.find_inputs(tmp_path, MODALITIES)
+    with pytest.raises(DataError, match="gland"):
+        predict.read_case(without, data)
+
+
 def test_inputs_without_a_case_are_refused(tmp_path):
     touch(tmp_path, "lesion.nii.gz", "t2w.txt")
     with pytest.raises(
@@ -324,3 +350,32 @@ def test_cases_are_read_ahead_but_not_all_of_them():
         assert [next(results) for _ in range(5)] == [1, 4, 9, 16, 25]
         assert len(read) <= 6 + predict.READ_AHEAD
         assert list(results) == [n * n for n in range(6, 20)]
+
+
+def test_several_classes_and_networks_of_slices(config, tmp_path):
+    """Zones from a stand-in for a network of slices: class by intensity of the T2W."""
+
+    def program(weights, windows, present):
+        assert windows.shape[1:] == (8, 8, 2)
+        value = windows[..., 0]
+        logits = np.stack([np.zeros_like(value), value, 2 * value - 1], -1)
+        share = np.exp(logits - logits.max(-1, keepdims=True))
+        return share / share.sum(-1, keepdims=True)
+
+    description = export.describe(config, members=["a"], provenance={}, metrics={}, license="")
+    description = dataclasses.replace(
+        description, target="zones", classes=("pz", "tz"), window=(8, 8)
+    )
+    model = cmsad_jax.export.Model(description, {"predict": program}, ({},), "", "", ("0",))
+    data = predict.data_config(description)
+    assert data.classes == ("pz", "tz")
+    case = preprocessing.preprocess_case(case_of("a"), data, require_label=False)
+    computed = predict.compute(model, case, attention=False)
+    account = predict.write_case(computed, description, tmp_path, uncertainty=True)
+    mask = load(tmp_path / "masks/a.nii.gz")
+    pz, tz = (load(tmp_path / f"probabilities/a_{name}.nii.gz") for name in description.classes)
+    assert set(np.unique(mask)) == {0, 1, 2}
+    np.testing.assert_array_equal(mask == 2, (tz > pz) & (tz > 1 - pz - tz) & (pz + tz > 0))
+    assert {candidate["class"] for candidate in account["candidates"]} == {"pz", "tz"}
+    assert account["highest_probability"]["tz"] == pytest.approx(tz.max(), abs=1e-6)
+    assert load(tmp_path / "entropy/a.nii.gz").max() <= 1 + 1e-6
