@@ -45,6 +45,7 @@ def tiny(output: Path, cache: Path, **changes) -> Config:
     return complete(
         Config(
             accelerator="cpu",
+            compilation_cache=None,  # the harness keeps its own
             output=output,
             num_folds=2,
             data=DataConfig(

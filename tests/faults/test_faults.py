@@ -18,6 +18,7 @@ from data_pipelines.case import DataError
 from data_pipelines.splits import make_folds
 from data_pipelines.validation import check_ids
 from experiments import cv
+from experiments.train import write_history
 from tests.faults import hostile
 from tests.faults.job import tiny
 
@@ -37,7 +38,12 @@ def bright(params, windows, present):
     return (np.asarray(windows)[..., :1] > 0.2).astype(np.float32)
 
 
-PROGRAMS = SimpleNamespace(predict=bright, attention=lambda params, windows, present: windows)
+def stages(params, windows, present):
+    """Attention of two stages of every modality."""
+    return np.repeat(np.abs(windows), 2, -1)
+
+
+PROGRAMS = SimpleNamespace(predict=bright, attention=stages)
 
 
 def expected_masks(config, source, folder: Path) -> dict[str, np.ndarray]:
@@ -77,7 +83,7 @@ def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
     monkeypatch.setattr(
         cv.loading, "eval_cases", lambda source, ids: original(source, ids, num_threads=8)
     )
-    monkeypatch.setattr(cv, "train_fold", lambda *_, **__: ({}, SUMMARY | {}))
+    monkeypatch.setattr(cv, "train_fold", trained)
     folds = make_folds(source.info, num_folds=2)
     together = {}
     for fold in range(2):
@@ -105,7 +111,11 @@ def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
             np.testing.assert_array_equal(mask, alone[case_id])
 
 
-SUMMARY = {"train_s": 1.0, "examples_per_s": 1.0, "first_step_s": 1.0, "loss": 1.0}
+def trained(*_, directory: Path, **__):
+    """What ``train_fold`` leaves and returns, without training."""
+    write_history(directory / "history.csv", [{"step": 1.0, "loss": 1.0}])
+    names = ("train_s", "first_step_s", "steps_per_s", "input_wait_share", "loss")
+    return {}, dict.fromkeys(names, 1.0)
 
 
 def voxel_ml(case) -> float:
