@@ -88,7 +88,7 @@ def _picture(
     classes: Sequence[str],
     metrics: Mapping[str, Any],
 ) -> Picture:
-    with np.load(file) as arrays:
+    with np.load(file, allow_pickle=False) as arrays:
         data = {name: arrays[name] for name in arrays.files}
     truth = data["truth"]
     foreground, mask = _foreground(data["probability"], len(classes), metrics.get("threshold", 0.5))
@@ -276,7 +276,7 @@ def _viewer_case(
     classes: Sequence[str],
     metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
-    with np.load(file) as arrays:
+    with np.load(file, allow_pickle=False) as arrays:
         data = {name: arrays[name] for name in arrays.files}
     truth = data["truth"]
     foreground, mask = _foreground(data["probability"], len(classes), metrics.get("threshold", 0.5))

@@ -121,6 +121,20 @@ def test_no_foreground_absent_modality_and_zero_image_give_finite_updates():
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state.params, metrics)))
 
 
+def test_step_that_is_not_finite_changes_nothing_and_says_so():
+    batch = tiny_batch()
+    state, step = make_step(average_decay=0.9)
+    step = jax.jit(step)
+    made, metrics = step(state, batch)
+    assert metrics["skipped"] == 0
+    batch["image"][1, 0, 0, 0, 0] = np.nan
+    kept, metrics = step(made, batch)
+    assert metrics["skipped"] == 1
+    assert not np.isfinite(metrics["loss"])
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), kept, made)
+    assert all(jax.tree.leaves(same))
+
+
 def test_modality_dropout_keeps_one_and_adds_none():
     keys = jax.random.split(jax.random.key(0), 2000)
     present = jnp.tile(jnp.array([True, False, True]), (2000, 1))

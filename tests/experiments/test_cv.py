@@ -1,6 +1,9 @@
 import csv
 import dataclasses
+import gzip
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,10 +18,12 @@ from cmsad_jax.modules import EncoderConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines import loading
 from data_pipelines.case import DataConfig, DataError, PreprocessConfig
-from experiments import cv
-from experiments.checkpoints import Checkpoints
+from experiments import cv, reproduce, train
+from experiments.checkpoints import Checkpoints, load_params
 from experiments.config import Config, PredictConfig, TrainConfig, complete
+from experiments.runtime import RunError, locked
 from experiments.train import compile_programs, to_mask
+from tests.data_pipelines.fabricate import raw_case, write_folder
 from tests.experiments.test_tensorboard import read_events
 
 ENCODER = EncoderConfig(
@@ -52,6 +57,24 @@ def tiny(output: Path, cache: Path, **data) -> Config:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs of one network share their programs: to compile them is most of a run's time."""
+    kept = {}
+
+    def programs(config: Config, devices):
+        train = dataclasses.replace(config.train, checkpoint_every=1, max_skipped=1)
+        key = config.network, config.loss, train, config.data.modalities, config.parallel
+        if key not in kept:
+            kept[key] = compile_programs(config, devices)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cv, "compile_programs", programs)
+        patch.setattr(reproduce, "compile_programs", programs)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +158,203 @@ def test_same_seed_gives_the_same_numbers(finished, tmp_path, cache):
     again = cv.run(dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,)))
     rows = [row for row in metrics["metric_per_case"] if row["fold"] == 0]
     assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the project catches it."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (train, "train_batches", 1),
+        (train, "reference_dice", 1),
+        (Checkpoints, "_write", 2),
+        (cv, "predict_and_measure", 2),
+        (cv, "finish", 1),
+    ],
+    ids=lambda value: value if isinstance(value, str | int) else value.__name__.split(".")[-1],
+)
+def test_run_that_was_cut_off_ends_like_one_that_was_not(
+    finished, tmp_path, cache, monkeypatch, owner, name, call
+):
+    reference, metrics = finished
+    config = tiny(tmp_path / "run", cache)
+    config = dataclasses.replace(
+        config, folds=(0,), train=dataclasses.replace(config.train, checkpoint_every=1)
+    )
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def cut_off(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, cut_off)
+        with pytest.raises(Killed):
+            cv.run(config)
+    again = cv.run(config)
+    rows = [row for row in metrics["metric_per_case"] if row["fold"] == 0]
+    assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
+    assert again["best_checkpoint"][0] == metrics["best_checkpoint"][0]
+    for checkpoint in ("last", "best"):
+        params = load_params(config.output, 0, checkpoint=checkpoint)
+        before = load_params(reference.output, 0, checkpoint=checkpoint)
+        assert cv.weights_sha256(params) == cv.weights_sha256(before)
+    assert history(config.output) == history(reference.output)
+
+
+def history(output: Path) -> list[dict[str, str]]:
+    """Curves of the first fold, but for the speed."""
+    with (output / "fold_0" / "history.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row.pop("examples_per_s") is not None]
+
+
+def test_work_that_is_done_is_not_done_again(finished, tmp_path, cache, monkeypatch, capsys):
+    config = dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,))
+    shutil.copytree(finished[0].output, config.output)
+    fold = config.output / "fold_0"
+    (fold / "metrics.json").unlink()
+    spoilt, *kept = sorted((fold / "masks").iterdir())
+    spoilt.write_bytes(b"no mask")
+    written = {path: path.stat().st_mtime_ns for path in kept}
+    monkeypatch.setattr(train.loading, "train_batches", None)  # training would fail
+    cv.run(config)
+    assert f"{len(kept)} of {len(kept) + 1} cases predicted before" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in kept} == written
+    assert nib.load(spoilt).header["descrip"].item().decode() == spoilt.name.split(".")[0]
+
+
+def test_masks_of_other_weights_are_made_again(tmp_path):
+    for kind in ("masks", "probabilities"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "a.nii.gz").write_bytes(b"1")
+    cv.store_rows(tmp_path, "a", "weights", [{"dice": 0.5}], ("lesion",))
+    assert cv.stored_rows(tmp_path, "a", "weights") == [{"dice": 0.5}]
+    assert cv.stored_rows(tmp_path, "a", "others") is None
+    (tmp_path / "masks" / "a.nii.gz").unlink()
+    assert cv.stored_rows(tmp_path, "a", "weights") is None
+
+
+def poisoned(monkeypatch, *steps: int) -> None:
+    """Let the batches of these steps hold a value that is not a number."""
+    original = loading.train_batches
+
+    def batches(*args, start_step=0, **kwargs):
+        for step, batch in enumerate(
+            original(*args, start_step=start_step, **kwargs), start_step + 1
+        ):
+            if step in steps:
+                batch["image"][0] = np.nan
+            yield batch
+
+    monkeypatch.setattr(train.loading, "train_batches", batches)
+
+
+def test_step_that_is_not_finite_is_skipped_and_said(
+    finished, tmp_path, cache, monkeypatch, capsys
+):
+    poisoned(monkeypatch, 1)
+    config = dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,))
+    metrics = cv.run(config)
+    assert metrics["fold_summaries"][0]["skipped_updates"] == 1
+    assert "fold 1/3: step 1: loss or gradient not finite, update skipped; cases p" in (
+        capsys.readouterr().out
+    )
+    rows = history(config.output)
+    assert rows[0]["loss"] == ""
+    assert np.isfinite(float(rows[1]["loss"]))
+    params = load_params(config.output, 0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_training_stops_when_nothing_is_finite_and_the_step_can_be_repeated(
+    finished, tmp_path, cache, monkeypatch, capsys
+):
+    config = tiny(tmp_path / "run", cache)
+    config = dataclasses.replace(
+        config, folds=(0,), train=dataclasses.replace(config.train, max_skipped=2)
+    )
+    with monkeypatch.context() as patch:
+        poisoned(patch, 1, 2)
+        with pytest.raises(RunError, match="got 2 steps in a row"):
+            cv.run(config)
+    file = config.output / "fold_0" / "not_finite_00000002.npz"
+    recording = reproduce.read(file)
+    assert recording.config == config
+    assert recording.step == 2
+    assert len(recording.case_ids) == 2
+    capsys.readouterr()
+    reproduce.main([str(file)])
+    said = capsys.readouterr().out
+    assert f"{recording.batch['image'][0].size} values not finite" in said
+    assert said.endswith("reproduced\n")
+    recording.batch["image"][:] = 0
+    assert reproduce.repeat(recording)["skipped"] == 0
+    assert cv.run(config)["folds_done"] == [0]  # the step is not made again
+
+
+def test_recorded_step_that_is_none_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no file at"):
+        reproduce.read(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", facts=np.array([{}], object))
+    with pytest.raises(DataError, match="is a whole file of a stopped run"):
+        reproduce.read(tmp_path / "a.npz")
+
+
+def test_run_folder_in_use_is_refused(finished):
+    config, _ = finished
+    with (
+        locked(config.output),
+        pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"),
+    ):
+        cv.run(config)
+
+
+def test_folder_of_a_run_killed_while_it_was_opened_is_taken(tmp_path, cache):
+    for name in (".lock", "folds.json", ".config.json.123.tmp", "environment.json"):
+        (tmp_path / name).write_text("")
+    cv.refuse_other_run(tmp_path, tiny(tmp_path, cache))
+
+
+def test_damaged_file_of_a_run_is_named(tmp_path, cache):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"must be as it was written; .*config.json"):
+        cv.run(tiny(tmp_path, cache))
+
+
+def test_names_in_file_headers_reach_no_artifact(finished, tmp_path, capsys):
+    secret = "DOE^JANE"
+    root = tmp_path / "data"
+    for number in range(6):
+        case = raw_case(f"case{number}", seed=number, positive=number % 2 == 0)
+        data = write_folder(root, case)
+        for path in (root / case.case_id).iterdir():
+            image = nib.load(path)
+            for field in ("descrip", "db_name", "intent_name", "aux_file"):
+                image.header[field] = secret
+            content = nib.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header)
+            comment = nib.nifti1.Nifti1Extension("comment", secret.encode())
+            content.header.extensions.append(comment)
+            nib.save(content, path)
+    assert secret.encode() in gzip.decompress((root / "case0" / "t2w.nii.gz").read_bytes())
+    config = tiny(tmp_path / "run", tmp_path / "cache")
+    cv.run(
+        dataclasses.replace(
+            config,
+            folds=(0,),
+            data=dataclasses.replace(data, preprocess=config.data.preprocess),
+        )
+    )
+    said = capsys.readouterr()
+    assert secret not in said.out + said.err
+    for folder in (config.output, tmp_path / "cache"):
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            if path.suffix == ".gz":
+                content = gzip.decompress(content)
+            assert secret.encode() not in content, path
 
 
 def test_other_configuration_is_refused_with_the_difference(finished, cache):

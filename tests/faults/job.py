@@ -45,6 +45,7 @@ def tiny(output: Path, cache: Path, **changes) -> Config:
     return complete(
         Config(
             accelerator="cpu",
+            compilation_cache=None,  # the harness keeps its own
             output=output,
             num_folds=2,
             data=DataConfig(
@@ -57,7 +58,7 @@ def tiny(output: Path, cache: Path, **changes) -> Config:
             train=TrainConfig(
                 **{"steps": 12, "crop": (4, 16, 16), "checkpoint_every": 3, **changes}
             ),
-            predict=PredictConfig(figures=1),
+            predict=PredictConfig(figures=1, threshold=0.3),
         )
     )
 
@@ -98,6 +99,24 @@ def happen(fault: str) -> None:
         os.kill(os.getpid(), signal.Signals[fault])
 
 
+def note_units() -> None:
+    """Print when each unit of work ends that a SIGTERM lets finish: a step or a case."""
+    for owner, name in (
+        (train.Progress, "time"),
+        (train, "predict_case"),
+        (cv, "predict_case"),
+    ):
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def noted(*args, original=original, **kwargs):
+            result = original(*args, **kwargs)
+            print(f"unit {time.monotonic()}", flush=True)
+            return result
+
+        setattr(owner, name, noted)
+
+
 def fill(path: Path) -> None:
     """Write to ``path`` until nothing more fits."""
     with path.open("wb", buffering=0) as file:
@@ -117,6 +136,7 @@ def main() -> None:
     if fault:
         phase, kind, call, delay_s = fault
         strike(phase, kind, int(call), float(delay_s))
+        note_units()
     cv.run(tiny(Path(output), Path(cache)))
 
 

@@ -1,0 +1,202 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cmsad_jax.types import ConfigError
+from data_pipelines.case import DataError
+from experiments import memory
+from experiments.config import PRESETS, complete
+from experiments.runtime import (
+    TEMPORARY,
+    Interrupted,
+    RunError,
+    deferred_signals,
+    locked,
+    naming_path,
+    remove_temporary_files,
+    run_main,
+    whole_file,
+)
+
+HOLD = """
+import hashlib, sys
+from pathlib import Path
+from experiments.runtime import deferred_signals, locked, run_main
+def main():
+    with locked(Path(sys.argv[1])), deferred_signals() as stop:
+        print("ready", flush=True)
+        if sys.argv[2] == "steps":
+            while stop.number is None:
+                pass
+            print("saved", flush=True)
+        else:  # one long call during which Python runs no handler, as when XLA compiles
+            hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
+run_main(main)
+"""
+
+
+def holding(folder: Path, what: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), what],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_signal_lets_the_step_end_and_the_lock_is_held_until_then(tmp_path):
+    with holding(tmp_path, "steps") as process:
+        with (
+            pytest.raises(ConfigError, match=f"in use by process {process.pid} on"),
+            locked(tmp_path),
+        ):
+            pass
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert out == "SIGTERM: finishing this step and saving; again to quit now\nsaved\n"
+    assert err.startswith("interrupted; what is done is kept")
+    with locked(tmp_path):
+        pass
+
+
+def test_second_signal_ends_at_once_and_the_kernel_frees_the_lock(tmp_path):
+    with holding(tmp_path, "call") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("SIGINT: finishing")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+    with locked(tmp_path):
+        pass
+
+
+def test_signal_is_raised_at_the_end_of_the_section():
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM"), deferred_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (ConfigError("a; got b"), 2, "error: a; got b"),
+        (DataError("a; got b"), 2, "error: a; got b"),
+        (RunError("a; got b"), 3, "error: a; got b"),
+        (OSError(errno.ENOSPC, "No space left", "/run/a"), 3, "error: /run/a: No space left. What"),
+        (KeyboardInterrupt(), 130, "interrupted; what is done is kept"),
+        (Interrupted(signal.SIGTERM), 143, "interrupted; what is done is kept"),
+    ],
+)
+def test_status_and_message(raised, status, said, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def main():
+        raise raised
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(main)
+    signal.signal(signal.SIGTERM, handler)
+    assert exit_.value.code == status
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_fault_of_the_program_keeps_its_traceback():
+    handler = signal.getsignal(signal.SIGTERM)
+    for error in (ZeroDivisionError("a"), OSError("no path, no message")):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            run_main(main)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_storage_faults_name_the_path_and_others_pass():
+    with (
+        pytest.raises(OSError, match="cannot write: No space left") as error,
+        naming_path(Path("/run/a")),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (error.value.filename, error.value.errno) == ("/run/a", errno.ENOSPC)
+    with pytest.raises(DataError, match="a fault"), naming_path(Path("a"), faults=(ValueError,)):
+        raise DataError("a fault")
+
+
+def test_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    with whole_file(path) as partial:
+        partial.write_text("1")
+        assert TEMPORARY.fullmatch(partial.name)
+        assert not path.exists()
+    with pytest.raises(TypeError), whole_file(path) as partial:
+        partial.write_text(2)  # pyright: ignore[reportArgumentType]
+    assert path.read_text() == "1"
+    with pytest.raises(FileNotFoundError), whole_file(path):
+        pass  # nothing was written
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_only_temporary_files_are_removed(tmp_path):
+    kept = {".lock", ".DS_Store", "a.json", ".hidden", "case.1.nii.gz"}
+    for name in {".a.12.nii.gz", ".metrics.json.7.tmp", ".b.3.tmp.npz", ".folds.json.5"} | kept:
+        (tmp_path / name).write_text("")
+    remove_temporary_files(tmp_path)
+    assert set(os.listdir(tmp_path)) == kept
+
+
+class Device:
+    def memory_stats(self):
+        return {"bytes_limit": 2**30}
+
+
+def test_step_that_cannot_fit_is_refused_with_two_options(monkeypatch, capsys):
+    config = complete(PRESETS["volume3d"])
+    monkeypatch.setattr(memory.jax.tree, "leaves", lambda state: [state])
+
+    class State:
+        def devices(self):
+            return {Device()}
+
+    monkeypatch.setattr(memory, "estimate_bytes", lambda *_: 2**29)
+    memory.check(config, None, State(), None)  # pyright: ignore[reportArgumentType]
+    assert capsys.readouterr().out == ("a step needs about 0.50 of 1.00 GiB on each device\n")
+    monkeypatch.setattr(memory, "estimate_bytes", lambda *_: 3 * 2**30)
+    with pytest.raises(
+        RunError,
+        match=r"about 3.00 of 1.00 GiB on each device, asked for: batches of 2 crops .*"
+        r"Use --train.batch-size=1 or --train.crop 20 64 64, and a new --output",
+    ):
+        memory.check(config, None, State(), None)  # pyright: ignore[reportArgumentType]
+
+
+def test_estimate_counts_arguments_results_and_temporary_arrays():
+    step = jax.jit(lambda state, batch: state + batch.sum(), donate_argnums=0)
+    found = memory.estimate_bytes(step, jnp.zeros(1000), jnp.zeros(500))
+    assert found is not None
+    assert 6000 <= found < 12_000
+    assert memory.estimate_bytes(lambda state, batch: state, 1, 2) is None
+
+
+def test_memory_that_runs_out_is_explained_and_other_errors_pass():
+    config = complete(PRESETS["small"])
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    with (
+        pytest.raises(RunError, match=r"allocating 9 bytes. Use --train.batch-size=1 or --train"),
+        memory.explained(config),
+    ):
+        raise error
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explained(config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -1,0 +1,151 @@
+"""The short form of ``make faults``: what needs no process of its own and no compiled network."""
+
+import ast
+import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from data_pipelines import loading
+from data_pipelines.case import DataError
+from data_pipelines.splits import make_folds
+from data_pipelines.validation import check_ids
+from experiments import cv
+from experiments.train import write_history
+from tests.faults import hostile
+from tests.faults.job import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """Configuration, and cases of equal shapes whose images all differ."""
+    folder = tmp_path_factory.mktemp("cases")
+    config = tiny(folder / "run", folder / "cache")
+    return config, loading.build(config.data)
+
+
+def bright(params, windows, present):
+    """A network whose mask is a function of its image alone."""
+    return (np.asarray(windows)[..., :1] > 0.2).astype(np.float32)
+
+
+def stages(params, windows, present):
+    """Attention of two stages of every modality."""
+    return np.repeat(np.abs(windows), 2, -1)
+
+
+PROGRAMS = SimpleNamespace(predict=bright, attention=stages)
+
+
+def expected_masks(config, source, folder: Path) -> dict[str, np.ndarray]:
+    """The mask of each case, made alone and one after the other."""
+    for case_id in source.case_ids:
+        cv.predict_and_measure(config, PROGRAMS, None, source[case_id], 0, folder)
+    return read_masks(folder)
+
+
+def read_masks(folder: Path) -> dict[str, np.ndarray]:
+    """Masks by the id in the header, which must be that of the file's name."""
+    masks = {}
+    for path in (folder / "masks").iterdir():
+        image = nib.load(path)
+        case_id = image.header["descrip"].item().decode()
+        assert path.name == f"{case_id}.nii.gz"
+        masks[case_id] = np.asarray(image.dataobj)
+    return masks
+
+
+def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
+    config, source = cases
+    alone = expected_masks(config, source, tmp_path / "alone")
+    assert len({mask.tobytes() for mask in alone.values()}) == len(source)
+    assert all(mask.any() for mask in alone.values())
+    rng, lock = random.Random(0), threading.Lock()
+    read = type(source).__getitem__
+
+    def slow_read(self, case_id):
+        with lock:
+            delay_s = rng.uniform(0, 0.02)
+        time.sleep(delay_s)
+        return read(self, case_id)
+
+    monkeypatch.setattr(type(source), "__getitem__", slow_read)
+    original = loading.eval_cases
+    monkeypatch.setattr(
+        cv.loading, "eval_cases", lambda source, ids: original(source, ids, num_threads=8)
+    )
+    monkeypatch.setattr(cv, "train_fold", trained)
+    folds = make_folds(source.info, num_folds=2)
+    together = {}
+    for fold in range(2):
+        directory = tmp_path / f"fold_{fold}"
+        cv.run_fold(config, PROGRAMS, source, folds, fold, directory)
+        found = read_masks(directory)
+        assert sorted(found) == sorted(folds.validation[fold])
+        together |= found
+        for row in json.loads((directory / "metrics.json").read_text())["metric_per_case"]:
+            volume_ml = found[row["case_id"]].sum() * voxel_ml(source[row["case_id"]])
+            assert row["volume_predicted_ml"] == pytest.approx(volume_ml)
+    writers = tmp_path / "writers"
+    with ThreadPoolExecutor(8) as threads:
+        list(
+            threads.map(
+                lambda case_id: cv.predict_and_measure(
+                    config, PROGRAMS, None, source[case_id], 0, writers
+                ),
+                source.case_ids,
+            )
+        )
+    for masks in (together, read_masks(writers)):
+        assert masks.keys() == alone.keys()
+        for case_id, mask in masks.items():
+            np.testing.assert_array_equal(mask, alone[case_id])
+
+
+def trained(*_, directory: Path, **__):
+    """What ``train_fold`` leaves and returns, without training."""
+    write_history(directory / "history.csv", [{"step": 1.0, "loss": 1.0}])
+    names = ("train_s", "first_step_s", "steps_per_s", "input_wait_share", "loss")
+    return {}, dict.fromkeys(names, 1.0)
+
+
+def voxel_ml(case) -> float:
+    return abs(np.linalg.det(case.original_affine[:3, :3])) / 1000
+
+
+def test_hostile_names_and_archives_are_refused(tmp_path):
+    assert [text for text in hostile.results(tmp_path / "hostile", 1000) if text] == []
+    assert not (tmp_path / "hostile" / "touched").exists()
+
+
+def test_ids_that_differ_in_case_alone_are_refused():
+    texts = [problem.text for problem in check_ids(["Case1", "case1", "b"])]
+    assert len(texts) == 2
+    assert "must differ in more than upper and lower case; got 'Case1' and 1 like it" in texts[0]
+
+
+@pytest.mark.parametrize("ending", hostile.ENDINGS)
+def test_dataset_json_cannot_name_files_elsewhere(tmp_path, ending):
+    with pytest.raises(DataError, match=r'must give one of .* as "file_ending"; got'):
+        hostile.refuse_ending(ending, tmp_path)
+
+
+def test_no_package_loads_a_pickle():
+    for package in ("cmsad_jax", "data_pipelines", "experiments", "benchmarks"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                    assert not {"pickle", "dill", "cloudpickle", "joblib", "shelve"} & names, file
+                if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                    assert isinstance(node.value, ast.Constant), file
+                    assert node.value.value is False, file
