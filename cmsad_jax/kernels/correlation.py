@@ -82,7 +82,7 @@ def _correlation(features, alpha, beta, gamma, over) -> Float[Array, "b *space m
     flat = tuple(feature.reshape(batch, -1, channels) for feature in features)
     table = jnp.stack([alpha, beta, gamma], 1).astype(jnp.float32)
     table = jnp.stack([table[:, :, i, j] for i, j in pairs_of(num_modalities)], 2)
-    cells = _matrix(flat, table, over)
+    cells = jnp.asarray(_matrix(flat, table, over))
     return cells.reshape(batch, *space, num_modalities, num_modalities)
 
 

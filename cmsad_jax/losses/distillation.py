@@ -74,8 +74,7 @@ def cross_modal_distillation_loss(
     there = _presence(features, present, modalities)
     parsed = parse_pairs(pairs, tuple(features))
 
-    @_keeping_energies
-    def loss(features):
+    def loss(features: Features) -> PerExample:
         attention_of = _attention(features, attention, distance)
         terms = []
         for (teacher, student), stage in itertools.product(parsed, stages):
@@ -85,7 +84,7 @@ def cross_modal_distillation_loss(
             terms.append((there[teacher] & there[student], value))
         return _mean_of_valid(terms, there)
 
-    return loss(dict(features))
+    return _keeping_energies(loss)(dict(features))
 
 
 def self_distillation_loss(
@@ -107,8 +106,7 @@ def self_distillation_loss(
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
 
-    @_keeping_energies
-    def loss(features):
+    def loss(features: Features) -> PerExample:
         attention_of = _attention(features, attention, distance)
         terms = []
         for name, stage in itertools.product(features, stages):
@@ -118,7 +116,7 @@ def self_distillation_loss(
                 terms.append((there[name], _distance(target, q, attention, distance)))
         return _mean_of_valid(terms, there)
 
-    return loss(dict(features))
+    return _keeping_energies(loss)(dict(features))
 
 
 def parse_pairs(
