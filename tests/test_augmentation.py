@@ -331,7 +331,7 @@ def test_elastic_bends_image_and_labels_alike_within_its_limit():
     rows, columns = jnp.meshgrid(jnp.arange(24.0), jnp.arange(24.0), indexing="ij")
     image = jnp.tile(jnp.stack([rows, columns], -1), (4, 1, 1, 1))
     labels = jnp.tile((columns > 11).astype(jnp.int32), (4, 1, 1))
-    config = only("elastic", elastic_voxels=2.0)
+    config = only("elastic", elastic_voxels=2.0, elastic_nodes=3)
     moved, moved_labels = compiled(image, labels, keys=make_keys(4), config=config)
     inner = np.s_[:, 3:-3, 3:-3]  # where nothing enters from beyond the border
     shift = np.asarray(moved - image)[inner]
