@@ -28,8 +28,8 @@ lint: $(VENV)/.dev ## ruff, its formatter, pyright
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-benchmark: $(VENV)/.experiments ## time the kernels, e.g. make benchmark ARGS=--quick
-	@$(RUN) benchmarks.kernels $(ARGS)
+benchmark: $(VENV)/.experiments ## every benchmark in one table, e.g. make benchmark ARGS=--quick
+	@$(RUN) benchmarks $(ARGS)
 
 docs: $(VENV)/.dev ## build the documentation into site/, or serve it: make docs ARGS=serve
 	@$(RUN) mkdocs $(or $(ARGS),build --strict)

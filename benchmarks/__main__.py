@@ -23,6 +23,8 @@ from matplotlib import pyplot as plt
 PARTS: dict[str, tuple[list[str], list[str]]] = {
     "kernels": (["--quick"], []),
     "train_step": (["--quick", "--variants", "full", "no augmentation"], []),
+    "input_pipeline": (["--num-cases", "20", "--num-workers", "1"], []),
+    "inference": (["--num-cases", "2"], []),
 }
 """Module to its arguments, quick and in full."""
 

@@ -174,16 +174,22 @@ def convolution(shape: Convolution, dtype: str) -> Iterator[Operation]:
     )
 
 
-def operations(preset: str, dtype: str) -> Iterator[Operation]:
-    """Everything that is timed at a preset's shapes, one at a time to spare memory."""
+OPS = ("distillation", "correlation", "convolution")
+
+
+def operations(preset: str, dtype: str, ops: Sequence[str] = OPS) -> Iterator[Operation]:
+    """What is timed at a preset's shapes, one at a time to spare memory."""
     features = stages(preset)
-    yield from distillation(f"{preset}/deepest", features[-NUM_STAGES:], dtype)
-    if len(features) > NUM_STAGES:
-        yield from distillation(f"{preset}/shallowest", features[:NUM_STAGES], dtype)
-    for stage in (features[0], features[-1]):
-        yield from correlation(stage, dtype)
-    for shape in convolutions(preset):
-        yield from convolution(shape, dtype)
+    if "distillation" in ops:
+        yield from distillation(f"{preset}/deepest", features[-NUM_STAGES:], dtype)
+        if len(features) > NUM_STAGES:
+            yield from distillation(f"{preset}/shallowest", features[:NUM_STAGES], dtype)
+    if "correlation" in ops:
+        for stage in (features[0], features[-1]):
+            yield from correlation(stage, dtype)
+    if "convolution" in ops:
+        for shape in convolutions(preset):
+            yield from convolution(shape, dtype)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--presets", nargs="+", choices=list(PRESETS), help="whose shapes; all, or small if quick"
     )
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="which; all by default")
     options = parser.parse_args(arguments)
     presets = options.presets or (["small"] if options.quick else list(PRESETS))
     effort = timing.QUICK if options.quick else timing.Effort()
@@ -206,7 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for preset in presets:
         for dtype in dict.fromkeys(("float32", PRESETS[preset].network.dtype)):
             for operation in tqdm(
-                operations(preset, dtype), f"{preset} {dtype}", unit="op", leave=False, disable=None
+                operations(preset, dtype, options.ops),
+                f"{preset} {dtype}",
+                unit="op",
+                leave=False,
+                disable=None,
             ):
                 rows += timing.compare(operation, copy_bytes_per_s=copy, effort=effort)
     print(timing.table(rows))

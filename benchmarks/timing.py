@@ -56,12 +56,15 @@ class Measurement:
         iqr_s: third minus first quartile.
         temporary_bytes: peak of the temporary buffers, from XLA's memory analysis; None elsewhere.
         num_calls: how many calls were timed.
+        cpu_s: median of the processor time of all threads of this process: on a machine that others
+            use as well it says what wall-clock time cannot. Waiting threads may spin, and count.
     """
 
     median_s: float
     iqr_s: float
     temporary_bytes: int | None
     num_calls: int
+    cpu_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,8 @@ class Row:
     implementation: str
     median_ms: float
     iqr_ms: float
+    cpu_ms: float
+    """Processor time of this process."""
     temporary_mb: float | None
     moved_gb: float
     copy_share: float
@@ -140,18 +145,8 @@ def measure_calls(
     call: Callable[[], Any], *, effort: Effort = QUICK, temporary_bytes: int | None = None
 ) -> Measurement:
     """Time a call that returns when its work is done."""
-    for _ in range(effort.warm_up_calls):
-        call()
-    times: list[float] = []
-    end = time.perf_counter() + effort.seconds
-    while len(times) < effort.min_calls or (
-        time.perf_counter() < end and len(times) < effort.max_calls
-    ):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    first, median, third = np.percentile(times, [25, 50, 75])
-    return Measurement(float(median), float(third - first), temporary_bytes, len(times))
+    memory = {"it": temporary_bytes}
+    return measure_in_turn({"it": call}, effort=effort, temporary_bytes=memory)["it"]
 
 
 def measure_in_turn(
@@ -167,19 +162,20 @@ def measure_in_turn(
     for call in calls.values():
         for _ in range(effort.warm_up_calls):
             call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     end, count = time.perf_counter() + effort.seconds * len(calls), 0
     while count < effort.min_calls or (time.perf_counter() < end and count < effort.max_calls):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
         count += 1
     found = {}
     for name, values in times.items():
-        first, median, third = np.percentile(values, [25, 50, 75])
+        first, median, third = np.percentile([wall for wall, _ in values], [25, 50, 75])
+        cpu = float(np.median([cpu for _, cpu in values]))
         memory = None if temporary_bytes is None else temporary_bytes.get(name)
-        found[name] = Measurement(float(median), float(third - first), memory, count)
+        found[name] = Measurement(float(median), float(third - first), memory, count, cpu)
     return found
 
 
@@ -256,6 +252,7 @@ def compare(operation: Operation, *, copy_bytes_per_s: float, effort: Effort = Q
             implementation=name,
             median_ms=1e3 * one.median_s,
             iqr_ms=1e3 * one.iqr_s,
+            cpu_ms=1e3 * one.cpu_s,
             temporary_mb=None if one.temporary_bytes is None else one.temporary_bytes / 1e6,
             moved_gb=operation.moved_bytes / 1e9,
             copy_share=operation.moved_bytes / one.median_s / copy_bytes_per_s,
@@ -353,8 +350,8 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     header = (
-        "op", "shape", "dtype", "mode", "implementation", "median ms", "IQR ms", "temp MB",
-        "GB moved", "share of copy", "vs reference", "vs PyTorch",
+        "op", "shape", "dtype", "mode", "implementation", "median ms", "IQR ms", "CPU ms",
+        "temp MB", "GB moved", "share of copy", "vs reference", "vs PyTorch",
     )  # fmt: skip
     cells = [
         (
@@ -365,6 +362,7 @@ def table(rows: Sequence[Row]) -> str:
             row.implementation,
             number(row.median_ms, ".2f"),
             number(row.iqr_ms, ".2f"),
+            number(row.cpu_ms, ".2f"),
             number(row.temporary_mb, ".1f"),
             number(row.moved_gb, ".4f"),
             number(row.copy_share, ".0%"),

@@ -40,6 +40,8 @@ class Row:
     compile_s: float | None
     median_ms: float
     iqr_ms: float
+    cpu_ms: float
+    """Processor time of this process."""
     temporary_mb: float | None
     examples_per_s: float
     speedup_pytorch: float | None
@@ -180,6 +182,7 @@ def time_steps(config: Config, *, names: Sequence[str] | None, effort: timing.Ef
             compile_s=one.compile_s,
             median_ms=1e3 * measured[name].median_s,
             iqr_ms=1e3 * measured[name].iqr_s,
+            cpu_ms=1e3 * measured[name].cpu_s,
             temporary_mb=None if one.temporary_bytes is None else one.temporary_bytes / 1e6,
             examples_per_s=one.config.train.batch_size / measured[name].median_s,
             speedup_pytorch=best / measured[name].median_s if best and name == PEER else None,
@@ -194,7 +197,7 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     header = (
         "preset", "variant", "batch", "crop", "dtype", "parameters", "compile s",
-        "median ms", "IQR ms", "temp MB", "examples/s", "vs PyTorch",
+        "median ms", "IQR ms", "CPU ms", "temp MB", "examples/s", "vs PyTorch",
     )  # fmt: skip
     cells = [
         (
@@ -207,6 +210,7 @@ def table(rows: Sequence[Row]) -> str:
             timing.number(row.compile_s, ".1f"),
             f"{row.median_ms:.1f}",
             f"{row.iqr_ms:.1f}",
+            f"{row.cpu_ms:.1f}",
             timing.number(row.temporary_mb, ".0f"),
             f"{row.examples_per_s:.2f}",
             timing.number(row.speedup_pytorch, ".2f"),

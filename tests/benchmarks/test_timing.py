@@ -101,7 +101,7 @@ def test_rows_follow_from_the_medians(monkeypatch):
         timing,
         "measure_in_turn",
         lambda calls, **_: {
-            name: Measurement(seconds[name], 0.0005, 2_000_000, 2) for name in calls
+            name: Measurement(seconds[name], 0.0005, 2_000_000, 2, 0.002) for name in calls
         },
     )
     foreign = Foreign(call=lambda: None, value=lambda: X**2)
@@ -115,6 +115,7 @@ def test_rows_follow_from_the_medians(monkeypatch):
     assert pytorch.speedup_reference == 0.5
     assert fast.median_ms == 1.0
     assert fast.iqr_ms == 0.5
+    assert fast.cpu_ms == 2.0
     assert fast.temporary_mb == 2.0
     assert fast.copy_share == 1.0  # 96 bytes in 1 ms where a copy moves 96 kB/s
     assert "jax" in fast.versions
@@ -135,6 +136,8 @@ def test_table_and_json_hold_every_row(tmp_path):
 def test_copy_moves_its_bytes_in_place(monkeypatch):
     monkeypatch.setattr(timing, "QUICK_COPY_BYTES", 4096)
     monkeypatch.setattr(
-        timing, "measure_calls", lambda call, effort: (call(), call(), Measurement(2.0, 0, 0, 2))[2]
+        timing,
+        "measure_calls",
+        lambda call, effort: (call(), call(), Measurement(2.0, 0, 0, 2, 2.0))[2],
     )
     assert timing.copy_bandwidth(quick=True, effort=EFFORT) == 4096.0
