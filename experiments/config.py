@@ -96,8 +96,8 @@ class Config:
     profile: Path | None = None
     """Folder for a trace of the first fold's training, for Perfetto or TensorBoard; train few steps
     with it (--train.steps=20)."""
-    compilation_cache: Path | None = Path("~/.cache/cmsad_jax/compiled")
-    """Compiled programs are kept here, so that a run starts sooner the second time."""
+    compilation_cache: bool = True
+    """Keep compiled programs beside the built data sets, so that a run starts sooner next time."""
     seed: int = 0
     """Of folds, weights, sampling and augmentation."""
     data: DataConfig = DataConfig()

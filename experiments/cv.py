@@ -58,7 +58,8 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
         DataError: for faults of the data.
     """
     devices = select_accelerator(config.accelerator)
-    keep_compiled(config.compilation_cache)
+    if config.compilation_cache:
+        keep_compiled(config.data.cache / "compiled")
     programs = programs or compile_programs(config, devices)
     output = config.output
     assert output is not None, "complete() names the run folder"

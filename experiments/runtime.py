@@ -65,15 +65,14 @@ def select_accelerator(name: str) -> list[Device]:
     return list(devices)
 
 
-def keep_compiled(folder: Path | None) -> None:
-    """Keep compiled programs in ``folder``, for runs to come; None keeps nothing.
+def keep_compiled(folder: Path) -> None:
+    """Keep compiled programs in ``folder`` for runs to come, unless JAX has such a folder already.
 
     The folder holds programs of any configuration, device and version side by side.
     """
-    if folder is None:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def peak_memory_bytes(device: Device) -> int:
