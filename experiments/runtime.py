@@ -70,7 +70,7 @@ def keep_compiled(folder: Path) -> None:
 
     The folder holds programs of any configuration, device and version side by side.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

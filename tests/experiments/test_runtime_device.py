@@ -10,7 +10,7 @@ from experiments.runtime import keep_compiled, peak_memory_bytes, profiled
 @pytest.fixture
 def no_cache():
     """JAX without a compilation cache, as it is afterwards."""
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
     yield
     jax.config.update("jax_compilation_cache_dir", before)
@@ -19,9 +19,9 @@ def no_cache():
 @pytest.mark.usefixtures("no_cache")
 def test_compiled_programs_are_kept_where_nobody_else_chose(tmp_path):
     keep_compiled(tmp_path / "ours")
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "ours")
     keep_compiled(tmp_path / "other")
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "ours")
 
 
 def test_peak_memory_is_that_of_the_process_on_a_cpu():
