@@ -129,28 +129,45 @@ def _loop(
     # Multiples of 512 took twice the time of their neighbours: rows then collide in the cache.
     size += size % 512 == 0
 
+    # As integers: XLA on CPUs would convert bfloat16 arrays to float32 whole, before the loop.
+    whole_bits = [_to_bits(x) for x in voxelwise]
+
     def part(i):
         # The first block lies at the end and may overlap: it leaves what others will write.
         start = jnp.where(i == 0, voxels - size, (i - 1) * size)
         fresh = (i > 0) | (start + jnp.arange(size) >= (count - 1) * size)
-        blocks = tuple(jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in voxelwise)
+        blocks = tuple(
+            _from_bits(jax.lax.dynamic_slice_in_dim(bits, start, size, 1), x.dtype)
+            for bits, x in zip(whole_bits, voxelwise, strict=True)
+        )
         fresh = jnp.broadcast_to(fresh.astype(jnp.float32), (coefficients.shape[0], size))
         return start, each(blocks, coefficients, fresh)
 
     shapes = jax.eval_shape(lambda: part(0)[1])
-    of_voxels = tuple(jnp.zeros((x.shape[0], voxels, *x.shape[2:]), x.dtype) for x in shapes[0])
+    of_voxels = tuple(
+        _to_bits(jnp.zeros((x.shape[0], voxels, *x.shape[2:]), x.dtype)) for x in shapes[0]
+    )
     totals = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes[1])
 
     def step(i, carry):
         start, (parts, changes) = part(i)
         written = tuple(
-            jax.lax.dynamic_update_slice_in_dim(whole, new, start, 1)
+            jax.lax.dynamic_update_slice_in_dim(whole, _to_bits(new), start, 1)
             for whole, new in zip(carry[0], parts, strict=True)
         )
         return written, tuple(a + b for a, b in zip(carry[1], changes, strict=True))
 
     of_voxels, totals = jax.lax.fori_loop(0, count, step, (of_voxels, totals))
+    of_voxels = [_from_bits(x, like.dtype) for x, like in zip(of_voxels, shapes[0], strict=True)]
     return (*of_voxels, *totals)
+
+
+def _to_bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x: Array, dtype: Any) -> Array:
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype != dtype else x
 
 
 def _sums_at_once(terms: Sequence[Float[Array, "n c"]], axis: int) -> list[Array]:
