@@ -40,7 +40,7 @@ def run(parts: Sequence[str], *, quick: bool) -> dict[str, dict[str, Any]]:
             arguments = PARTS[name][0 if quick else 1]
             started = time.perf_counter()
             importlib.import_module(f"benchmarks.{name}").main([*arguments, "--json", str(file)])
-            found[name] = json.loads(file.read_text())
+            found[name] = json.loads(file.read_text("utf-8"))
             found[name]["seconds"] = time.perf_counter() - started
     return found
 

@@ -130,7 +130,7 @@ def measure_volume(preset: str, shape: tuple[int, int, int]) -> dict[str, float]
 
         watched_model = dataclasses.replace(model, programs={"predict": watched})
         (entry,) = predict.find_inputs(root / "in", facts.modalities)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
         case = predict.read_case(entry, predict.data_config(facts))
         computed = predict.compute(watched_model, case, attention=False)
         predict.write_case(computed, facts, root / "out", uncertainty=True)
@@ -155,7 +155,7 @@ def _write_noise(folder: Path, shape: tuple[int, int, int]) -> None:
 
 def _resident(field: str) -> float:
     """Bytes of a field of ``/proc/self/status``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * float(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
@@ -202,7 +202,7 @@ def speed_row(preset: str, num_cases: int) -> SpeedRow:
         )
         if failed:
             raise ArithmeticError(f"every case must be predicted; {failed} were not.")
-        record = json.loads((root / "out/predictions.json").read_text())
+        record = json.loads((root / "out/predictions.json").read_text("utf-8"))
     return SpeedRow(
         preset=preset,
         num_cases=num_cases,

@@ -279,7 +279,7 @@ def with_vjp(function: Callable[..., Any]) -> Callable[..., Any]:
 def last_level_cache_bytes() -> int:
     """Size of the largest cache of this CPU, as Linux reports it; 32 MiB where it does not."""
     sizes = [
-        int(file.read_text().strip().removesuffix("K")) * 1024
+        int(file.read_text("utf-8").strip().removesuffix("K")) * 1024
         for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     ]
     return max(sizes, default=32 * 2**20)
@@ -313,7 +313,7 @@ def device() -> str:
     if jax.default_backend() != "cpu":
         return kind
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -377,4 +377,4 @@ def table(rows: Sequence[Row]) -> str:
 def save_json(file: Path, rows: Sequence[Any], *, command: str, **facts: Any) -> None:
     """Write the rows (dataclasses) with what is needed to read them later."""
     content = {"command": command, **facts, "rows": [dataclasses.asdict(row) for row in rows]}
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

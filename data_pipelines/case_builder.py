@@ -235,7 +235,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return self._stored_info()["sha256"]
 
     def _stored_info(self) -> dict[str, Any]:
-        return json.loads((Path(self.data_dir) / _INFO_FILE).read_text())
+        return json.loads((Path(self.data_dir) / _INFO_FILE).read_text("utf-8"))
 
     def _info(self) -> tfds.core.DatasetInfo:
         info = self.dataset_info_from_configs(features=_features(), disable_shuffling=True)

@@ -216,7 +216,7 @@ def read_record(path: Path) -> dict[str, Any]:
         DataError: it was written by a later version.
     """
     try:
-        expected = json.loads((path / _MANIFEST).read_text())
+        expected = json.loads((path / _MANIFEST).read_text("utf-8"))
         found = _sums(path)
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(
@@ -232,7 +232,7 @@ def read_record(path: Path) -> dict[str, Any]:
             f"a checkpoint's files must be as they were written; {path} differs in "
             f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}. Use another one."
         )
-    record = json.loads((path / _RECORD).read_text())
+    record = json.loads((path / _RECORD).read_text("utf-8"))
     if record["schema"] > SCHEMA:
         raise DataError(
             f"checkpoints of schema {SCHEMA} and before can be read; {path} has "

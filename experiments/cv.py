@@ -296,7 +296,7 @@ def stored_rows(directory: Path, case_id: str, weights: str) -> list[dict[str, A
     """The rows of a case that these weights predicted and whose files are intact, else None."""
     path = directory / "cases" / f"{case_id}.json"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text("utf-8"))
         files = {name: file_sha256(directory / name) for name in record["files"]}
     except (OSError, ValueError):
         return None
@@ -449,7 +449,7 @@ def read_json(path: Path) -> Any:
         DataError: it is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(
             f"a file of a run must be as it was written; {path}: {error}. "

@@ -56,7 +56,7 @@ def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
             f"a run folder must hold config.json; got none in {run}. "
             "Name a folder written by python -m experiments.cv."
         )
-    record = json.loads(file.read_text())
+    record = json.loads(file.read_text("utf-8"))
     return from_json(Config, record["config"]), record
 
 
@@ -233,7 +233,7 @@ def _times(values: Sequence[float]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

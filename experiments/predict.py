@@ -216,7 +216,7 @@ def _channels(folder: Path, wanted: Sequence[str]) -> dict[str, str]:
     if file is None:
         return {}
     try:
-        names = json.loads((file / "dataset.json").read_text())
+        names = json.loads((file / "dataset.json").read_text("utf-8"))
         names = names.get("channel_names", names.get("modality", {}))
         named = {f"{int(number):04d}": modality_of(str(n), wanted) for number, n in names.items()}
     except (ValueError, AttributeError) as error:
@@ -467,7 +467,7 @@ def refuse_other_results(
     file = output / "predictions.json"
     if not file.is_file():
         return
-    old = json.loads(file.read_text())
+    old = json.loads(file.read_text("utf-8"))
     before, now = old["model"]["sha256"][:12], identity["sha256"][:12]
     if before != now or old["settings"] != dict(settings):
         raise ConfigError(

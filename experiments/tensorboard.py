@@ -13,7 +13,7 @@ def write_events(history: Path, folder: Path) -> None:
     Empty cells are left out, so a curve has a point only where something was measured.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    with history.open(newline="") as file, SummaryWriter(str(folder)) as writer:
+    with history.open(encoding="utf-8", newline="") as file, SummaryWriter(str(folder)) as writer:
         for row in csv.DictReader(file):
             step = int(float(row.pop("step")))
             for name, value in row.items():

@@ -33,7 +33,7 @@ def loaded_after(statement: str) -> set[str]:
 def imports(file: Path) -> set[str]:
     """First components of every absolute import in a file, nested ones too."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -112,7 +112,9 @@ def test_unknown_name_is_an_attribute_error():
 @pytest.mark.parametrize("module_name", ["cmsad_jax", *SUBMODULES])
 def test_everything_public_has_a_docstring(module_name):
     module = importlib.import_module(module_name)
-    is_empty_package = hasattr(module, "__path__") and not Path(str(module.__file__)).read_text()
+    is_empty_package = hasattr(module, "__path__") and not Path(str(module.__file__)).read_text(
+        encoding="utf-8"
+    )
     undocumented = [] if module.__doc__ or is_empty_package else [module_name]
     for name, value in vars(module).items():
         defined_here = getattr(value, "__module__", None) == module_name

@@ -17,6 +17,7 @@ import pytest
 
 from cmsad_jax import parallel
 from cmsad_jax.modules import CMSAD, Encoder
+from cmsad_jax.modules.network import apply
 from cmsad_jax.training import LossConfig, train_steps
 from cmsad_jax.types import ConfigError
 from tests.networks import TINY_3D, random_params, tiny_batch, tiny_config
@@ -108,13 +109,14 @@ def test_bfloat16_computes_only_where_it_should():
     new, metrics = jax.eval_shape(step, state, batch)
     floats = [x for x in jax.tree.leaves((new, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype("float32")}
-    output = jax.eval_shape(
-        lambda s: CMSAD(config).apply({"params": s.params}, batch["image"]), state
-    )
-    assert {f.dtype for f in jax.tree.leaves(output.features)} == {jnp.dtype("bfloat16")}
-    assert {x.dtype for x in jax.tree.leaves((output.logits, output.gates))} == {
-        jnp.dtype("float32")
-    }
+
+    def outputs(state):
+        output = apply(CMSAD(config), state.params, batch["image"])
+        return output.features, (output.logits, output.gates)
+
+    features, precise = jax.eval_shape(outputs, state)
+    assert {f.dtype for f in jax.tree.leaves(features)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(precise)} == {jnp.dtype("float32")}
 
 
 def test_one_device_takes_several_folds_stacked(alone):

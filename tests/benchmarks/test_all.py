@@ -20,7 +20,7 @@ def parts(monkeypatch):
     def part(name, rows):
         def main(arguments):
             called[name] = arguments[:-2]
-            Path(arguments[-1]).write_text(json.dumps({"rows": rows}))
+            Path(arguments[-1]).write_text(json.dumps({"rows": rows}), encoding="utf-8")
 
         module = types.ModuleType(name)
         monkeypatch.setattr(module, "main", main, raising=False)
@@ -44,7 +44,7 @@ def test_every_row_is_in_the_table_the_file_and_the_picture(parts, tmp_path, cap
         "parameters 10",
     ]
     assert "here" not in lines[2]
-    saved = json.loads(files["all.json"].read_text())
+    saved = json.loads(files["all.json"].read_text("utf-8"))
     assert saved["kernels"]["rows"][0]["copy_share"] == 0.5
     assert files["all.png"].read_bytes().startswith(b"\x89PNG")
 

@@ -38,7 +38,7 @@ def test_input_pipeline_command(tmp_path, capsys):
     input_pipeline.main(["--num-cases=3", "--num-workers", "1", f"--json={file}"])
     printed = capsys.readouterr().out
     assert "| build phantom " in printed
-    rows = json.loads(file.read_text())["rows"]
+    rows = json.loads(file.read_text("utf-8"))["rows"]
     assert rows[0]["cases"] == 3
     assert 50 < rows[0]["peak_mib"] < 2048
     assert all(row["per_s"] > 0 for row in rows)

@@ -127,7 +127,7 @@ def test_table_and_json_hold_every_row(tmp_path):
     assert len(lines) == 2 + len(rows)
     assert len({line.count("|") for line in lines}) == 1
     timing.save_json(tmp_path / "rows.json", rows, command="here", copy_gb_per_s=1.0)
-    saved = json.loads((tmp_path / "rows.json").read_text())
+    saved = json.loads((tmp_path / "rows.json").read_text("utf-8"))
     assert saved["copy_gb_per_s"] == 1.0
     assert saved["rows"][0]["op"] == "square"
     assert saved["rows"][0]["speedup_pytorch"] is None

@@ -291,7 +291,7 @@ def main(folder: Path) -> None:
         results.append([path.name, result, time.perf_counter() - start])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     output = {"results": results, "peak_mib": peak / 1024, "before_mib": before / 1024}
-    io.TextIOWrapper(sys.stdout.buffer).write("\n" + json.dumps(output) + "\n")
+    io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8").write("\n" + json.dumps(output) + "\n")
 
 
 if __name__ == "__main__":

@@ -476,7 +476,7 @@ def test_a_table_of_patients_groups_and_availability(tmp_path):
     built, cases = build(config)
     assert cases["a"].present.tolist() == [True, True, False]
     assert cases["b"].present.tolist() == [True, True, True]
-    stored = json.loads((built.data_path / "cases.json").read_text())["cases"]
+    stored = json.loads((built.data_path / "cases.json").read_text("utf-8"))["cases"]
     assert [case["metadata"] for case in stored] == [{"group": "north"}, {}]
     (config.path / "a/adc.nii.gz").unlink()
     with pytest.raises(DataError, match=r"calls available must have a file; got none for 'adc'"):
@@ -509,7 +509,7 @@ def test_dicom_folders_and_a_gland_mask_in_a_case_folder(tmp_path):
 
 def test_what_was_preprocessed_with_is_kept_with_the_data_set(tmp_path):
     built, _ = build(write_folder(tmp_path / "data", raw_case()))
-    stored = json.loads((built.data_path / "cases.json").read_text())
+    stored = json.loads((built.data_path / "cases.json").read_text("utf-8"))
     assert stored["preprocess"] == json.loads(json.dumps(dataclasses.asdict(SMALL)))
 
 

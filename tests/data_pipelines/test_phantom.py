@@ -28,7 +28,7 @@ def positives() -> list[phantom.Anatomy]:
 
 
 def column(path: Path, name: str, **only: str) -> np.ndarray:
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if all(row[k] == only[k] for k in only)]
     return np.array([float(row[name]) for row in rows if row[name]])
 
@@ -114,7 +114,7 @@ def measured(index: int) -> dict[str, dict[str, tuple[float, float]]]:
 
 def test_contrasts_are_the_real_ones(shared_data):
     """The median over cases lies within what nine real patients span, with a margin of 10 %."""
-    cases = json.loads((shared_data / "anatomy/tissue_stats.json").read_text()).values()
+    cases = json.loads((shared_data / "anatomy/tissue_stats.json").read_text("utf-8")).values()
     real, drawn = {}, {}
     for found, tissues in ((real, cases), (drawn, map(measured, (1, 2, 4, 9, 12, 16, 17, 22, 25)))):
         for tissue in tissues:

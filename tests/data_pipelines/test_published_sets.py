@@ -45,8 +45,8 @@ def problems_of(config: DataConfig) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", builder_names())
 def test_every_data_set_says_what_it_is(name):
-    readme = (PACKAGE / name / "README.md").read_text()
-    assert (PACKAGE / name / "CITATIONS.bib").read_text().strip().startswith("@")
+    readme = (PACKAGE / name / "README.md").read_text("utf-8")
+    assert (PACKAGE / name / "CITATIONS.bib").read_text("utf-8").strip().startswith("@")
     assert "data.target" in readme
     if name != "phantom":
         assert "icence" in readme or "terms of use" in readme or "CC BY" in readme

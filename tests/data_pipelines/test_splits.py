@@ -57,7 +57,7 @@ def test_folds_come_back_from_their_file(tmp_path):
 def test_a_changed_fold_file_is_refused(tmp_path):
     path = tmp_path / "folds.json"
     make_folds(infos(12), num_folds=3).save(path)
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text("utf-8"))
     content["folds"][0]["val"].pop()
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"must hold the folds that its sha256 was taken of"):
@@ -128,7 +128,7 @@ def test_folds_of_another_data_set_are_refused():
 
 def test_official_picai_folds_hold_no_leak(shared_data):
     path = shared_data / "splits" / "picai.json"
-    ids = {i for fold in json.loads(path.read_text()) for i in fold["val"]}
+    ids = {i for fold in json.loads(path.read_text("utf-8")) for i in fold["val"]}
     cases = [CaseInfo(i, i.partition("_")[0], False) for i in sorted(ids)]
     folds = load_published(path, cases)
     assert len(cases) == 1500

@@ -103,10 +103,11 @@ def understood(module: str, arguments: list[str], monkeypatch) -> None:
 def test_command_of_the_documentation_is_understood(page, command, monkeypatch):
     words = shlex.split(command)
     if words[:2] == ["python", "-m"]:
-        if "." in words[2] and len(words) > 3:
-            understood(words[2], words[3:], monkeypatch)
-        else:
-            assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
+        package = ROOT / words[2].replace(".", "/")
+        module = words[2] if package.with_suffix(".py").is_file() else f"{words[2]}.__main__"
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        if len(words) > 3:
+            understood(module, words[3:], monkeypatch)
     elif words[0] == "python" and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file()
     elif words[0] == "bash":

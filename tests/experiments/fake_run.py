@@ -138,7 +138,7 @@ def make_masks(
 
 def write_history(path: Path, rng: np.random.Generator) -> None:
     steps = np.arange(5, 305, 5)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         names = ("step", "loss", *LOSS_TERMS, "learning_rate", "gradient_norm", "examples_per_s")
         writer = csv.DictWriter(file, (*names, "validation_dice"))
         writer.writeheader()

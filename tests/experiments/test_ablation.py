@@ -148,7 +148,9 @@ def no_sizes(monkeypatch):
 def test_table_compares_every_row_with_the_full_model(three_rows, no_sizes):
     folder, rows = three_rows
     table = ablation.write_table(folder, rows, (1, 2))
-    assert json.loads((folder / "ablation.json").read_text()) == json.loads(json.dumps(table))
+    assert json.loads((folder / "ablation.json").read_text("utf-8")) == json.loads(
+        json.dumps(table)
+    )
     scff, concat = table["rows"]["scff"], table["rows"]["concat"]
     assert table["rows"]["full"]["against_full"] is None
     assert scff["against_full"]["difference"] == pytest.approx(-0.1, abs=0.01)
@@ -158,7 +160,7 @@ def test_table_compares_every_row_with_the_full_model(three_rows, no_sizes):
     assert concat["against_full"]["permutation_p"] > 0.05
     assert scff["sd_over_seeds"] == pytest.approx(0.02 / 2**0.5, abs=0.005)
     assert scff["num_seeds"] == 2
-    text = (folder / "ablation.md").read_text()
+    text = (folder / "ablation.md").read_text("utf-8")
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {13}
     assert "| scff | 1,234 | 5.00 |" in text
@@ -279,7 +281,7 @@ def test_rows_are_trained_and_compared(tmp_path, cache, capsys):
             "--train.steps=2",
         ]
     )
-    table = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
+    table = json.loads((tmp_path / "ablation" / "ablation.json").read_text("utf-8"))
     assert list(table["rows"]) == [
         *("full", "early-unet", "t2w-alone", "adc-alone", "hbv-alone"),
         *("loss.attention.exponent=1", "late-fusion"),
@@ -289,7 +291,9 @@ def test_rows_are_trained_and_compared(tmp_path, cache, capsys):
         assert row["auroc"] is not None
         assert row["num_parameters"] > 0
         assert row["num_operations"] > 0
-    report = Path(tmp_path / "ablation" / "early-unet" / "seed_0" / "report.html").read_text()
+    report = Path(tmp_path / "ablation" / "early-unet" / "seed_0" / "report.html").read_text(
+        encoding="utf-8"
+    )
     assert 'id="viewer"' in report
     assert "Attention T2W" not in report
     assert "| early-unet |" in capsys.readouterr().out

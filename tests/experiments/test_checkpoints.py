@@ -17,6 +17,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataError, MissingDataError
 from experiments import checkpoints
 from experiments.checkpoints import Checkpoints, CorruptCheckpointError, load_params, read_record
+from experiments.config import Config, from_json
 from experiments.cv import weights_sha256
 from tests.faults.corruption import DAMAGES, filled, survives
 from tests.faults.job import tiny
@@ -178,11 +179,12 @@ def test_golden_checkpoint_is_read(tmp_path):
     assert GOLDEN.stat().st_size < 100_000
     with tarfile.open(GOLDEN) as archive:
         archive.extractall(tmp_path, filter="data")
-    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text("utf-8"))
     params = load_params(tmp_path / "run", 0)
     assert weights_sha256(params) == facts["weights"]
-    config = tiny(tmp_path / "run", tmp_path / "cache", steps=2, checkpoint_every=1)
-    kept = Checkpoints(tmp_path / "run/fold_0/checkpoints", config, data_fingerprint=facts["data"])
+    checkpoints = tmp_path / "run/fold_0/checkpoints"
+    config = from_json(Config, read_record(checkpoints / "last/00000002")["config"])
+    kept = Checkpoints(checkpoints, config, data_fingerprint=facts["data"])
     optimizer = config.train.optimizer.optimizer(2)
     like = TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -85,7 +85,7 @@ def test_command_prints_a_line_per_run_and_writes_json(runs, tmp_path, capsys):
     assert "a - b (lesion)" in out
     assert "+0.2000" in out
     assert "a - c (lesion): folds differ" in out
-    rows = json.loads((tmp_path / "out.json").read_text())
+    rows = json.loads((tmp_path / "out.json").read_text("utf-8"))
     assert [row["difference"] for row in rows] == pytest.approx([0.2, 0.0])
     assert rows[1]["tests"]["permutation_p"] == rows[1]["corrected_p"] == 1.0
     assert "a - b (lesion): only 3 positive patients: below 20" in out

@@ -117,12 +117,12 @@ def test_masks_lie_in_the_frame_of_the_original_t2w(finished):
 def test_run_folder_holds_config_versions_folds_curves_and_report(finished):
     config, metrics = finished
     output = config.output
-    record = json.loads((output / "config.json").read_text())
+    record = json.loads((output / "config.json").read_text("utf-8"))
     assert record["config"]["train"]["steps"] == 2
     assert record["data_fingerprint"] == loading.build(config.data).fingerprint
-    environment = json.loads((output / "environment.json").read_text())
+    environment = json.loads((output / "environment.json").read_text("utf-8"))
     assert environment["versions"]["jax"] == jax.__version__
-    assert json.loads((output / "metrics.json").read_text())["mean"] == json.loads(
+    assert json.loads((output / "metrics.json").read_text("utf-8"))["mean"] == json.loads(
         json.dumps(metrics["mean"])
     )
     with (output / "fold_0" / "history.csv").open() as file:
@@ -130,7 +130,7 @@ def test_run_folder_holds_config_versions_folds_curves_and_report(finished):
     assert [row["step"] for row in history] == ["1", "2"]
     assert float(history[-1]["cross_modal_distillation_loss"]) > 0
     assert history[-1]["validation_dice"] != ""
-    assert "<html" in (output / "report.html").read_text()
+    assert "<html" in (output / "report.html").read_text("utf-8")
     assert (output / "report.md").is_file()
     assert metrics["detection"]["num_cases"] == 10
     assert metrics["fold_summaries"][0]["peak_memory_gb"] > 0.1
@@ -368,7 +368,7 @@ def test_changed_data_are_refused(finished, tmp_path, cache):
     config, _ = finished
     copy = dataclasses.replace(config, output=tmp_path / "copy")
     shutil.copytree(config.output, copy.output)
-    record = json.loads((copy.output / "config.json").read_text())
+    record = json.loads((copy.output / "config.json").read_text("utf-8"))
     record["data_fingerprint"] = "other"
     (copy.output / "config.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="a run continues on the data and folds it began with"):

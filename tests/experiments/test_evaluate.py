@@ -177,7 +177,7 @@ def test_padding_the_volume_changes_nothing():
 
 
 def test_surface_metrics_equal_those_of_surface_distance(shared_data):
-    oracle = json.loads((shared_data / "oracles/surface_metrics.json").read_text())
+    oracle = json.loads((shared_data / "oracles/surface_metrics.json").read_text("utf-8"))
     with np.load(shared_data / "oracles/surface_metrics.npz") as masks:
         for pair in oracle:
             name = f"{pair['case']}__{pair['pair']}"
@@ -289,7 +289,7 @@ def test_bad_rows_are_refused():
 def test_files_hold_null_and_empty_cells_for_undefined(tmp_path):
     summary = summarise(example(), [0, 1, 2]) | {"target": "lesion"}
     write_metrics(summary, tmp_path / "metrics.json", tmp_path / "metrics.csv")
-    assert "NaN" not in (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in (tmp_path / "metrics.json").read_text("utf-8")
     assert read_metrics(tmp_path) == summary
     with (tmp_path / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -308,7 +308,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     write_text(tmp_path / "file", "old")
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "file", "new \ud800")
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    assert [path.read_text("utf-8") for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_missing_metrics_file_is_named(tmp_path):

@@ -42,7 +42,7 @@ def published(shared_data):
         )
         for i in range(10)
     ]
-    return cases, json.loads((folder / "metrics-expected.json").read_text())
+    return cases, json.loads((folder / "metrics-expected.json").read_text("utf-8"))
 
 
 def test_summary_equals_the_published_example(published):

@@ -115,7 +115,7 @@ def test_mask_and_entropy_follow_from_the_probability(predicted):
 
 
 def test_account_names_the_model_the_candidates_and_what_failed(predicted, capsys):
-    record = json.loads((predicted / "out/predictions.json").read_text())
+    record = json.loads((predicted / "out/predictions.json").read_text("utf-8"))
     assert "not a medical device" in record["disclaimer"]
     assert record["model"]["members"] == ["fold_0", "fold_1"]
     assert record["model"]["git_commit"] == "abc123"
@@ -139,8 +139,8 @@ def test_run_and_artifact_are_one_model(predicted, run, tmp_path, capsys):
     predict.main(
         ["--model", str(run[0]), "--input", str(predicted / "in/a"), "--output", str(tmp_path)]
     )
-    ours = json.loads((tmp_path / "predictions.json").read_text())
-    theirs = json.loads((predicted / "out/predictions.json").read_text())
+    ours = json.loads((tmp_path / "predictions.json").read_text("utf-8"))
+    theirs = json.loads((predicted / "out/predictions.json").read_text("utf-8"))
     assert ours["model"] == theirs["model"]
     np.testing.assert_array_equal(
         load(tmp_path / "probabilities/a.nii.gz"),
@@ -161,7 +161,7 @@ def test_chosen_folds_and_windows_change_the_result(predicted, artifact, tmp_pat
             *("--output", str(tmp_path), "--folds", "1", "--overlap", "0", "--uncertainty"),
         ]
     )
-    record = json.loads((tmp_path / "predictions.json").read_text())
+    record = json.loads((tmp_path / "predictions.json").read_text("utf-8"))
     assert record["model"]["members"] == ["fold_1"]
     assert record["settings"]["overlap"] == 0
     assert not load(tmp_path / "disagreement/a.nii.gz").any()
@@ -191,7 +191,7 @@ def test_missing_modality_is_a_fault_unless_trained_for(artifact, tmp_path, caps
             archive.writestr(name, content)
     ready = str(tmp_path / "ready.cmsad")
     predict.main([*arguments, ready, "--output", str(tmp_path / "trained")])
-    case = json.loads((tmp_path / "trained/predictions.json").read_text())["cases"][0]
+    case = json.loads((tmp_path / "trained/predictions.json").read_text("utf-8"))["cases"][0]
     assert case["modalities"] == ["adc"]
     assert case["missing_modalities"] == ["t2w"]
     mask = nib.load(tmp_path / "trained/masks/a.nii.gz")

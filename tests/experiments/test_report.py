@@ -33,7 +33,7 @@ def reports(tmp_path_factory):
         run = make_run(tmp_path_factory.mktemp("runs") / name, **options)
         page = write_report(run)
         assert page == run / "report.html"
-        texts[name] = (page.read_text(), (run / "report.md").read_text())
+        texts[name] = (page.read_text("utf-8"), (run / "report.md").read_text("utf-8"))
     return texts
 
 
@@ -110,7 +110,7 @@ def test_headline_is_the_mean_over_defined_cases(tmp_path):
     expected = (
         f"| Dice | {np.mean(dice):.3f} | {low:.3f} to {high:.3f} | {np.std(dice, ddof=1):.3f} |"
     )
-    assert expected in (run / "report.md").read_text()
+    assert expected in (run / "report.md").read_text("utf-8")
 
 
 def test_full_run_shows_curves_hash_baseline_and_environment(reports):
@@ -150,7 +150,9 @@ def test_a_single_fold_without_positives_is_named(tmp_path):
     metrics = read_metrics(run)
     metrics["folds_without_positives"] = [1]
     (run / "metrics.json").write_text(json.dumps(metrics))
-    assert "No positive case in fold 1: Dice is undefined there." in write_report(run).read_text()
+    assert "No positive case in fold 1: Dice is undefined there." in write_report(run).read_text(
+        "utf-8"
+    )
 
 
 def test_one_modality_and_several_classes(reports):
@@ -171,18 +173,18 @@ def test_bare_run_says_what_it_lacks(reports):
 def test_names_from_files_are_escaped(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, figures=False, history=False)
     (run / "environment.json").write_text(json.dumps({"device": "<b>&|x", "host": "<i>|y"}))
-    html = write_report(run).read_text()
+    html = write_report(run).read_text("utf-8")
     assert "on &lt;b&gt;&amp;|x" in html
     assert "<b>&" not in html
     assert "&lt;i&gt;|y" in html
-    assert "<i>\\|y" in (run / "report.md").read_text()
+    assert "<i>\\|y" in (run / "report.md").read_text("utf-8")
 
 
 def test_report_is_written_anew_and_alike(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
-    first = write_report(run).read_text()
+    first = write_report(run).read_text("utf-8")
     main([str(run)])
-    assert (run / "report.html").read_text() == first
+    assert (run / "report.html").read_text("utf-8") == first
 
 
 def test_run_of_an_earlier_version_is_refused(tmp_path):
@@ -190,7 +192,7 @@ def test_run_of_an_earlier_version_is_refused(tmp_path):
     metrics = read_metrics(run)
     del metrics["interval"]
     (run / "metrics.json").write_text(json.dumps(metrics))
-    assert "95 % interval" in write_report(run).read_text()  # the rows say enough
+    assert "95 % interval" in write_report(run).read_text("utf-8")  # the rows say enough
     for entry in metrics["metric_per_case"]:
         del entry["iou"]
     (run / "metrics.json").write_text(json.dumps(metrics))
@@ -289,7 +291,7 @@ def test_viewer_holds_every_layer_of_every_case_shown(reports):
 def test_cases_that_would_make_the_page_too_large_are_left_out(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
     monkeypatch.setattr(pictures, "VIEWER_BYTES", 1000)
-    html = write_report(run).read_text()
+    html = write_report(run).read_text("utf-8")
     assert len(viewer_data(html)["cases"]) == 1
     assert "Left out, to keep the page small: 3 further cases." in html
 

@@ -143,7 +143,7 @@ def test_file_is_whole_or_not_there(tmp_path):
         assert not path.exists()
     with pytest.raises(TypeError), whole_file(path) as partial:
         partial.write_text(2)  # pyright: ignore[reportArgumentType]
-    assert path.read_text() == "1"
+    assert path.read_text("utf-8") == "1"
     with pytest.raises(FileNotFoundError), whole_file(path):
         pass  # nothing was written
     assert os.listdir(path.parent) == ["a.json"]

@@ -50,7 +50,7 @@ Result = list[str]
 
 def digest(run: Path) -> dict[str, str]:
     """Hashes of everything in a finished run that must not depend on interruptions."""
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     for summary in metrics["fold_summaries"].values():
         for name in summary.keys() - {"loss", "best", "skipped_updates"}:  # times and memory
             del summary[name]
@@ -227,7 +227,9 @@ def soak(cache: Path, folder: Path) -> Result:
 
 def resources() -> dict[str, int]:
     """What this process holds, by Linux's own account."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines()
+    )
     return {
         "rss_kib": int(status["VmRSS"].split()[0]),
         "threads": int(status["Threads"]),

@@ -92,7 +92,7 @@ def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
         found = read_masks(directory)
         assert sorted(found) == sorted(folds.validation[fold])
         together |= found
-        for row in json.loads((directory / "metrics.json").read_text())["metric_per_case"]:
+        for row in json.loads((directory / "metrics.json").read_text("utf-8"))["metric_per_case"]:
             volume_ml = found[row["case_id"]].sum() * voxel_ml(source[row["case_id"]])
             assert row["volume_predicted_ml"] == pytest.approx(volume_ml)
     writers = tmp_path / "writers"
@@ -142,7 +142,7 @@ def test_dataset_json_cannot_name_files_elsewhere(tmp_path, ending):
 def test_no_package_loads_a_pickle():
     for package in ("cmsad_jax", "data_pipelines", "experiments", "benchmarks"):
         for file in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
                 if isinstance(node, ast.Import | ast.ImportFrom):
                     names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
                     assert not {"pickle", "dill", "cloudpickle", "joblib", "shelve"} & names, file

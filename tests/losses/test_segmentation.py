@@ -56,7 +56,7 @@ def test_two_voxels_by_hand():
 
 def test_equal_monai(shared_data):
     arrays = np.load(shared_data / "oracles/segmentation_losses.npz")
-    expected = json.loads((shared_data / "oracles/segmentation_losses.json").read_text())
+    expected = json.loads((shared_data / "oracles/segmentation_losses.json").read_text("utf-8"))
     logits = jnp.asarray(np.moveaxis(arrays["logits"], 1, -1))
     labels = jnp.asarray(arrays["target"][:, 0].astype(np.int32))
     dice, cross_entropy = dice_loss(logits, labels), cross_entropy_loss(logits, labels)
