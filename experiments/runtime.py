@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 from tqdm import tqdm
@@ -169,6 +169,9 @@ class Stop:
     """Whether a signal has asked to stop; ``number`` is that signal, or None."""
 
     number: int | None = None
+    unanswered: ClassVar[int | None] = None
+    """A signal whose ``Interrupted`` may have been raised where Python drops exceptions, such as a
+    callback of the garbage collector."""
 
 
 @contextlib.contextmanager
@@ -179,6 +182,8 @@ def deferred_signals() -> Iterator[Stop]:
     a thread reads the signals from a socket. ``Interrupted`` is raised at the end if one came.
     Outside the main thread, which alone may handle signals, nothing is changed.
     """
+    if Stop.unanswered is not None:
+        raise Interrupted(Stop.unanswered)
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -283,7 +288,7 @@ def naming_path(
         raise OSError(number, f"cannot {action}: {reason}", str(path)) from error
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], Any]) -> None:
     """Run a program and end with its status; what a user can mend ends in one message.
 
     0 done; 1 a fault of the program, with a traceback; 2 the request or the data cannot work; 3
@@ -292,9 +297,11 @@ def run_main(main: Callable[[], None]) -> None:
     """
 
     def interrupt(number: int, _: Any) -> None:
+        Stop.unanswered = number
         raise Interrupted(number)
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in _SIGNALS:
+        signal.signal(number, interrupt)
     try:
         main()
     except (ConfigError, DataError) as error:
@@ -313,6 +320,7 @@ def run_main(main: Callable[[], None]) -> None:
         )
         raise SystemExit(3) from None
     except KeyboardInterrupt as error:
+        Stop.unanswered = None
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
         print("interrupted; what is done is kept, run again to continue", file=sys.stderr)
         raise SystemExit(128 + number) from None

@@ -88,6 +88,34 @@ def test_signal_is_raised_at_the_end_of_the_section():
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.fixture
+def handlers():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_signal_that_python_drops_is_answered_at_the_next_section(handlers, capsys):
+    class Struck:
+        def __del__(self):  # as in the callbacks by which JAX follows garbage collection
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def main():
+        Struck()
+        print("went on")
+        with deferred_signals():
+            raise AssertionError("must not begin")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(main)
+    assert exit_.value.code == 143
+    assert capsys.readouterr().out == "went on\n"
+    with deferred_signals() as stop:
+        assert stop.number is None
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "said"),
     [
@@ -99,21 +127,17 @@ def test_signal_is_raised_at_the_end_of_the_section():
         (Interrupted(signal.SIGTERM), 143, "interrupted; what is done is kept"),
     ],
 )
-def test_status_and_message(raised, status, said, capsys):
-    handler = signal.getsignal(signal.SIGTERM)
-
+def test_status_and_message(raised, status, said, handlers, capsys):
     def main():
         raise raised
 
     with pytest.raises(SystemExit) as exit_:
         run_main(main)
-    signal.signal(signal.SIGTERM, handler)
     assert exit_.value.code == status
     assert capsys.readouterr().err.startswith(said)
 
 
-def test_fault_of_the_program_keeps_its_traceback():
-    handler = signal.getsignal(signal.SIGTERM)
+def test_fault_of_the_program_keeps_its_traceback(handlers):
     for error in (ZeroDivisionError("a"), OSError("no path, no message")):
 
         def main(error=error):
@@ -121,7 +145,6 @@ def test_fault_of_the_program_keeps_its_traceback():
 
         with pytest.raises(type(error)):
             run_main(main)
-    signal.signal(signal.SIGTERM, handler)
 
 
 def test_storage_faults_name_the_path_and_others_pass():
