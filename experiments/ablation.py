@@ -398,7 +398,7 @@ def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: in
         mask = to_mask(foreground if len(classes) == 1 else several, base.predict.threshold)
         truth = case.original_truth
         identity: dict[str, Any] = {"case_id": case_id, "patient_id": case.patient_id, "fold": fold}
-        if len(classes) == 1:
+        if base.data.target == lesions.TARGET:
             identity |= {"detection": lesions.detect(foreground[..., 0], truth)}
         measured = evaluate.case_metrics(mask, truth, spacing_of(case.original_affine), classes)
         rows += [identity | {"class": name} | values for name, values in measured.items()]

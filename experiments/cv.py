@@ -262,7 +262,7 @@ def predict_and_measure(
         "patient_id": case.patient_id,
         "fold": fold,
     }
-    if len(classes) == 1:
+    if config.data.target == lesions.TARGET:
         identity |= {"detection": lesions.detect(foreground[..., 0], case.original_truth)}
     return [identity | {"class": name} | values for name, values in measured.items()]
 

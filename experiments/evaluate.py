@@ -519,7 +519,7 @@ def _evaluate_file(config: EvaluateConfig, name: str) -> list[Row]:
         raise DataError(f"{name}: {error}") from None
     case_id = name.removesuffix(".gz").removesuffix(".nii")
     identity: dict[str, Any] = {"case_id": case_id, "patient_id": case_id, "fold": None}
-    if len(classes) == 1 and np.issubdtype(predicted.dtype, np.floating):
+    if config.target == lesions.TARGET and np.issubdtype(predicted.dtype, np.floating):
         identity |= {"detection": lesions.detect(predicted, truth)}
     return [{**identity, "class": name, **values} for name, values in metrics.items()]
 

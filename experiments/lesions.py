@@ -1,4 +1,4 @@
-"""Lesion detection and calibration from probability maps, for targets of one class.
+"""Lesion detection and calibration from the probability maps of lesions.
 
 Detection goes through ``picai_eval``, the evaluation of the PI-CAI challenge (Saha et al., Lancet
 Oncology 2024). Lesion candidates follow the published rules of ``report_guided_annotation`` (Bosma
@@ -21,6 +21,10 @@ from experiments import statistics
 with contextlib.redirect_stdout(io.StringIO()):  # it prints a request for citation
     from picai_eval.eval import evaluate_case
     from picai_eval.metrics import Metrics
+
+TARGET = "lesion"
+"""The target of :class:`data_pipelines.case.DataConfig` that is detected: a gland is always there,
+and what this module measures would say nothing of it."""
 
 FALSE_POSITIVE_RATES = (0.5, 1.0, 2.0)
 """False positives for each case at which the lesion sensitivity is read (FROC)."""

@@ -302,9 +302,7 @@ def _viewer_case(
         }
     return {
         "title": title,
-        "caption": f"{_caption(rows)}; slice {index + 1} of {len(truth)}".rsplit(", slice", 1)[
-            0
-        ].rsplit("; slice", 1)[0],
+        "caption": _caption(rows),
         "shape": list(truth.shape),
         "spacing_mm": [float(step) for step in data["spacing_mm"]],
         "slice": index,

@@ -273,6 +273,7 @@ def test_processes_give_what_one_gives_and_their_fault_ends_all(tmp_path, capsys
     assert abs(losses[0] - losses[1]) > 1e-3
     account = (tmp_path / "there" / "full" / "seed_1.log").read_text("utf-8")
     assert "fold 1/2: 2 steps in" in account
+    assert "lesions:" not in account  # it is the gland that is segmented
     said = capsys.readouterr().out
     assert f"{tmp_path}/there/full/seed_2: Dice 0." in said
     endless = dataclasses.replace(

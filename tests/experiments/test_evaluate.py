@@ -356,6 +356,8 @@ def test_probabilities_are_evaluated_for_detection_too(folders, tmp_path, capsys
     assert confidences == pytest.approx([0.8, 0.7])
     assert summarise(summary["metric_per_case"]) == summary
     assert "AP 1.000, patient AUROC 1.000, PI-CAI score 1.000" in capsys.readouterr().out
+    main([str(predictions), str(labels), "--target", "gland"])
+    assert "lesions:" not in capsys.readouterr().out
 
 
 def test_command_refuses_faulty_folders(folders, tmp_path):
