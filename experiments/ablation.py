@@ -190,6 +190,7 @@ def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
     devices = select_accelerator(base.accelerator)
     rows = variants(base, _cv_options(command, options), command)
     source = loading.build(base.data)
+    refuse_lacking_modalities(rows, source)
     folds_file = keep_folds(command.output, cv.make_folds(base, source))
     configs = [
         dataclasses.replace(
@@ -217,6 +218,24 @@ def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
     table = update()
     log(format_table(table))
     return table
+
+
+def refuse_lacking_modalities(rows: Sequence[Variant], source: loading.CaseSource) -> None:
+    """Raise ``DataError`` if a case has none of the modalities of a row, before any is trained."""
+    if not rows[0].config.data.allow_missing:
+        return
+    names = np.array(rows[0].config.data.modalities)
+    present = {
+        case.case_id: {*names[case.present]} for case in loading.eval_cases(source, source.case_ids)
+    }
+    for row in rows:
+        lacking = [case for case, has in present.items() if not has & {*row.config.data.modalities}]
+        if lacking:
+            raise DataError(
+                f"every case must have a modality of every row, which all have the same cases; got "
+                f"{len(lacking)} of {len(present)} cases, the first {lacking[0]}, without those of "
+                f"{row.name}. Leave this row out (and {LATE}) by naming others after --rows."
+            )
 
 
 def _jobs(asked: int | None, platform: str) -> int:

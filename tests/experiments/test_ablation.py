@@ -287,6 +287,32 @@ def test_processes_give_what_one_gives_and_their_fault_ends_all(tmp_path, capsys
     assert not ablation.is_done(endless)
 
 
+def test_a_row_whose_modality_some_cases_lack_is_refused_before_training(tmp_path, cache):
+    rows = [
+        ablation.Variant(name, config)
+        for name, config in rows_of(tmp_path, [*TINY, cache, "--data.allow-missing=True"]).items()
+    ]
+    source = loading.build(rows[0].config.data)
+    ablation.refuse_lacking_modalities(rows, source)
+    (first, *_) = source.case_ids
+
+    class Lacking:
+        case_ids = source.case_ids
+
+        def __getitem__(self, case_id):
+            case = source[case_id]
+            present = np.array([True, case_id != first, True])
+            return dataclasses.replace(case, present=present)
+
+        def __len__(self):
+            return len(source)
+
+    with pytest.raises(DataError, match=f"got 1 of 10 cases, the first {first}, .*adc-alone"):
+        ablation.refuse_lacking_modalities(rows, Lacking())
+    others = [row for row in rows if row.name != "adc-alone"]
+    ablation.refuse_lacking_modalities(others, Lacking())
+
+
 def test_late_fusion_averages_the_probabilities(tmp_path, cache):
     asked = command(tmp_path, rows=("late-fusion",))
     base, _ = ablation.base_of(asked, [*TINY, cache])
