@@ -5,10 +5,12 @@ overrides one field, and the whole is written into the run folder.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -175,6 +177,46 @@ _NOT_IDENTITY = (
 )
 
 
+_RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            "train.steps",
+            "train.batch_size",
+            "train.validations",
+            "train.checkpoint_every",
+            "train.max_skipped",
+            "train.accumulation",
+            "predict.batch_size",
+        ),
+    ),
+    ("at least 2", lambda value: value >= 2, ("num_folds",)),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        ("seed", "train.optimizer.weight_decay", "train.read_threads", "predict.figures"),
+    ),
+    (
+        "above 0",
+        lambda value: 0 < value < math.inf,
+        ("train.optimizer.learning_rate", "train.optimizer.clip_norm"),
+    ),
+    (
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        ("train.foreground_share", "train.optimizer.warmup_fraction"),
+    ),
+    (
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        ("train.modality_dropout", "train.average_decay", "predict.overlap"),
+    ),
+    ("between 0 and 1", lambda value: 0 < value < 1, ("predict.threshold",)),
+)
+"""What fields of a run must be, where no other part of the configuration has a say."""
+
+
 def parse(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
     """Configuration from command-line arguments: preset first, then each option."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -208,14 +250,14 @@ def complete(config: Config) -> Config:
     network = dataclasses.replace(
         config.network, modalities=data.modalities, num_classes=data.num_classes
     )
-    for field, value in (
-        ("train.steps", train.steps),
-        ("train.batch-size", train.batch_size),
-        ("train.checkpoint-every", train.checkpoint_every),
-        ("train.max-skipped", train.max_skipped),
-    ):
-        if value < 1:
-            raise ConfigError(f"{field} must be at least 1; got {value}. Use --{field}=1 or more.")
+    for rule, holds, fields in _RULES:
+        for field in fields:
+            value, usual = (_field(tree, field) for tree in (config, Config()))
+            if not holds(value):
+                option = field.replace("_", "-")
+                raise ConfigError(
+                    f"{option} must be {rule}; got {value}. Use --{option}={usual:g}, the default."
+                )
     size = data.preprocess.size
     if any(n > limit for n, limit in zip(train.crop, size, strict=True)):
         raise ConfigError(
@@ -236,11 +278,6 @@ def complete(config: Config) -> Config:
             f"folds must be among 0 to {config.num_folds - 1}; got {folds}. "
             "Name existing folds after --folds."
         )
-    if not 0 < config.predict.threshold < 1:
-        raise ConfigError(
-            f"the threshold must lie between 0 and 1; got {config.predict.threshold}. "
-            "Use --predict.threshold=0.5."
-        )
     config = dataclasses.replace(config, network=network)
     if config.output is None:
         parts = [config.preset, data.name, data.target]
@@ -248,6 +285,10 @@ def complete(config: Config) -> Config:
             parts.append("+".join(data.modalities))
         config = dataclasses.replace(config, output=Path("runs") / "-".join(parts))
     return config
+
+
+def _field(config: Config, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def window(config: Config) -> tuple[int, ...]:

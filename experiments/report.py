@@ -475,7 +475,7 @@ def _timing_table(metrics: Mapping[str, Any], environment: Mapping[str, Any]) ->
             rows.append((f"Fold {fold}: examples per second", text(summary["examples_per_s"])))
         if "peak_memory_gb" in summary:
             memory = f"{summary['peak_memory_gb']:.2f} GB"
-            rows.append((f"Fold {fold}: peak memory of the process so far", memory))
+            rows.append((f"Fold {fold}: peak memory so far", memory))
     return Table("Time and memory", ("Phase", "Value"), rows) if rows else None
 
 

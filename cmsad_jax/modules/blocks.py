@@ -73,7 +73,8 @@ class Normalization(nn.Module):
     formula would multiply that gradient by 1000 in every layer above an empty crop.
 
     Attributes:
-        kind: each channel by itself, or groups of 8.
+        kind: each channel by itself, or groups of 8 (of the greatest common divisor of 8 and the
+            number of channels, so that groups are of one size).
         dtype: of the result.
     """
 

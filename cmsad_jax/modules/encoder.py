@@ -31,7 +31,8 @@ class EncoderConfig:
     block: Block = "residual"
     """Two convolutions with a shortcut, or one plain convolution."""
     norm: Norm = "instance"
-    """Normalisation over one example: each channel, or groups of 8 channels."""
+    """Normalisation over one example: each channel, or groups of 8 channels (or of their
+    greatest common divisor with 8)."""
 
     def __post_init__(self):
         lengths = {
@@ -48,6 +49,12 @@ class EncoderConfig:
                 "kernels and strides must all have one entry for each axis of space; "
                 f"got kernels {self.kernels} and strides {self.strides}. "
                 "Use 2 entries throughout for slices, 3 for volumes."
+            )
+        if min((*self.channels, *self.blocks, *(n for stride in self.strides for n in stride))) < 1:
+            raise ConfigError(
+                "channels, strides and blocks must be at least 1; got channels "
+                f"{self.channels}, strides {self.strides} and blocks {self.blocks}. "
+                "Use 1 or more in every stage."
             )
         if any(size % 2 == 0 for kernel in self.kernels for size in kernel):
             raise ConfigError(

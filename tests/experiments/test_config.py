@@ -82,25 +82,35 @@ SMALL = PRESETS["small"]
             "must keep more than one voxel",
         ),
         (lambda: complete(dataclasses.replace(SMALL, folds=(5,))), "folds must be among 0 to 4"),
-        (
-            lambda: complete(
-                dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, steps=0))
-            ),
-            "train.steps must be at least 1",
-        ),
-        (
-            lambda: complete(
-                dataclasses.replace(
-                    SMALL, predict=dataclasses.replace(SMALL.predict, threshold=1.0)
-                )
-            ),
-            "threshold must lie between 0 and 1",
-        ),
     ],
 )
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("option", "bad", "good", "message"),
+    [
+        (
+            "train.steps",
+            "0",
+            "1",
+            r"train\.steps must be at least 1; got 0\. Use --train\.steps=",
+        ),
+        ("num-folds", "1", "2", "num-folds must be at least 2; got 1"),
+        ("seed", "-1", "0", r"seed must be at least 0; got -1\. Use --seed=0, the default"),
+        ("train.optimizer.learning-rate", "0", "1e-9", "learning-rate must be above 0; got 0.0"),
+        ("train.optimizer.learning-rate", "nan", "1", "learning-rate must be above 0; got nan"),
+        ("train.foreground-share", "1.1", "1", "foreground-share must be from 0 to 1; got 1.1"),
+        ("predict.overlap", "1", "0.99", "overlap must be at least 0 and below 1; got 1.0"),
+        ("predict.threshold", "1", "0.9", "threshold must be between 0 and 1; got 1.0"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(option, bad, good, message):
+    assert parse([f"--{option}={good}"])
+    with pytest.raises(ConfigError, match=message):
+        parse([f"--{option}={bad}"])
 
 
 def test_missing_accelerator_is_named_with_a_remedy(monkeypatch):

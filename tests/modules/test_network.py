@@ -209,6 +209,10 @@ def test_encoder_inside_an_nnx_model():
             "kernel sizes must be odd",
         ),
         (
+            lambda: dataclasses.replace(TINY_3D, blocks=(1, 0, 1)),
+            r"blocks must be at least 1; got .* blocks \(1, 0, 1\)",
+        ),
+        (
             lambda: dataclasses.replace(TINY_3D, strides=((1, 1),) * 3),
             "one entry for each axis of space",
         ),
