@@ -2,9 +2,9 @@
 
 What an example becomes depends on its own key alone, never on the batch around it. Geometry is
 changed in plane only, since slices are several times thicker than pixels, and intensities per
-modality. An effect of probability 0 is not computed. Random numbers come from a flat draw of
-each kind an example (three with elastic deformation): XLA on a CPU takes half a second to compile each draw, and ten times that for the same
-draw in several dimensions.
+modality. An effect of probability 0 is not computed. Random numbers come from flat draws, two an
+example and a third with elastic deformation: XLA on a CPU takes half a second to compile each draw,
+and ten times that for the same draw in several dimensions.
 """
 
 import dataclasses

@@ -1,4 +1,6 @@
-"""The objective and the train step: pure functions, undecorated (METHOD sections 3, 6 and 7).
+"""The objective and the train step: pure functions, undecorated.
+
+Source: docs/method.md, sections 3, 6 and 7.
 
 :mod:`cmsad_jax.parallel` compiles the step for one device or many. Every random choice comes from
 ``batch["key"]``, one key for each example, so results do not depend on batch size or sharding.
@@ -47,7 +49,7 @@ class LossConfig:
     self_weight: float = 0.1
     """Attention distillation from deeper to shallower stages; 0 switches it off."""
     correlation_weight: float = 0.0
-    """SCFF's correlation loss, an option of METHOD section 4; 0 switches it off."""
+    """SCFF's correlation loss, an option (docs/method.md, section 4); 0 switches it off."""
     attention: AttentionConfig = AttentionConfig()
     stages: tuple[int, ...] | None = None
     """Encoder stages that are distilled; None is the three deepest."""

@@ -1,4 +1,4 @@
-"""The ablation of METHOD section 8, baselines of the field, and sweeps over any field of a run.
+"""The ablation of docs/method.md, section 8, baselines of the field, and sweeps over any field.
 
 ``python -m experiments.ablation --preset=quick`` trains every row on the same folds with the same
 seeds and steps, one run folder of :mod:`experiments.cv` for each row and seed, and compares them.

@@ -27,8 +27,8 @@ def attention_energy(
 ) -> AttentionMap:
     """How strongly the channels of each voxel respond, before any normalisation.
 
-    ``mean_c abs(F)^p``, or its ``sum`` or ``max`` (METHOD section 2; Zagoruyko & Komodakis, ICLR
-    2017). Computed in float32 whatever the features are in.
+    ``mean_c abs(F)^p``, or its ``sum`` or ``max`` (docs/method.md, section 2; Zagoruyko &
+    Komodakis, ICLR 2017). Computed in float32 whatever the features are in.
 
     Args:
         features: activations of one stage of one modality.
@@ -104,7 +104,9 @@ def correlation(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "b *space m m"]:
-    """How well each modality is expressed by each other one, voxel by voxel (METHOD section 4).
+    """How well each modality is expressed by each other one, voxel by voxel.
+
+    Source: docs/method.md, section 4.
 
     ``r_ij = cos(g_i, alpha_ij g_j^2 + beta_ij g_j + gamma_ij)`` over the channels: in [-1, 1] up
     to rounding, float32. The diagonal is 0. Value and gradient are 0 where either squared norm is

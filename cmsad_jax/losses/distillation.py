@@ -1,4 +1,4 @@
-"""Attention distillation between modalities and between stages (METHOD sections 2 and 3).
+"""Attention distillation between modalities and between stages (docs/method.md, sections 2 and 3).
 
 In every term the teacher's map is under a stop-gradient. Each loss is a value per example: the mean
 over its valid (stage, pair) terms, so that a weight means the same for any number of modalities.
@@ -22,7 +22,7 @@ from cmsad_jax.types import AttentionMap, ConfigError, Features, PerExample, Pre
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """How the attention map of a stage is made from its features (METHOD section 2)."""
+    """How the attention map of a stage is made from its features (docs/method.md, section 2)."""
 
     kind: Literal["mean", "sum", "max"] = "mean"
     """Reduction of ``abs(features) ** exponent`` over the channels."""

@@ -1,4 +1,4 @@
-"""Segmentation losses per example (METHOD section 6).
+"""Segmentation losses per example (docs/method.md, section 6).
 
 One logit means sigmoid, and foreground where ``labels > 0``; several mean softmax over classes,
 background first. All compute in float32 and are finite, with finite gradients, on empty labels.

@@ -1,4 +1,4 @@
-"""U-Net decoder over the fused features, with deep supervision (METHOD section 5)."""
+"""U-Net decoder over the fused features, with deep supervision (docs/method.md, section 5)."""
 
 from collections.abc import Sequence
 

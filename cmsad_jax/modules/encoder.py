@@ -1,4 +1,4 @@
-"""Encoder of one modality (METHOD section 1): one feature for each stage."""
+"""Encoder of one modality (docs/method.md, section 1): one feature for each stage."""
 
 import dataclasses
 import math

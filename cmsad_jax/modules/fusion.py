@@ -1,9 +1,10 @@
 """Fusion of the modalities at one stage: spatial correlated feature fusion, and its baselines.
 
-SCFF follows METHOD section 4, a reconstruction from the abstract's words and from the published
-correlation blocks of Zhou et al. (arXiv 2003.08870, 2104.06231, 2111.01623). All fusions have the
-same input, output and width, take any number of modalities, and see nothing of an absent one.
-Early fusion has no stage of its own: the network then has one encoder of the stacked modalities.
+SCFF follows docs/method.md, section 4: a reconstruction from the abstract's words and from the
+published correlation blocks of Zhou et al. (arXiv 2003.08870, 2104.06231, 2111.01623). All fusions
+have the same input, output and width, take any number of modalities, and see nothing of an absent
+one. Early fusion has no stage of its own: the network then has one encoder of the stacked
+modalities.
 """
 
 import dataclasses

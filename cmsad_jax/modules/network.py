@@ -83,7 +83,7 @@ class NetworkOutput:
 
 
 class CMSAD(nn.Module):
-    """The segmentation network of METHOD sections 1, 4 and 5.
+    """The segmentation network (docs/method.md, sections 1, 4 and 5).
 
     It is a pure function of its inputs, the same in training and prediction: dropping modalities
     is a change of ``present``, made by the caller.
