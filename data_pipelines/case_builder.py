@@ -37,6 +37,7 @@ _SOURCES = (
     "examination.py",
     "file_checks.py",
     "preprocessing.py",
+    "tables.py",
     "volume_io.py",
 )
 
@@ -309,13 +310,15 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
         return f"{self.data_config.target}_{digest[:16]}"
 
-    def _entry_state(self, entry: Any) -> tuple[str, str, list[tuple[str, str, int, int]]]:
+    def _entry_state(self, entry: Any) -> tuple[Any, ...]:
+        """What is stored of a case before its files are read, and the state of these."""
         files = [
             (name, *self._file_state(file))
             for name, path in self.files(entry).items()
             for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
         ]
-        return entry.case_id, getattr(entry, "patient_id", ""), sorted(files)
+        metadata = sorted(getattr(entry, "metadata", {}).items())
+        return entry.case_id, getattr(entry, "patient_id", ""), metadata, sorted(files)
 
     def _file_state(self, path: Path) -> tuple[str, int, int]:
         root = (self.data_config.path or Path()).expanduser()

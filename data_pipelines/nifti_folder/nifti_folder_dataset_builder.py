@@ -1,15 +1,16 @@
 """A user's own files: one folder per case, or the raw layout of nnU-Net. See README.md."""
 
-import csv
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_pipelines.case import DataConfig, DataError, MissingDataError
 from data_pipelines.case_builder import FileCaseBuilder
 from data_pipelines.preprocessing import REFERENCE
+from data_pipelines.tables import read_table
 from data_pipelines.validation import CaseFiles, Problem
 from data_pipelines.volume_io import SUFFIXES
 
@@ -206,14 +207,15 @@ def _read_table(
     path: Path, cases: Sequence[CaseFiles], wanted: Sequence[str]
 ) -> dict[str, dict[str, str]]:
     """The row of each case; nothing if there is no table."""
-    if not path.is_file():
+    if not (path.is_file() or path.is_symlink()):
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"case", "patient"} <= rows[0].keys():
+    rows = read_table(path, ("case", "patient"), remedy="Correct the file.")
+    counts = Counter(row["case"] for row in rows if row["case"])
+    twice = [case_id for case_id, count in counts.items() if count > 1]
+    if twice:
         raise DataError(
-            f"{path} must have the columns case and patient; got "
-            f"{', '.join(rows[0]) if rows else 'no rows'}. Correct the file."
+            f"{path} must have one row for a case; got several for {', '.join(twice[:3])}"
+            f"{f' and {len(twice) - 3} more' if len(twice) > 3 else ''}. Remove all but one."
         )
     table = {row["case"]: row for row in rows}
     unknown = [case.case_id for case in cases if not table.get(case.case_id, {}).get("patient")]
@@ -222,7 +224,7 @@ def _read_table(
             f"{path} must name the patient of every case; got none for {', '.join(unknown[:3])}"
             f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}. Add the rows."
         )
-    named = {name for row in rows for name in (row.get("available") or "").split()}
+    named = {name for row in rows for name in row.get("available", "").split()}
     odd = [name for name in sorted(named) if modality_of(name, (*wanted, *ALIASES)) is None]
     if odd:
         raise DataError(

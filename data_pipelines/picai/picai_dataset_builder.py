@@ -1,6 +1,5 @@
 """PI-CAI in the layout of the challenge. See README.md of this folder."""
 
-import csv
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from data_pipelines.case import DataConfig, DataError, MissingDataError, RawCase
 from data_pipelines.case_builder import FileCaseBuilder
 from data_pipelines.examination import frames_apart
 from data_pipelines.preprocessing import REFERENCE, resample
+from data_pipelines.tables import read_table
 from data_pipelines.validation import CaseFiles, Problem
 from data_pipelines.volume_io import read_volume
 
@@ -241,15 +241,9 @@ def _case_files(
 
 def _read_marksheet(path: Path) -> dict[str, dict[str, str]]:
     """What the challenge's table says of each study, where it is there."""
-    if not path.is_file():
+    if not (path.is_file() or path.is_symlink()):
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"patient_id", "study_id"} <= rows[0].keys():
-        raise DataError(
-            f"{path} must have the columns patient_id and study_id; got "
-            f"{', '.join(rows[0]) if rows else 'no rows'}. Fetch picai_labels again."
-        )
+    rows = read_table(path, ("patient_id", "study_id"), remedy="Fetch picai_labels again.")
     return {
         f"{row['patient_id']}_{row['study_id']}": {
             name: row[name] for name in MARKSHEET_COLUMNS if row.get(name)

@@ -19,7 +19,7 @@ from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder as 
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import modality_of
 from data_pipelines.picai.picai_dataset_builder import Builder as PicaiBuilder
 from data_pipelines.preprocessing import preprocess_case
-from data_pipelines.splits import CaseInfo
+from data_pipelines.splits import CaseInfo, group_folds
 from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_dicom, write_folder
 
 
@@ -320,6 +320,34 @@ def test_faulty_patient_tables_are_refused(tmp_path):
     table.write_text("name,patient\na,p1\n")
     with pytest.raises(DataError, match=r"columns case and patient; got name, patient"):
         FolderBuilder(config)
+    table.write_text("case,patient\na,p1\nb,p2\na,p3\n")
+    with pytest.raises(DataError, match=r"one row for a case; got several for a. Remove all but"):
+        FolderBuilder(config)
+    table.unlink()
+    table.symlink_to("nowhere.csv")  # not the same as no table: each case would be a patient
+    with pytest.raises(DataError, match=r"patients.csv must be a readable file; got: No such file"):
+        FolderBuilder(config)
+
+
+def test_blanks_in_a_table_part_no_patient(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+    (config.path / "patients.csv").write_text(
+        " case , patient,group\na , p1, north\nb,p1 ,north \n"
+    )
+    entries = FolderBuilder(config).entries
+    assert [(e.patient_id, e.metadata) for e in entries] == [("p1", {"group": "north"})] * 2
+
+
+def test_a_mended_table_makes_another_data_set(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
+    table = config.path / "patients.csv"
+    table.write_text("case,patient\na,p1\nb,p2\n")
+    built, _ = build(config)
+    with pytest.raises(DataError, match=r"every case must have a 'group'.* add the column"):
+        group_folds(built.infos, group="group")
+    table.write_text("case,patient,group\na,p1,north\nb,p2,south\n")
+    mended, _ = build(config)
+    assert group_folds(mended.infos, group="group").validation == (("a",), ("b",))
 
 
 def test_cases_without_a_modality_can_be_allowed(tmp_path):

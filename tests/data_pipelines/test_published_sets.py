@@ -113,6 +113,20 @@ def test_picai_keeps_the_marksheet_and_the_published_fold(tmp_path):
         open_builder(config_of("picai", root))
 
 
+def test_a_corrected_marksheet_is_seen(tmp_path):
+    root = tmp_path / "picai"
+    write_study(root, positive=False, label=f"{LESIONS}/AI/Bosma22a")
+    write_marksheet(root, case_csPCa="NO")
+    config = config_of("picai", root)
+    cases_of(config)
+    write_marksheet(root, case_csPCa="YES")
+    with pytest.raises(DataError, match="by an AI, which proves nothing"):
+        open_builder(config).prepare()
+    write_marksheet(root, case_csPCa="NO", center="RUMC")
+    builder, _ = cases_of(config)
+    assert builder.infos[0].metadata["center"] == "RUMC"
+
+
 def test_picai_label_with_a_wrong_direction_is_put_on_the_t2w_grid(tmp_path):
     root = tmp_path / "picai"
     raw = write_study(root, label=None)
