@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.case import DataConfig, DataError, MissingDataError
 from data_pipelines.case_builder import FileCaseBuilder
@@ -25,6 +26,23 @@ GLAND = "gland"
 """Name of the file, or prefix of the nnU-Net folder, with the mask for a crop around the gland."""
 
 _PATIENTS = "patients.csv"
+_ZONES = {
+    *("pz", "tz", "cz", "cg", "afs", "afms", "peripheral_zone", "transition_zone"),
+    *("transitional_zone", "central_zone", "central_gland", "anterior_fibromuscular_stroma"),
+}
+_STRUCTURES = {
+    "lesion": {"lesion", "cancer", "prostate_cancer", "pca", "cspca", "tumor", "tumour"},
+    "gland": {
+        "gland",
+        "wg",
+        "prostate",
+        "prostate_gland",
+        "whole_gland",
+        "whole_prostate",
+        *_ZONES,
+    },
+}
+"""What nnU-Net labels that mean these targets are called."""
 
 
 class Builder(FileCaseBuilder):
@@ -58,11 +76,15 @@ def find_cases(root: Path, config: DataConfig) -> list[CaseFiles]:
 
 def modality_of(name: str, wanted: Sequence[str]) -> str | None:
     """Which of the wanted modalities a file or channel name means; case does not matter."""
-    name = re.sub(r"[\s-]+", "_", name.strip().lower())
+    name = _plain(name)
     for modality in wanted:
         if name in (modality.lower(), *ALIASES.get(modality, ())):
             return modality
     return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def _folder_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list[CaseFiles]:
@@ -188,18 +210,48 @@ def _channels(description: Mapping, wanted: Sequence[str], path: Path) -> dict[i
 
 
 def _check_classes(description: Mapping, config: DataConfig, path: Path) -> None:
-    """For several classes the numbers matter: those of the file must be those of the target."""
+    """Whether the labels that the file names are those of the target, as far as names tell.
+
+    For several classes the numbers matter. For one class every value above 0 is the target, so no
+    name may stand for another structure; of names that are not known, such as grades, all are.
+    """
     labels = description.get("labels")
-    if len(config.classes) == 1 or not isinstance(labels, dict):
+    if not isinstance(labels, dict):
         return
     if all(str(number).isdigit() for number in labels):  # version 1 maps numbers to names
-        labels = {name: int(number) for number, name in labels.items()}
+        labels = {str(name): int(number) for number, name in labels.items()}
+    if len(config.classes) == 1:
+        foreground = {name: n for name, n in labels.items() if n not in (0, "0")}
+        _check_one_class(foreground, config.target, path)
+        return
     given = {str(name).lower(): number for name, number in labels.items()}
     expected = {name: i + 1 for i, name in enumerate(config.classes)}
     if any(given.get(name) != number for name, number in expected.items()):
         raise DataError(
             f"{path} must number the classes of '{config.target}' as {expected}; got {labels}. "
             "Renumber the labels or choose another --data.target."
+        )
+
+
+def _check_one_class(labels: Mapping[str, Any], target: str, path: Path) -> None:
+    """Refuse foreground ``labels`` that name another structure than the target."""
+    names = {name: _plain(name) for name in labels}
+    own = {name for name, plain in names.items() if plain in _STRUCTURES[target]}
+    others = {name for name in names if name not in own} if own else set()
+    for structure, known in _STRUCTURES.items():
+        if structure != target:
+            others |= {name for name, plain in names.items() if plain in known and name not in own}
+    if others:
+        remedy = "Choose another --data.target"
+        if own:
+            values = ", ".join(str(labels[name]) for name in sorted(own))
+            remedy = (
+                f"Make it so with value {values} set to 1 and all others to 0, in labelsTr and in "
+                f'"labels", or choose another --data.target'
+            )
+        raise DataError(
+            f"{path} must name no other structure than the target '{target}', since every value "
+            f"above 0 is taken for it; got {', '.join(sorted(others))}. {remedy}."
         )
 
 

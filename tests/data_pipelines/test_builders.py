@@ -422,9 +422,42 @@ def test_unreadable_dataset_json_is_refused(tmp_path):
 def test_zones_in_another_order_are_refused(tmp_path, labels):
     description = {"channel_names": {"0": "DWI", "1": "T2W", "2": "ADC"}, "labels": labels}
     config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)
-    assert FolderBuilder(config).entries  # for one class the order does not matter
+    assert FolderBuilder(dataclasses.replace(config, target="gland")).entries  # zones make it up
     with pytest.raises(DataError, match=r"number the classes of 'zones' as {'pz': 1, 'tz': 2}"):
         FolderBuilder(dataclasses.replace(config, target="zones"))
+
+
+@pytest.mark.parametrize(
+    ("target", "labels", "text"),
+    [
+        ("lesion", {"PZ": 1, "TZ": 2}, r"than the target 'lesion', .* got PZ, TZ. Choose another"),
+        ("lesion", {"Peripheral Zone": 1}, r"got Peripheral Zone. Choose another --data.target"),
+        ("lesion", {"prostate": 1, "csPCa": 2}, r"got prostate. Make it so with value 2 set to 1"),
+        ("lesion", {"benign": 1, "cancer": 2}, r"got benign. Make it so with value 2 set to 1 and"),
+        ("lesion", {"lesion": 1, "ignore": 2}, r"got ignore. Make it so with value 1 set to 1 and"),
+        ("lesion", {"whole-gland": [1, 2], "lesion": 2}, r"got whole-gland. Make .* value 2 set"),
+        ("gland", {"prostate": 1, "bladder": 2}, r"the target 'gland', .* got bladder. Make it so"),
+        ("gland", {"lesion": 1}, r"the target 'gland', .* got lesion. Choose another"),
+        ("lesion", {"lesion": 1}, None),
+        ("lesion", {"csPCa": 1}, None),
+        ("lesion", {"index lesion": 1}, None),
+        ("lesion", {"ISUP 2": 2, "ISUP 3": 3, "ISUP 4": 4}, None),
+        ("lesion", {"tumor": 1, "cspca": 2}, None),
+        ("gland", {"CG": 1, "PZ": 2}, None),
+    ],
+)
+def test_labels_of_another_structure_are_refused(tmp_path, target, labels, text):
+    description = {"channel_names": {"0": "DWI", "1": "T2W", "2": "ADC"}}
+    description["labels"] = {"background": 0, **labels}
+    root = tmp_path / "data"
+    (root / "imagesTr").mkdir(parents=True)
+    (root / "imagesTr/a_0000.nii.gz").touch()
+    config = dataclasses.replace(write_nnunet(root, description=description), target=target)
+    if text is None:
+        assert FolderBuilder(config).entries
+    else:
+        with pytest.raises(DataError, match=text):
+            FolderBuilder(config)
 
 
 PICAI_PATIENTS = ("10000", "10021", "10574", "10795", "11373")
