@@ -59,7 +59,8 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def __init__(self, config: DataConfig):
         check_preprocess(config)
         self.data_config = config
-        self.entries = list(self.find_cases())
+        with _storage_faults():
+            self.entries = list(self.find_cases())
         with _quiet_tfds():
             super().__init__(
                 data_dir=config.cache.expanduser(),
@@ -312,19 +313,23 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _entry_state(self, entry: Any) -> tuple[Any, ...]:
         """What is stored of a case before its files are read, and the state of these."""
-        files = [
-            (name, *self._file_state(file))
-            for name, path in self.files(entry).items()
-            for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
-        ]
+        with _storage_faults():
+            files = [
+                (name, *self._file_state(file))
+                for name, path in self.files(entry).items()
+                for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
+            ]
         metadata = sorted(getattr(entry, "metadata", {}).items())
         return entry.case_id, getattr(entry, "patient_id", ""), metadata, sorted(files)
 
     def _file_state(self, path: Path) -> tuple[str, int, int]:
         root = (self.data_config.path or Path()).expanduser()
-        state = path.stat()
-        name = path.relative_to(root) if path.is_relative_to(root) else path
-        return name.as_posix(), state.st_size, state.st_mtime_ns
+        name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+        try:
+            state = path.stat()
+        except FileNotFoundError:
+            return name, -1, -1  # a link to nowhere, named with the other problems of its case
+        return name, state.st_size, state.st_mtime_ns
 
     def _remove_empty_folders(self) -> None:
         """TFDS makes a folder for downloads; of a failed build it leaves the empty parents."""
@@ -471,6 +476,20 @@ def _beam_example(
     worker = builder.__new__(builder)  # without listing the cases again
     worker.data_config = config
     return index, _record(worker.examine_anew(entry))
+
+
+@contextlib.contextmanager
+def _storage_faults() -> Iterator[None]:
+    """A fault of the storage while the user's files are listed is one of the data."""
+    try:
+        yield
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"files and folders of the data set must be readable; got: {error.strerror or error}, "
+            f"for {error.filename}. Check the storage and the permissions of --data.path."
+        ) from error
 
 
 @contextlib.contextmanager

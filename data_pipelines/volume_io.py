@@ -103,6 +103,11 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, *, case_id: s
 def _faults_named(path: Path) -> Iterator[None]:
     """Whatever the readers raise on a broken file becomes a ``DataError`` that names it."""
     try:
+        if path.is_symlink() and not path.exists():
+            raise MissingDataError(
+                f"{path} must be a file; got a link that leads nowhere. Fetch the file that it "
+                "stands for (git annex get, datalad get), or copy it there."
+            )
         if not path.exists():
             raise MissingDataError(f"no file at {path}. Check the path.")
         if path.is_dir() and path.name.lower().endswith(SUFFIXES):

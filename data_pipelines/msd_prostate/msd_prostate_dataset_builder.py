@@ -1,5 +1,6 @@
 """Task05 of the Medical Segmentation Decathlon. See README.md of this folder."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def _case_files(file: Path, label: Path, channels: dict[str, int]) -> CaseFiles:
         case_id=case_id,
         patient_id=case_id,
         images=dict.fromkeys(channels, file),
-        label=label if label.is_file() else None,
+        label=label if os.path.lexists(label) else None,
         looked_for={**dict.fromkeys(channels, str(file)), "label": str(label)},
         channels=channels,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -159,9 +160,11 @@ def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
                 case_id=case_id,
                 patient_id=case_id,
                 images={name: images[case_id][name] for name in wanted if name in images[case_id]},
-                label=label if label.is_file() else None,
+                label=label if os.path.lexists(label) else None,
                 looked_for=looked_for,
-                gland=gland if config.preprocess.centre == "gland" and gland.is_file() else None,
+                gland=gland
+                if config.preprocess.centre == "gland" and os.path.lexists(gland)
+                else None,
             )
         )
     return cases
@@ -259,7 +262,7 @@ def _read_table(
     path: Path, cases: Sequence[CaseFiles], wanted: Sequence[str]
 ) -> dict[str, dict[str, str]]:
     """The row of each case; nothing if there is no table."""
-    if not (path.is_file() or path.is_symlink()):
+    if not os.path.lexists(path):
         return {}
     rows = read_table(path, ("case", "patient"), remedy="Correct the file.")
     counts = Counter(row["case"] for row in rows if row["case"])

@@ -1,6 +1,7 @@
 """PI-CAI in the layout of the challenge. See README.md of this folder."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -219,7 +220,7 @@ def _case_files(
 ) -> CaseFiles:
     folders = LABEL_FOLDERS[config.target]
     name = f"{case_id}.nii.gz"
-    source = next((folder for folder in folders if (labels / folder / name).is_file()), None)
+    source = next((folder for folder in folders if os.path.lexists(labels / folder / name)), None)
     looked_for = {
         modality: f"{case_id}_{modality}.mha in {next(iter(images.values())).parent}"
         for modality in config.modalities
@@ -227,7 +228,7 @@ def _case_files(
     looked_for["label"] = f"{name} in {labels}, folders {', '.join(folders)}"
     looked_for["gland"] = f"{name} in {labels / GLAND_FOLDER}"
     gland = labels / GLAND_FOLDER / name
-    around_gland = config.preprocess.centre == "gland" and gland.is_file()
+    around_gland = config.preprocess.centre == "gland" and os.path.lexists(gland)
     return CaseFiles(
         case_id=case_id,
         patient_id=case_id.partition("_")[0],
@@ -241,7 +242,7 @@ def _case_files(
 
 def _read_marksheet(path: Path) -> dict[str, dict[str, str]]:
     """What the challenge's table says of each study, where it is there."""
-    if not (path.is_file() or path.is_symlink()):
+    if not os.path.lexists(path):
         return {}
     rows = read_table(path, ("patient_id", "study_id"), remedy="Fetch picai_labels again.")
     return {

@@ -1,5 +1,6 @@
 """Prostate158 as its authors publish it. See README.md of this folder."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,14 +57,14 @@ def _case_files(folder: Path, config: DataConfig) -> CaseFiles:
     images = {
         name: folder / f"{stem}.nii.gz"
         for name, stem in FILES.items()
-        if name in wanted and (folder / f"{stem}.nii.gz").is_file()
+        if name in wanted and os.path.lexists(folder / f"{stem}.nii.gz")
     }
     anatomy = f"t2_anatomy_reader{config.reader}"
     if config.target == "lesion":
         stems = (f"t2_tumor_reader{config.reader}", f"adc_tumor_reader{config.reader}", EMPTY)
     else:
         stems = (anatomy,)
-    source = next((stem for stem in stems if (folder / f"{stem}.nii.gz").is_file()), None)
+    source = next((stem for stem in stems if os.path.lexists(folder / f"{stem}.nii.gz")), None)
     gland = folder / f"{anatomy}.nii.gz"
     looked_for = {name: f"{FILES.get(name, name)}.nii.gz in {folder}" for name in wanted}
     looked_for["label"] = f"{', '.join(f'{stem}.nii.gz' for stem in stems)} in {folder}"
@@ -75,6 +76,6 @@ def _case_files(folder: Path, config: DataConfig) -> CaseFiles:
         label=folder / f"{source}.nii.gz" if source else None,
         looked_for=looked_for,
         metadata={"part": folder.parent.name, **({"label_source": source} if source else {})},
-        gland=gland if config.preprocess.centre == "gland" and gland.is_file() else None,
+        gland=gland if config.preprocess.centre == "gland" and os.path.lexists(gland) else None,
         label_classes=ZONES_IN_FILE if config.target == "zones" else {},
     )

@@ -94,6 +94,15 @@ def test_picai_takes_the_best_label_there_is(tmp_path, folders):
     assert entry.label == root / LESIONS / folders[0] / "1_100.nii.gz"
 
 
+def test_picai_takes_no_other_label_for_one_that_is_not_fetched(tmp_path):
+    root = tmp_path / "picai"
+    write_study(root, label=f"{LESIONS}/AI/Bosma22a")
+    (root / HUMAN).mkdir(parents=True)
+    (root / HUMAN / "1_100.nii.gz").symlink_to("nowhere")
+    problems = problems_of(config_of("picai", root))
+    assert any("got a link that leads nowhere" in text for _, text in problems)
+
+
 def test_picai_keeps_the_marksheet_and_the_published_fold(tmp_path):
     root = tmp_path / "picai"
     write_study(root, folder="public_images_fold3")

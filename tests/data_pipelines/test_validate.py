@@ -150,6 +150,42 @@ def test_warnings_are_logged_and_do_not_stop_a_run(tmp_path):
     assert "1e-6 mm2/s" in messages[0].replace("\n", " ")
 
 
+def test_files_that_are_not_fetched_are_named_for_every_case(tmp_path, capsys):
+    config = write_folder(tmp_path / "data", *(real_adc(raw_case(name)) for name in "ab"))
+    for name in ("a/adc.nii.gz", "a/lesion.nii.gz", "b/t2w.nii.gz"):
+        (config.path / name).unlink()
+        (config.path / name).symlink_to(".git/annex/objects/absent")
+    status = validate.main(validate.Arguments(config, num_workers=1, output=tmp_path / "out"))
+    table = " ".join(capsys.readouterr().out.split())
+    assert status == 1
+    assert "errors: 3" in table
+    assert table.count("a link") == 3
+    with pytest.raises(DataError, match=r"b/t2w.nii.gz must be a file; got a link that leads now"):
+        open_builder(config).prepare()
+
+
+def test_faults_of_the_storage_are_faults_of_the_data(tmp_path, monkeypatch):
+    config = write_folder(tmp_path / "data", real_adc(raw_case("a")))
+    adc = config.path / "a/adc.nii.gz"
+    content = adc.read_bytes()
+    adc.unlink()
+    adc.symlink_to(adc)
+    with pytest.raises(DataError, match=r"readable; got: Too many levels .*a/adc.nii.gz. Check"):
+        open_builder(config)
+    adc.unlink()
+    adc.write_bytes(content)
+    builder = type(open_builder(config))
+
+    def unreadable(self):
+        raise OSError(5, "Input/output error", str(config.path))
+
+    monkeypatch.setattr(builder, "find_cases", unreadable)
+    with pytest.raises(
+        DataError, match=r"readable; got: Input/output error, for .*data. Check the"
+    ):
+        builder(config)
+
+
 def test_a_wrong_folder_is_one_message(tmp_path):
     config = DataConfig(name="nifti_folder", path=tmp_path / "no", cache=tmp_path / "cache")
     done = run(config, tmp_path)
