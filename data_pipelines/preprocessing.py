@@ -352,7 +352,7 @@ def _check_modalities(raw: RawCase, data: DataConfig) -> None:
     if missing and not data.allow_missing:
         raise MissingDataError(
             f"a case must have every modality; got none for {', '.join(missing)}. Remove the "
-            "case, leave the modality out of --data.modalities or pass --data.allow-missing."
+            "case, leave the modality out of --data.modalities or pass --data.allow-missing True."
         )
 
 

@@ -130,7 +130,7 @@ def _check(
             f"Use --train.crop {fitting}."
         )
     if seed < 0:
-        raise DataError(f"seed must be 0 or more; got {seed}. Use --train.seed 0.")
+        raise DataError(f"seed must be 0 or more; got {seed}. Use --seed 0.")
     if not 0 <= foreground_share <= 1:
         raise DataError(
             f"foreground share must be between 0 and 1; got {foreground_share}. "

@@ -172,8 +172,9 @@ def _in_pool(
     except BrokenProcessPool:
         raise DataError(
             f"every worker process must live to the end; got one of {num_workers} killed, mostly "
-            "for want of memory. Run the command again with fewer --num-workers: finished cases "
-            "are kept. A script of your own must start work under if __name__ == '__main__'."
+            "for want of memory. Run python -m data_pipelines.build --num-workers=1 with the data "
+            "options of this run: finished cases are kept. A script of your own must start work "
+            "under if __name__ == '__main__'."
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)

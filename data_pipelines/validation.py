@@ -172,7 +172,9 @@ def _missing(entry: CaseFiles, config: DataConfig) -> Iterator[Problem]:
             continue
         remedy = "Remove the case"
         if present:
-            remedy += f", use --data.modalities {' '.join(present)} or pass --data.allow-missing"
+            remedy += (
+                f", use --data.modalities {' '.join(present)} or pass --data.allow-missing True"
+            )
         yield Problem(
             entry.case_id,
             None,

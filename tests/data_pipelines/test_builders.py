@@ -135,7 +135,9 @@ def test_all_faults_of_all_cases_are_told_at_once(tmp_path):
     assert "the data set cannot be built; faults: 6, cases: 6." in text
     assert "- d: label values must be whole numbers from 0 to 255" in text
     assert "- a: a case must have every modality; got no 'hbv', looked for hbv{.nii.gz" in text
-    assert "Remove the case, use --data.modalities t2w adc or pass --data.allow-missing." in text
+    assert (
+        "Remove the case, use --data.modalities t2w adc or pass --data.allow-missing True." in text
+    )
     assert "- b: a case must have a label for the target 'lesion'; got none, looked for" in text
     assert "t2w.nii.gz must be a readable image" in text
     assert "- e: 'adc' must overlap the reference image" in text

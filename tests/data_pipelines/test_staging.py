@@ -67,7 +67,9 @@ def test_processes_keep_the_order_and_a_killed_one_is_told():
     )
     assert [name for name, _ in results] == names
     assert os.getpid() not in {process for _, process in results}
-    with pytest.raises(DataError, match=r"must live to the end; got one of 2 killed, .* kept"):
+    with pytest.raises(
+        DataError, match=r"one of 2 killed, .* data_pipelines.build --num-workers=1 with .* kept"
+    ):
         staging.examine_all(Dying(), names, num_workers=2, description="", keep=name_and_process)
 
 
