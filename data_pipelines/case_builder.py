@@ -91,6 +91,10 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """What is wrong with a case as far as it shows without reading its files."""
         return []
 
+    def check_list(self) -> list[validation.Problem]:
+        """What is wrong with the list of cases; a subclass may add to it."""
+        return self.check_ids()
+
     def check_ids(self) -> list[validation.Problem]:
         """Case ids that occur twice or cannot become file names."""
         return validation.check_ids(entry.case_id for entry in self.entries)
@@ -182,7 +186,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """
         if self.is_prepared():
             return
-        problems = self.check_ids()
+        problems = self.check_list()
         if problems or beam_runner is None:
             found = self.examine_all(_problems, num_workers=num_workers, description="Building")
             problems += [problem for case in found for problem in case]

@@ -110,6 +110,14 @@ def examine(
     problems = [*known, *(_problem(case_id, error, files) for error in errors)]
     if raw is None or not any(name in raw.images for name in config.modalities):
         return Examination(case_id, tuple(problems))
+    if case is not None and case.positive and not case.label.any():
+        text = (
+            f"the {config.target} should leave voxels on the reference grid; got none of it at "
+            f"{config.preprocess.spacing_mm} mm, so that nothing of it is learned although the "
+            "case counts as positive. Choose a finer --data.preprocess.spacing-mm, or remove "
+            "the case."
+        )
+        problems.append(Problem(case_id, files.get("label"), text, "warning"))
     problems += [
         Problem(case_id, files.get(part), text, "warning")
         for part, text in _suspicions(raw, config)

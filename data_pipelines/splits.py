@@ -235,6 +235,10 @@ def _read_json(path: Path) -> object:
         raise MissingDataError(f"no fold file at {path}. Check the path.") from None
     except ValueError as error:
         raise DataError(f"{path} must be JSON; got: {error}. Correct the file.") from None
+    except OSError as error:
+        raise DataError(
+            f"{path} must be a file that can be read; got: {error.strerror}. Check the path."
+        ) from None
 
 
 def _fold_list(content: object, path: Path) -> list[dict[str, list[str]]]:

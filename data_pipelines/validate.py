@@ -55,7 +55,7 @@ def validate(builder: CaseBuilder, *, num_workers: int | None = None) -> Finding
     """Read all cases of a data set and gather what is to be said of them."""
     found = builder.examine_all(_kept, num_workers=num_workers, description="Validating")
     facts = {case.case_id: case.facts for case, _ in found if case.facts is not None}
-    problems = builder.check_ids()
+    problems = builder.check_list()
     problems += [problem for case, _ in found for problem in case.problems]
     problems += examination.duplicates(facts)
     tiles = [tile for _, tile in found if tile is not None]

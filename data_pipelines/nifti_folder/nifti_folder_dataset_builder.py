@@ -53,6 +53,10 @@ class Builder(FileCaseBuilder):
         """One entry for each case folder, or each case of ``imagesTr``."""
         return find_cases(self.root(), self.data_config)
 
+    def check_list(self) -> list[Problem]:
+        """Also labels of the nnU-Net layout that have no image."""
+        return [*super().check_list(), *_labels_alone(self.root(), self.entries)]
+
 
 def find_cases(root: Path, config: DataConfig) -> list[CaseFiles]:
     """List the cases under ``root``, in either layout.
@@ -141,7 +145,8 @@ def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
     images: dict[str, dict[str, Path]] = {}
     for path in sorted((root / "imagesTr").glob(f"*{ending}")):
         case_id, _, number = path.name.removesuffix(ending).rpartition("_")
-        if number.isdigit() and int(number) in channels:
+        hidden = case_id.startswith(".")
+        if number.isdigit() and int(number) in channels and not hidden:
             images.setdefault(case_id, {})[channels[int(number)]] = path
     numbers = {name: number for number, name in channels.items()}
     cases = []
@@ -168,6 +173,24 @@ def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
             )
         )
     return cases
+
+
+def _labels_alone(root: Path, cases: Sequence[CaseFiles]) -> list[Problem]:
+    folder = root / "labelsTr"
+    if not (root / "imagesTr").is_dir() or not folder.is_dir():
+        return []
+    known = {case.case_id.lower() for case in cases}
+    return [
+        Problem(
+            path.name[: len(_stem(path))],
+            path,
+            f"{path} should have images; got none for it in {root / 'imagesTr'}, so the case is "
+            "left out. Add the images, or remove the label.",
+            "warning",
+        )
+        for path in sorted(folder.iterdir())
+        if _stem(path) and _stem(path) not in known
+    ]
 
 
 def _read_dataset_json(path: Path) -> dict:
@@ -320,7 +343,8 @@ def _with_row(case: CaseFiles, row: Mapping[str, str], config: DataConfig) -> Ca
 
 def _stem(path: Path) -> str:
     """Lower-case file name without the ending of a volume; empty if it is no volume."""
+    name = path.name.lower()
     for suffix in SUFFIXES:
-        if path.name.endswith(suffix) and not path.name.startswith("."):
-            return path.name.removesuffix(suffix).lower()
+        if name.endswith(suffix) and not name.startswith("."):
+            return name.removesuffix(suffix)
     return ""

@@ -193,7 +193,7 @@ def find_cases(root: Path, config: DataConfig) -> list[CaseFiles]:
     for folder in image_folders:
         for path in sorted(folder.glob("*/*.mha")):
             case_id, _, modality = path.stem.rpartition("_")
-            if modality in wanted:
+            if modality in wanted and not path.name.startswith("."):
                 studies.setdefault(case_id, {})[modality] = path
                 if match := re.fullmatch(r"public_images_fold(\d)", folder.name):
                     folds[case_id] = match[1]

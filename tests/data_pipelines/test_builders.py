@@ -303,6 +303,15 @@ def test_folder_layout_details(tmp_path):
     assert gland[1].label.name == "label.nii.gz"
 
 
+def test_endings_may_be_in_upper_case(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case("a"))
+    for name in ("t2w", "lesion"):
+        (config.path / f"a/{name}.nii.gz").rename(config.path / f"a/{name.upper()}.NII.GZ")
+    _, cases = build(config)
+    assert cases["a"].present.all()
+    assert cases["a"].positive
+
+
 def test_two_files_for_one_modality_are_refused(tmp_path):
     config = write_folder(tmp_path / "data", raw_case())
     save(config.path / "a" / "adc.mha", raw_case().images["adc"])
@@ -378,6 +387,31 @@ def test_nnunet_layout_gives_the_same_cases(tmp_path):
     assert list(cases) == ["p1_s1", "p2_s1"]
     for case_id, case in cases.items():
         assert_same(case, expected[case_id])
+
+
+def test_nnunet_labels_without_an_image_are_warned_of(tmp_path):
+    config = write_nnunet(tmp_path / "data", raw_case("a"))
+    shutil.copy(config.path / "labelsTr/a.nii.gz", config.path / "labelsTr/B_1.nii.gz")
+    (config.path / "labelsTr/._a.nii.gz").touch()
+    builder, cases = build(config)
+    assert list(cases) == ["a"]
+    (problem,) = builder.check_list()
+    assert (problem.case_id, problem.level) == ("B_1", "warning")
+    assert "B_1.nii.gz should have images; got none for it in" in problem.text
+
+
+def test_hidden_files_are_no_cases(tmp_path):
+    nnunet = write_nnunet(tmp_path / "nnunet", raw_case("a"))
+    (nnunet.path / "imagesTr/._a_0000.nii.gz").write_bytes(b"of a Mac")
+    assert [entry.case_id for entry in FolderBuilder(nnunet).entries] == ["a"]
+    folder = tmp_path / "picai/images/1"
+    folder.mkdir(parents=True)
+    (tmp_path / "picai/labels").mkdir()
+    for name in ("1_100_t2w.mha", "._1_100_t2w.mha", ".1_100_adc.mha"):
+        (folder / name).touch()
+    entries = PicaiBuilder(dataclasses.replace(nnunet, path=tmp_path / "picai")).entries
+    assert [entry.case_id for entry in entries] == ["1_100"]
+    assert [*entries[0].images] == ["t2w"]
 
 
 def test_nnunet_version_1_and_its_missing_files(tmp_path):

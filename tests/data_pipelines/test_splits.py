@@ -95,6 +95,8 @@ def test_faulty_published_folds_are_refused(tmp_path):
     path = tmp_path / "f.json"
     with pytest.raises(MissingDataError, match=r"no fold file at .*f.json"):
         load_published(path, infos(3))
+    with pytest.raises(DataError, match=r"a file that can be read; got: Is a directory. Check the"):
+        load_published(tmp_path, infos(3))
     path.write_text("{")
     with pytest.raises(DataError, match=r"must be JSON"):
         load_published(path, infos(3))

@@ -238,6 +238,25 @@ def test_labels_of_odd_size_or_place_are_warned_of():
     assert any("should lie within the crop of (6, 16, 16)" in text for text in texts(raw))
 
 
+def test_a_lesion_too_thin_for_the_grid_is_warned_of():
+    raw = real_adc(raw_case())
+    raw.label.array[:] = 0
+    raw.label.array[4, 10:12, 10:12] = 1
+    coarse = dataclasses.replace(SMALL, spacing_mm=(3.0, 4.0, 4.0), size=(6, 6, 6))
+    found = examine("a", raw, (), {}, DataConfig(preprocess=coarse))
+    assert found.case.positive
+    assert not found.case.label.any()
+    assert not found.faulty
+    assert any(
+        "the lesion should leave voxels on the reference grid; got none of it at (3.0, 4.0, 4.0)"
+        in problem.text
+        for problem in found.problems
+        if problem.level == "warning"
+    )
+    fine = examine("a", raw, (), {}, DataConfig(preprocess=SMALL))
+    assert not any("should leave voxels" in problem.text for problem in fine.problems)
+
+
 def test_images_that_occur_twice():
     def facts(patient, **hashes):
         return Facts(patient, {}, {}, hashes, ())
