@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from absl import logging as absl_logging
 from data_pipelines import beam, examination, staging, validation
 from data_pipelines.case import Case, DataConfig, DataError, MissingDataError, RawCase, raise_all
 from data_pipelines.examination import Examination
+from data_pipelines.files import whole_file
 from data_pipelines.preprocessing import check_preprocess
 from data_pipelines.splits import CaseInfo
 from data_pipelines.volume_io import read_volume
@@ -291,10 +291,8 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "preprocess": dataclasses.asdict(self.data_config.preprocess),
             "cases": stored,
         }
-        file = Path(self.data_dir) / _INFO_FILE
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, file)
+        with whole_file(Path(self.data_dir) / _INFO_FILE) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
 
     @functools.cached_property
     def _dependencies(self) -> dict[str, Any]:

@@ -7,11 +7,11 @@ list, in which PI-CAI publishes its folds, can be read as well.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.files import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,9 @@ class Folds:
     def save(self, path: Path) -> None:
         """Write the fold file, whole or not at all."""
         folds = [{"train": self.training(i), "val": ids} for i, ids in enumerate(self.validation)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps({"sha256": self.sha256, "folds": folds}, indent=1) + "\n")
-        os.replace(partial, path)
+        content = json.dumps({"sha256": self.sha256, "folds": folds}, indent=1)
+        with whole_file(path) as partial:
+            partial.write_text(content + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Folds":

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data_pipelines.case import Case, DataError
 from data_pipelines.examination import Examination, Facts
+from data_pipelines.files import whole_file
 from data_pipelines.validation import Problem
 
 _CASES_WORTH_A_POOL = 200
@@ -51,14 +52,8 @@ def save(path: Path, examination: Examination) -> None:
             for problem in examination.problems
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, content=np.array(json.dumps(content)), **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, content=np.array(json.dumps(content)), **arrays)
 
 
 def load(path: Path) -> Examination | None:

@@ -6,7 +6,6 @@ millimetres, as nibabel gives it. SimpleITK's LPS is turned into RAS here and no
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import SimpleITK as sitk
 
 from data_pipelines import dicom, file_checks
 from data_pipelines.case import DataError, MissingDataError, Volume
+from data_pipelines.files import whole_file
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd")
@@ -82,21 +82,15 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, *, case_id: s
     """
     if array.dtype not in (np.uint8, np.float32):
         raise TypeError(f"array must be uint8 or float32; got {array.dtype}. Convert it first.")
-    suffix = next((s for s in NIFTI_SUFFIXES if path.name.endswith(s)), None)
-    if suffix is None:
+    if not path.name.endswith(NIFTI_SUFFIXES):
         raise ValueError(f"path must end in .nii.gz or .nii; got {path.name}. Rename it.")
     image = nib.Nifti1Image(array.T, affine)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = case_id.encode()[:79]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name.removesuffix(suffix)}.{os.getpid()}{suffix}")
-    try:
+    with whole_file(path) as partial:
         nib.save(image, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
