@@ -1,5 +1,6 @@
 import gzip
 import os
+import re
 
 import nibabel as nib
 import numpy as np
@@ -162,6 +163,8 @@ def header(**fields):
         ({"dim": (3, 2, 3, 5, 1, 1, 1, 1)}, r"got: 376 bytes for the 382 that its header declares"),
         ({"vox_offset": 10}, r"got: voxels that begin at byte 10"),
         ({"scl_slope": np.inf}, r"got: the intensity scale inf"),
+        ({"sizeof_hdr": 347}, r"must be a readable image; got: no NIfTI header. Copy or convert"),
+        ({"magic": b"nix"}, r"must be a readable image; got: the magic b'nix.*'. Copy or convert"),
     ],
 )
 def test_nifti_headers_that_lie_are_refused(tmp_path, fields, text):
@@ -180,6 +183,38 @@ def test_text_headers_must_name_place_and_file(tmp_path):
     (tmp_path / "v.mhd").write_text(text.replace("= v.", "= w."))
     with pytest.raises(MissingDataError, match=r"one file that holds its voxels; got 'w\."):
         read_volume(tmp_path / "v.mhd")
+
+
+@pytest.mark.parametrize(
+    ("ending", "line", "text"),
+    [
+        ("mha", None, r"got: no MetaImage header"),
+        ("mha", b"NDims = 2", r"got: NDims 2 with DimSize 4 3 2"),
+        ("mha", b"ElementType = MET_OTHER", r"got: voxels of type MET_OTHER, or as text"),
+        ("mha", b"BinaryData = False", r"got: voxels of type MET_UCHAR, or as text"),
+        ("mha", b"ElementDataFile = LIST", r"got: a list of files"),
+        ("mha", b"CompressedData = Maybe", r"got: CompressedData 'Maybe'"),
+        ("nrrd", None, r"got: no NRRD header"),
+        ("nrrd", b"dimension: 2", r"got: dimension 2 with 3 sizes"),
+        ("nrrd", b"type: block", r"got: type 'block' in encoding '(gzip|raw)'"),
+        ("nrrd", b"encoding: bzip2", r"got: type '\w+( \w+)*' in encoding 'bzip2'"),
+        ("nrrd", b"space: scanner-xyz", r"got: the space 'scanner-xyz'"),
+    ],
+)
+def test_text_headers_of_what_cannot_be_read_are_refused(tmp_path, ending, line, text):
+    path = tmp_path / f"v.{ending}"
+    save(path, Volume(np.zeros((2, 3, 4), np.uint8), np.eye(4)))
+    content = path.read_bytes()
+    if line is None:
+        content = b"this is no image\n" + content
+    else:
+        key = re.escape(re.match(rb"\w+ ?[=:]", line)[0])
+        content, replaced = re.subn(rb"(?m)^" + key + rb".*$", line, content, count=1)
+        assert replaced
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"must be a readable image; " + text) as caught:
+        read_volume(path)
+    assert caught.value.file == path
 
 
 def test_what_is_no_file_is_refused(tmp_path):
