@@ -9,12 +9,9 @@ machines. A run finds what was built by the same ``--data`` options.
 """
 
 import dataclasses
-import sys
 
-import tyro
-
-from data_pipelines import loading, validate
-from data_pipelines.case import DataConfig, DataError
+from data_pipelines import command_line, loading, validate
+from data_pipelines.case import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +34,8 @@ class Arguments:
     beam: BeamConfig = BeamConfig()
 
 
-def main(arguments: Arguments) -> None:
-    """Build the data set, unless it is built."""
+def main(arguments: Arguments) -> int:
+    """Build the data set, unless it is built; the exit status."""
     builder = loading.open_builder(arguments.data)
     if arguments.beam.runner is None:
         validate.check(arguments.data, print, num_workers=arguments.num_workers)
@@ -51,21 +48,13 @@ def main(arguments: Arguments) -> None:
     print(
         f"{len(builder.infos)} cases, {positive} with {arguments.data.target}: {builder.data_dir}"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(
-            tyro.cli(
-                Arguments,
-                prog="python -m data_pipelines.build",
-                description="Build a data set ahead of the runs that use it.",
-                config=(tyro.conf.FlagConversionOff,),
-            )
-        )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; finished cases are kept, run again to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+    command_line.run(
+        main,
+        Arguments,
+        module="data_pipelines.build",
+        description="Build a data set ahead of the runs that use it.",
+    )

@@ -7,14 +7,11 @@ that building continues from there.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
-
-from data_pipelines import contact_sheet, examination, loading, validation
+from data_pipelines import command_line, contact_sheet, examination, loading, validation
 from data_pipelines.case import DataConfig, DataError
 from data_pipelines.case_builder import CaseBuilder
 
@@ -118,16 +115,9 @@ def main(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        status = main(
-            tyro.cli(
-                Arguments,
-                prog="python -m data_pipelines.validate",
-                description="Say everything that is wrong with a data set.",
-                config=(tyro.conf.FlagConversionOff,),
-            )
-        )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    raise SystemExit(status)
+    command_line.run(
+        main,
+        Arguments,
+        module="data_pipelines.validate",
+        description="Say everything that is wrong with a data set.",
+    )
