@@ -51,6 +51,7 @@ import surface_distance
 import tyro
 
 from data_pipelines.case import TARGET_CLASSES, DataError, MissingDataError
+from data_pipelines.tables import read_table
 from data_pipelines.volume_io import read_volume
 from experiments import lesions, statistics
 from experiments.runtime import run_main
@@ -464,6 +465,9 @@ class EvaluateConfig:
     """What the labels mean; of a target with one class every label above 0 is foreground."""
     threshold: float = 0.5
     """Probabilities above this are foreground."""
+    patients: Path | None = None
+    """Table (CSV) with the columns case and patient, for several files of a patient; by default
+    each file is a patient, over whom intervals are."""
     output: Path | None = None
     """Folder for metrics.json and metrics.csv; by default nothing is written."""
 
@@ -471,7 +475,26 @@ class EvaluateConfig:
 def evaluate_folders(config: EvaluateConfig) -> dict[str, Any]:
     """Summary (without folds) of all files of ``config.predictions``, read one after the other."""
     names = _paired_names(config.predictions, config.labels)
-    return summarise([row for name in names for row in _evaluate_file(config, name)])
+    patients = _patients_of(config.patients, [_case_id(name) for name in names])
+    return summarise([row for name in names for row in _evaluate_file(config, name, patients)])
+
+
+def _case_id(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _patients_of(table: Path | None, cases: Sequence[str]) -> dict[str, str]:
+    """The patient of each case."""
+    if table is None:
+        return {case: case for case in cases}
+    rows = read_table(table, ("case", "patient"), remedy="Name a table of cases and patients.")
+    patients = {row["case"]: row["patient"] for row in rows}
+    if lacking := [case for case in cases if not patients.get(case)]:
+        raise DataError(
+            f"{table} must name the patient of every case; got none of {', '.join(lacking[:5])}. "
+            "Add these rows."
+        )
+    return patients
 
 
 def _paired_names(predictions: Path, labels: Path) -> list[str]:
@@ -498,7 +521,7 @@ def _paired_names(predictions: Path, labels: Path) -> list[str]:
     return sorted(predicted)
 
 
-def _evaluate_file(config: EvaluateConfig, name: str) -> list[Row]:
+def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str]) -> list[Row]:
     prediction, label = read_volume(config.predictions / name), read_volume(config.labels / name)
     if not np.allclose(prediction.affine, label.affine, atol=1e-3):
         raise DataError(
@@ -517,8 +540,8 @@ def _evaluate_file(config: EvaluateConfig, name: str) -> list[Row]:
         metrics = case_metrics(predicted, truth, label.spacing_mm, classes, config.threshold)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
-    case_id = name.removesuffix(".gz").removesuffix(".nii")
-    identity: dict[str, Any] = {"case_id": case_id, "patient_id": case_id, "fold": None}
+    case_id = _case_id(name)
+    identity: dict[str, Any] = {"case_id": case_id, "patient_id": patients[case_id], "fold": None}
     if config.target == lesions.TARGET and np.issubdtype(predicted.dtype, np.floating):
         identity |= {"detection": lesions.detect(predicted, truth)}
     return [{**identity, "class": name, **values} for name, values in metrics.items()]

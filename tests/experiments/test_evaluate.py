@@ -360,6 +360,21 @@ def test_probabilities_are_evaluated_for_detection_too(folders, tmp_path, capsys
     assert "lesions:" not in capsys.readouterr().out
 
 
+def test_files_of_a_patient_count_as_one_where_a_table_says_so(folders, tmp_path):
+    predictions, labels = folders
+    arguments = [str(predictions), str(labels), f"--output={tmp_path}"]
+    main(arguments)
+    assert read_metrics(tmp_path)["num_patients"]["lesion"]["dice"] == 2
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient\nx,p\ny,p\n")
+    main([*arguments, f"--patients={table}"])
+    assert read_metrics(tmp_path)["num_patients"]["lesion"]["dice"] == 1
+    assert read_metrics(tmp_path)["interval"]["lesion"]["dice"] is None
+    table.write_text("case,patient\nx,p\n")
+    with pytest.raises(DataError, match=r"must name the patient of every case; got none of y\."):
+        main([*arguments, f"--patients={table}"])
+
+
 def test_command_refuses_faulty_folders(folders, tmp_path):
     predictions, labels = folders
     arguments = [str(predictions), str(labels)]
