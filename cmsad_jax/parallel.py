@@ -51,7 +51,8 @@ class ParallelStep:
         place_batch: splits a batch of host arrays over the devices; with several processes, the
             share of this process: equal parts in the order of the processes.
         step: ``(state, batch) -> (state, metrics)``; consumes the state.
-        fetch_state: the state as it is on one device, for evaluation and checkpoints.
+        fetch_state: the state as it is on one device, for evaluation and checkpoints; with several
+            processes, as host arrays.
     """
 
     place_state: Callable[[PyTree], PyTree]
@@ -65,11 +66,13 @@ def parallelize(
     *,
     mode: Literal["jit", "pmap"] = "jit",
     devices: Sequence[Device] | None = None,
+    stacked: bool = False,
     compiler_options: dict[str, Any] | None = None,
 ) -> ParallelStep:
     """Compile ``step(state, batch, axis_name=...)`` over ``devices`` (all by default).
 
-    ``compiler_options`` are XLA's, under ``jit``.
+    ``stacked``: the step is :func:`cmsad_jax.training.train_steps` and takes several batches at
+    once, stacked along a new first axis. ``compiler_options`` are XLA's, under ``jit``.
 
     Raises:
         ConfigError: for ``pmap`` with several processes; from ``place_batch``, if a batch does not
@@ -79,15 +82,17 @@ def parallelize(
 
     def checked(batch):
         num_local = sum(device.process_index == jax.process_index() for device in devices)
-        check_batch_size(len(jax.tree.leaves(batch)[0]), num_local)
+        check_batch_size(jax.tree.leaves(batch)[0].shape[axis], num_local)
         return batch
 
+    axis = 1 if stacked else 0
     if mode == "jit":
         mesh = data_mesh(devices)
         replicated = NamedSharding(mesh, PartitionSpec())
-        split = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+        split = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA_AXIS))
+        several = jax.process_count() > 1
         return ParallelStep(
-            place_state=lambda state: jax.device_put(state, replicated),
+            place_state=lambda state: _place(state, replicated),
             place_batch=lambda batch: _place(checked(batch), split),
             step=jax.jit(
                 step,
@@ -96,7 +101,7 @@ def parallelize(
                 donate_argnums=0,
                 compiler_options=compiler_options,
             ),
-            fetch_state=lambda state: state,
+            fetch_state=jax.device_get if several else lambda state: state,
         )
     if jax.process_count() > 1:
         raise ConfigError(
@@ -106,9 +111,13 @@ def parallelize(
 
     def split_batch(batch):
         count = len(devices)
-        return jax.tree.map(
-            lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), checked(batch)
-        )
+
+        def split(x):
+            before, size = x.shape[:axis], x.shape[axis]
+            parts = x.reshape(*before, count, size // count, *x.shape[axis + 1 :])
+            return parts.swapaxes(0, axis)
+
+        return jax.tree.map(split, checked(batch))
 
     mapped = jax.pmap(
         partial(step, axis_name=DATA_AXIS), axis_name=DATA_AXIS, devices=devices, donate_argnums=0
@@ -132,12 +141,12 @@ def parallelize(
     )
 
 
-def _place(batch: PyTree, sharding: NamedSharding) -> PyTree:
+def _place(arrays: PyTree, sharding: NamedSharding) -> PyTree:
     """Arrays over the devices of ``sharding``; with several processes, from the parts of each."""
     if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
+        return jax.device_put(arrays, sharding)
     return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), arrays
     )
 
 

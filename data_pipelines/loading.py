@@ -195,6 +195,7 @@ def train_batches(
     foreground_share: float = 1 / 3,
     start_step: int = 0,
     num_threads: int = 2,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Batches of crops for the steps from ``start_step`` up to ``num_steps``.
 
@@ -212,14 +213,14 @@ def train_batches(
         foreground_share: of the crops, drawn to hold foreground, balanced over positive cases.
         start_step: steps that were made before.
         num_threads: that read; 0 reads in the calling thread.
+        part: ``(i, n)`` reads part ``i`` of the ``n`` equal ones of each batch: that of one of
+            several processes.
 
     Raises:
-        DataError: at once, not at the first batch: an unknown case; or see ``SamplingPlan``.
+        DataError: at once, not at the first batch: an unknown case, or a batch that has no such
+            parts; or see ``SamplingPlan``.
     """
-    if batch_size < 1:
-        raise DataError(
-            f"batch size must be 1 or more; got {batch_size}. Use --train.batch-size 2."
-        )
+    rows = _rows(batch_size, part)
     plan = sampling_plan(
         source,
         case_ids,
@@ -243,8 +244,28 @@ def train_batches(
             "case_index": np.int32(drawn.case_index),
         }
 
-    examples = grain.MapDataset.range(start_step * batch_size, num_steps * batch_size).map(example)
-    return iter(examples.batch(batch_size).to_iter_dataset(_read_options(num_threads)))
+    def of_part(number: int) -> dict[str, Any]:
+        step, row = divmod(number, len(rows))
+        return example(step * batch_size + rows[row])
+
+    examples = grain.MapDataset.range(start_step * len(rows), num_steps * len(rows)).map(of_part)
+    return iter(examples.batch(len(rows)).to_iter_dataset(_read_options(num_threads)))
+
+
+def _rows(batch_size: int, part: tuple[int, int]) -> range:
+    """Examples of each batch that belong to part ``i`` of ``n``."""
+    index, count = part
+    if batch_size < 1:
+        raise DataError(
+            f"batch size must be 1 or more; got {batch_size}. Use --train.batch-size 2."
+        )
+    if batch_size % count:
+        raise DataError(
+            "batch size must be divisible by the number of processes that read it; "
+            f"got {batch_size} and {count}. Use --train.batch-size {2 * count}."
+        )
+    size = batch_size // count
+    return range(index * size, (index + 1) * size)
 
 
 def train_plans(
@@ -258,12 +279,14 @@ def train_plans(
     foreground_share: float = 1 / 3,
     start_step: int = 0,
     num_threads: int = 2,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Where the crops of ``train_batches`` lie, instead of the crops: for cases on the device.
 
     ``case_index``: int32 ``b``; ``offset``: int32 ``b 3``; ``key`` as in a batch. Arguments and
     errors are those of ``train_batches``.
     """
+    rows = _rows(batch_size, part)
     plan = sampling_plan(
         source,
         case_ids,
@@ -275,7 +298,7 @@ def train_plans(
 
     def batches():
         for step in range(start_step, num_steps):
-            drawn = [plan[step * batch_size + i] for i in range(batch_size)]
+            drawn = [plan[step * batch_size + i] for i in rows]
             yield {
                 "case_index": np.array([one.case_index for one in drawn], np.int32),
                 "offset": np.array([one.offset for one in drawn], np.int32),

@@ -160,7 +160,7 @@ class Checkpoints:
                 shutil.rmtree(left)
             try:
                 partial.mkdir()
-                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                with _checkpointer() as checkpointer:
                     checkpointer.save(partial / _STATE, args=ocp.args.PyTreeSave(state))
                 (partial / _RECORD).write_text(json.dumps(record))
                 (partial / _MANIFEST).write_text(json.dumps(_sums(partial), indent=1))
@@ -276,7 +276,7 @@ def load_params(run: Path, fold: int, *, checkpoint: str = "last") -> Any:
             f"training must have ended; {path} is of step {record['step']} of {steps}. "
             "Finish the fold with python -m experiments.cv."
         )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         tree = checkpointer.metadata(path / _STATE).item_metadata.tree
         wanted = jax.tree.map(lambda _: 0, {"average": tree["average"]})
         return checkpointer.restore(
@@ -289,7 +289,7 @@ def load_params(run: Path, fold: int, *, checkpoint: str = "last") -> Any:
 
 def _restore_state(path: Path, record: Mapping[str, Any], like: TrainState) -> TrainState:
     """The state of a verified checkpoint, placed as ``like`` is."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         try:
             state = checkpointer.restore(
                 path / _STATE,
@@ -306,6 +306,18 @@ def _restore_state(path: Path, record: Mapping[str, Any], like: TrainState) -> T
         return jax.device_put(value, target.sharding)
 
     return jax.tree_util.tree_map_with_path(place, state, like)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Orbax for this process alone: of several, only one writes and reads, and waits for none."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix="checkpoint",
+    )
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
+    )
 
 
 def _other_network(path: Path, record: Mapping[str, Any], came: str) -> str:

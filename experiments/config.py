@@ -54,8 +54,27 @@ class TrainConfig:
     """Steps between checkpoints, which a killed run continues from with the same result."""
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient is not finite."""
+    steps_per_call: int | None = None
+    """Steps in one call of the device, which then does not wait for its host; does not change the
+    losses. By default 1 on CPUs, whose convolutions are slow in such a loop, and up to 10 on
+    accelerators, as divides the steps between checkpoints."""
     accumulation: int = 1
     """Parts of a batch that go through the network one after another, to save memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes in one run, each with its own devices and its part of every batch."""
+
+    launcher: Literal["auto", "detect", "none"] = "auto"
+    """auto: as many processes as Slurm or Open MPI announce; detect: as JAX finds out, which knows
+    Kubernetes and TPU pods as well; none: one process, whoever started it."""
+    coordinator: str | None = None
+    """Address host:port of process 0, where processes are started by hand."""
+    num_processes: int | None = None
+    """How many are started by hand."""
+    process_id: int | None = None
+    """Which of them this is, from 0; process 0 writes the run folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +103,7 @@ class Config:
     """Where to compute; auto takes the best there is."""
     parallel: Literal["jit", "pmap"] = "jit"
     """How a step is spread over the devices."""
+    distributed: DistributedConfig = DistributedConfig()
     output: Path | None = None
     """Run folder; by default named after preset, data, target and modalities under runs/."""
     num_folds: int = 5
@@ -170,6 +190,11 @@ _NOT_IDENTITY = (
     "data.cache",
     "data.residency",
     "train.read_threads",
+    "train.steps_per_call",
+    "distributed.launcher",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
     "train.accumulation",
     "network.rematerialize",
     "train.checkpoint_every",
@@ -258,6 +283,11 @@ def complete(config: Config) -> Config:
                 raise ConfigError(
                     f"{option} must be {rule}; got {value}. Use --{option}={usual:g}, the default."
                 )
+    if train.steps_per_call is not None and train.steps_per_call < 1:
+        raise ConfigError(
+            f"train.steps-per-call must be at least 1; got {train.steps_per_call}. "
+            "Use --train.steps-per-call=1."
+        )
     size = data.preprocess.size
     if any(n > limit for n, limit in zip(train.crop, size, strict=True)):
         raise ConfigError(

@@ -4,6 +4,7 @@
 their own T2W files, measures, and writes the report. Folds that are done are not done again.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -18,9 +19,9 @@ import numpy as np
 from cmsad_jax.types import ConfigError, Device
 from data_pipelines import loading, preprocessing, splits, validate, volume_io
 from data_pipelines.case import Case, DataError, spacing_of
-from experiments import evaluate, lesions, report, tensorboard
+from experiments import evaluate, feed, hosts, lesions, report, tensorboard
 from experiments.checkpoints import file_sha256
-from experiments.config import Config, differences, from_json, parse, to_json
+from experiments.config import Config, differences, flatten, from_json, parse, to_json
 from experiments.runtime import (
     LOCK,
     TEMPORARY,
@@ -51,7 +52,8 @@ from experiments.train import (
 def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
     """Run the folds asked for and report on all that are done; returns what ``metrics.json`` holds.
 
-    ``programs`` are those of a run that differs in seed and folder alone; None compiles them.
+    ``programs`` are those of a run that differs in seed and folder alone; None compiles them. Of
+    several processes (:mod:`experiments.hosts`) the first alone writes and returns something.
 
     Raises:
         ConfigError: for settings that cannot work, or a run folder of another configuration.
@@ -63,18 +65,47 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
     programs = programs or compile_programs(config, devices)
     output = config.output
     assert output is not None, "complete() names the run folder"
-    refuse_other_run(output, config)
+    with hosts.first_alone("open the run folder and the data set"):
+        source = None
+        if hosts.is_first():
+            refuse_other_run(output, config)
+            source = open_source(config)
+    if source is None:
+        source = open_source(config)  # built by now, if its folder is that of process 0
+    folds = make_folds(config, source)
+    hosts.must_agree(
+        "configuration, data and folds",
+        digest_of(config, source, folds),
+        "Start all of them with the same options, on copies of the same data.",
+    )
+    with contextlib.ExitStack() as held:
+        with hosts.first_alone("open the run folder"):
+            if hosts.is_first():
+                with naming_path(output):
+                    output.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(output))
+                refuse_other_run(output, config)
+                remove_temporary_files(output)
+                open_run(output, config, source, folds)
+        return run_folds(config, devices, programs, source, folds)
+
+
+def open_source(config: Config) -> loading.CaseSource:
+    """The run's data set, checked, and built where it has not been."""
     with naming_path(config.data.cache.expanduser(), "build the data set"):
         validate.check(config.data, log)
-        source = loading.build(config.data)
-    folds = make_folds(config, source)
-    with naming_path(output):
-        output.mkdir(parents=True, exist_ok=True)
-    with locked(output):
-        refuse_other_run(output, config)
-        remove_temporary_files(output)
-        open_run(output, config, source, folds)
-        return run_folds(config, devices, programs, source, folds)
+        return loading.build(config.data)
+
+
+def digest_of(config: Config, source: loading.CaseSource, folds: splits.Folds) -> str:
+    """SHA-256 of what processes of one run have in common."""
+    asked = {
+        key: value
+        for key, value in flatten(to_json(config)).items()
+        if key not in ("distributed.process_id", "data.cache", "data.path", "folds_file", "output")
+    }
+    facts = [asked, source.fingerprint, folds.sha256]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def run_folds(
@@ -93,14 +124,27 @@ def run_folds(
         f"{config.num_folds} folds over patients; {devices[0].device_kind} x {len(devices)}; "
         f"run folder {output}"
     )
-    baseline = mean_shape_baseline(config, source, folds)
+    where, why = feed.residency(config, source)
+    log(
+        ("batches from the host" if where == "host" else "cases resident on the device")
+        + f": {why}"
+        + ("" if programs.several is None else f"; {programs.steps_per_call} steps in each call")
+    )
     selected = range(config.num_folds) if config.folds is None else config.folds
-    for fold in selected:
-        if (output / f"fold_{fold}" / "metrics.json").exists():
+    todo = np.array([not is_done(output, fold) for fold in selected])
+    for fold, wanted in zip(selected, hosts.of_first(todo), strict=True):
+        if not wanted:
             log(f"fold {fold + 1}/{config.num_folds}: done before")
             continue
         run_fold(config, programs, source, folds, fold, output / f"fold_{fold}")
-    return finish(config, output, baseline)
+    if not hosts.is_first():
+        return {}
+    return finish(config, output, mean_shape_baseline(config, source, folds))
+
+
+def is_done(output: Path, fold: int) -> bool:
+    """Whether a fold of the run folder is trained and measured."""
+    return (output / f"fold_{fold}" / "metrics.json").exists()
 
 
 def refuse_other_run(output: Path, config: Config) -> None:
@@ -183,13 +227,17 @@ def run_fold(
     fold: int,
     directory: Path,
 ) -> None:
-    """Train, predict and measure what is not done yet; ``metrics.json``, written last, ends it."""
-    with naming_path(directory):
-        directory.mkdir(exist_ok=True)
+    """Train, predict and measure what is not done yet; ``metrics.json``, written last, ends it.
+
+    Of several processes, all train and the first does the rest.
+    """
+    if hosts.is_first():
+        with naming_path(directory):
+            directory.mkdir(exist_ok=True)
     title = f"fold {fold + 1}/{config.num_folds}"
     validation = folds.validation[fold]
     first = fold == (config.folds or [0])[0]
-    with profiled(config.profile if first else None):
+    with profiled(config.profile if first and hosts.is_first() else None):
         params, summary = train_fold(
             config,
             programs,
@@ -199,6 +247,8 @@ def run_fold(
             validation=validation,
             directory=directory,
         )
+    if not hosts.is_first():
+        return
     tensorboard.write_events(directory / "history.csv", directory / "tensorboard")
     started = time.perf_counter()
     weights = weights_sha256(params)
@@ -224,7 +274,7 @@ def run_fold(
     for case_id in cases_to_show(rows, config.predict.figures):
         save_figure(config, programs, params, source[case_id], directory)
     summary["predict_s"] = round(time.perf_counter() - started, 2)
-    summary["peak_memory_gb"] = round(peak_memory_bytes(jax.devices()[0]) / 1e9, 2)
+    summary["peak_memory_gb"] = round(peak_memory_bytes(jax.local_devices()[0]) / 1e9, 2)
     write_json(directory / "metrics.json", {"metric_per_case": rows, "summary": summary})
     dice = [row["dice"] for row in rows if row["dice"] is not None]
     result = f"Dice {np.mean(dice):.3f} over {len(dice)}" if dice else "no positive case, no Dice"
@@ -459,7 +509,9 @@ def read_json(path: Path) -> Any:
 
 def main() -> None:
     """Command line."""
-    run(parse(prog="python -m experiments.cv"))
+    config = parse(prog="python -m experiments.cv")
+    hosts.join(config.distributed)
+    run(config)
 
 
 if __name__ == "__main__":

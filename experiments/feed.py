@@ -23,13 +23,13 @@ def choose_residency(requested: str, num_bytes: int, device_bytes: int | None) -
 
     Args:
         requested: ``auto``, ``device`` or ``host``.
-        num_bytes: size of all training cases of a fold.
+        num_bytes: size of all cases.
         device_bytes: memory of an accelerator; None for a CPU, whose memory is the host's.
 
     Raises:
         ConfigError: if the device is asked for and cannot hold the cases.
     """
-    size = f"{num_bytes / 1e9:.2f} GB of training cases"
+    size = f"{num_bytes / 1e9:.2f} GB of cases"
     if requested == "device" and device_bytes is not None and num_bytes > device_bytes:
         raise ConfigError(
             "resident cases must fit into the memory of one device; "
@@ -44,17 +44,27 @@ def choose_residency(requested: str, num_bytes: int, device_bytes: int | None) -
     return "host", f"{size} exceed a quarter of {device_bytes / 1e9:.0f} GB"
 
 
+def residency(config: Config, source: loading.CaseSource) -> tuple[str, str]:
+    """``choose_residency`` for a run: all its folds are fed in the same way.
+
+    It goes by the size of all cases, a little more than those of a fold's training.
+    """
+    return choose_residency(
+        config.data.residency,
+        loading.resident_bytes(source, source.case_ids),
+        memory.limit_bytes(jax.local_devices()[0]),
+    )
+
+
 class Feed:
     """Batches as ``loading.train_batches`` gives them, on the host or on the device.
 
     Attributes:
         waited_s: time for which the caller has waited for batches.
-        description: where the cases lie and why, for the log.
     """
 
-    def __init__(self, batches: Iterator[loading.Batch], description: str):
+    def __init__(self, batches: Iterator[loading.Batch]):
         self._batches = batches
-        self.description = description
         self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[loading.Batch]:
@@ -76,6 +86,7 @@ def training_feed(
     seed: int,
     foreground_share: float,
     start_step: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Feed:
     """The batches of one fold from ``start_step`` on, the same from the host and on the device.
 
@@ -86,8 +97,9 @@ def training_feed(
         seed: of the sampling plan.
         foreground_share: of the crops.
         start_step: steps made before.
+        part: which of how many equal parts of each batch; see ``loading.train_batches``.
     """
-    train, device = config.train, jax.devices()[0]
+    train = config.train
     sampling: dict[str, Any] = {
         "crop": train.crop,
         "batch_size": train.batch_size,
@@ -96,15 +108,12 @@ def training_feed(
         "num_steps": train.steps,
         "start_step": start_step,
         "num_threads": train.read_threads,
+        "part": part,
     }
-    where, why = choose_residency(
-        config.data.residency, loading.resident_bytes(source, case_ids), memory.limit_bytes(device)
-    )
-    if where == "host":
-        batches = loading.train_batches(source, case_ids, **sampling)
-        return Feed(batches, f"batches from the host: {why}")
+    if residency(config, source)[0] == "host":
+        return Feed(loading.train_batches(source, case_ids, **sampling))
     plans = loading.train_plans(source, case_ids, **sampling)
-    cases = jax.device_put(loading.resident_arrays(source, case_ids), device)
+    cases = jax.device_put(loading.resident_arrays(source, case_ids), jax.local_devices()[0])
     cut = jax.jit(partial(take_crops, crop=train.crop, unit=STORED_UNIT))
     crops = (plan | cut(cases, plan["case_index"], plan.pop("offset")) for plan in plans)
-    return Feed(crops, f"cases resident on the device: {why}")
+    return Feed(crops)

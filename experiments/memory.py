@@ -42,7 +42,7 @@ def check(config: Config, step: Callable[..., Any], state: Any, batch: Any) -> N
     Raises:
         RunError: the estimate exceeds what a device has.
     """
-    limit = limit_bytes(jax.tree.leaves(state)[0].devices().copy().pop())
+    limit = limit_bytes(next(iter(jax.tree.leaves(state)[0].sharding.addressable_devices)))
     needed = None if limit is None else estimate_bytes(step, state, batch)
     if limit is None or needed is None:
         return

@@ -149,7 +149,9 @@ def progress(
 
 
 def log(message: str) -> None:
-    """A line of the run's account on stdout, at once."""
+    """A line of the run's account on stdout, at once; of several processes, the first says it."""
+    if jax.distributed.is_initialized() and jax.process_index() > 0:
+        return
     print(message, flush=True)
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,11 +19,11 @@ import numpy as np
 from cmsad_jax import kernels, parallel
 from cmsad_jax.inference import sliding_window
 from cmsad_jax.modules.network import CMSAD, apply, probabilities
-from cmsad_jax.training import TrainState, init_state, train_step
+from cmsad_jax.training import TrainState, init_state, train_step, train_steps
 from cmsad_jax.types import Device
 from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT, Case
-from experiments import memory
+from experiments import hosts, memory
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config, to_json, window
 from experiments.feed import Feed, training_feed
@@ -36,6 +38,9 @@ from experiments.runtime import (
 LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""
 
+MOST_STEPS_PER_CALL = 10
+"""On accelerators, without being asked; signals are heeded between calls."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
@@ -44,6 +49,8 @@ class Programs:
     Attributes:
         init: fresh state from a key.
         step: the train step with its placement over devices.
+        several: ``steps_per_call`` train steps in one; None if that is 1.
+        steps_per_call: see ``several``.
         predict: ``(params, windows, present) -> b *window k`` probabilities.
         attention: ``(params, windows, present) -> b *window a`` attention energy of each modality
             and, within it, of each encoder stage, resized to the window; none for early fusion.
@@ -51,6 +58,8 @@ class Programs:
 
     init: Callable[[jax.Array], TrainState]
     step: parallel.ParallelStep
+    several: parallel.ParallelStep | None
+    steps_per_call: int
     predict: Callable[..., jax.Array]
     attention: Callable[..., jax.Array]
 
@@ -77,14 +86,34 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
     # library calls.
     options = {"xla_backend_optimization_level": 1} if devices[0].platform == "cpu" else None
     stages = range(config.network.encoder.num_stages)
+    placed: Any = {"mode": config.parallel, "devices": devices, "compiler_options": options}
+    per_call = steps_per_call(config, devices[0].platform)
     return Programs(
         init=lambda key: init_state(network, optimizer, image_shape, key=key),
-        step=parallel.parallelize(
-            step, mode=config.parallel, devices=devices, compiler_options=options
-        ),
+        step=parallel.parallelize(step, **placed),
+        several=None
+        if per_call == 1
+        else parallel.parallelize(partial(train_steps, step=step), stacked=True, **placed),
+        steps_per_call=per_call,
         predict=jax.jit(predict_window(config), compiler_options=options),
         attention=jax.jit(attention_window(config, stages), compiler_options=options),
     )
+
+
+def steps_per_call(config: Config, platform: str) -> int:
+    """As asked for; else 1 on CPUs, and on accelerators what divides the steps between savings."""
+    if config.train.steps_per_call is not None:
+        return config.train.steps_per_call
+    if platform == "cpu":
+        return 1
+    common = math.gcd(config.train.checkpoint_every, config.train.steps, *validation_steps(config))
+    return max(n for n in range(1, MOST_STEPS_PER_CALL + 1) if common % n == 0)
+
+
+def validation_steps(config: Config) -> set[int]:
+    """Steps after which the validation fold is looked at."""
+    steps, count = config.train.steps, config.train.validations
+    return {round(steps * (i + 1) / count) for i in range(count)}
 
 
 def predict_window(config: Config) -> Callable[..., jax.Array]:
@@ -173,8 +202,25 @@ class Step(NamedTuple):
 
     number: int
     case_ids: Sequence[str]
-    batch: dict[str, np.ndarray]
+    batch: dict[str, Any]
+    metrics: dict[str, float]
+
+
+class Call(NamedTuple):
+    """One call of a program, perhaps still running: what ``Step`` holds, for each of its steps."""
+
+    first: int
+    case_ids: list[list[str]]
+    batches: list[dict[str, Any]]
     metrics: dict[str, jax.Array]
+
+    def steps(self) -> list[Step]:
+        """Its steps, once they are made."""
+        metrics = {name: np.atleast_1d(np.asarray(v)) for name, v in self.metrics.items()}
+        return [
+            Step(self.first + i, ids, batch, {name: float(v[i]) for name, v in metrics.items()})
+            for i, (ids, batch) in enumerate(zip(self.case_ids, self.batches, strict=True))
+        ]
 
 
 @dataclasses.dataclass
@@ -183,7 +229,7 @@ class Progress:
 
     Attributes:
         history: rows of ``history.csv``.
-        pending: metrics of the steps since the last row.
+        pending: metrics of the counted steps since the last row.
         best: step and score of the best look at the validation fold.
         skipped, skipped_in_a_row: updates left out because something was not finite.
         first_step_s: of the first step, most of it to compile.
@@ -203,13 +249,8 @@ class Progress:
     steady_s: float = 0.0
     steady_steps: int = 0
 
-    def fetch(self) -> None:
-        """Wait for the pending metrics, which until then may lie on the device."""
-        self.pending = [{name: float(v) for name, v in row.items()} for row in self.pending]
-
     def add_row(self, **facts: float | None) -> dict[str, float | None]:
         """Turn the pending metrics into a row: their means over the steps that made an update."""
-        self.fetch()
         made = [row for row in self.pending if not row["skipped"]]
         row = {
             name: float(np.mean([row[name] for row in made])) if made else None
@@ -221,8 +262,9 @@ class Progress:
         return self.history[-1]
 
     def count(self, step: Step, title: str) -> None:
-        """Note whether a step made its update; waits for the step."""
-        if not float(step.metrics["skipped"]):
+        """Keep the metrics of a step, and note whether it made its update."""
+        self.pending.append(step.metrics)
+        if not step.metrics["skipped"]:
             self.skipped_in_a_row = 0
             return
         self.skipped += 1
@@ -232,14 +274,14 @@ class Progress:
             + ", ".join(step.case_ids)
         )
 
-    def time(self, seconds: float, *, first: bool) -> None:
-        """Add the time of a step, ``first`` after a start or not."""
+    def time(self, seconds: float, steps: int, *, first: bool) -> None:
+        """Add the time of a call of some steps, the ``first`` of its program or not."""
         self.train_s += seconds
         if first:
             self.first_step_s = self.first_step_s or seconds
         else:
             self.steady_s += seconds
-            self.steady_steps += 1
+            self.steady_steps += steps
 
 
 def train_fold(
@@ -257,7 +299,7 @@ def train_fold(
     Writes ``history.csv`` and the checkpoints ``last`` and ``best`` into ``directory``, and goes on
     from the newest intact ``last`` there: on the same devices, the result is bit for bit that of a
     run never interrupted. The weights returned are the last ones (their moving average if
-    configured), never ``best``.
+    configured), never ``best``. Of several processes, the first alone reads and writes there.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
@@ -266,67 +308,70 @@ def train_fold(
     """
     train, title = config.train, f"fold {fold + 1}/{config.num_folds}"
     state = programs.init(jax.random.fold_in(jax.random.key(config.seed), fold))
-    done, start = Progress(), 0
     checkpoints = Checkpoints(
         directory / "checkpoints", config, fold=fold, data_fingerprint=source.fingerprint
     )
     with contextlib.closing(checkpoints), deferred_signals() as stop:
-        resumed = checkpoints.resume(state)
-        if resumed is not None:
-            state, record = resumed
-            done, start = Progress(**record["progress"]), record["step"]
+        state, done, start = _resume(checkpoints, state)
+        if start:
             log(f"{title}: going on after step {start} of {train.steps}")
         state = programs.step.place_state(state)
         schedule = train.optimizer.schedule(train.steps)
         log_every = max(1, train.steps // LOG_POINTS)
-        check_at = {
-            round(train.steps * (i + 1) / train.validations) for i in range(train.validations)
-        }
+        check_at = validation_steps(config)
+
+        def saves(number: int) -> bool:
+            due = number in check_at or number == train.steps
+            return due or number % train.checkpoint_every == 0
+
         batches = train_batches(config, source, training, fold=fold, start=start)
         opened = time.perf_counter()
-        bar = progress(batches, description=f"{title} training", total=train.steps, initial=start)
-        uncounted: list[Step] = []
+        bar = progress((), description=f"{title} training", total=train.steps, initial=start)
+        uncounted: list[Call] = []
+        compiled: set[int] = set()
         row_from = done.steady_steps, done.steady_s
-        mark = time.perf_counter()
-        for number, batch in enumerate(bar, start + 1):
-            case_ids = [training[int(i)] for i in batch.pop("case_index")]
-            if config.network.encoder.rank == 2:
-                batch |= {name: batch[name][:, 0] for name in ("image", "label")}
+        mark, number = time.perf_counter(), start
+        while number < train.steps:
+            call, placed, program = next_call(config, programs, batches, number, saves, training)
+            size = len(call.batches)
             with memory.explained(config):
-                placed = programs.step.place_batch(batch)
-                if number == start + 1:
-                    memory.check(config, programs.step.step, state, placed)
-                state, metrics = programs.step.step(state, placed)
-                if number == start + 1:
+                if size not in compiled:
+                    memory.check(config, program.step, state, placed)
+                state, metrics = program.step(state, placed)
+                if size not in compiled:
                     jax.block_until_ready(state)
-            done.pending.append(metrics)
-            uncounted.append(Step(number, case_ids, batch, metrics))
+            number += size
+            uncounted.append(call._replace(metrics=metrics))
             stopping = stop.number is not None
-            saving = stopping or number in check_at or number == train.steps
-            saving |= number % train.checkpoint_every == 0
-            # Looking at a step waits for it; one step behind, the device is kept busy.
-            while len(uncounted) > (0 if saving or done.skipped_in_a_row else 1):
-                step = uncounted.pop(0)
-                done.count(step, title)
-                if done.skipped_in_a_row >= train.max_skipped:
-                    fetched = programs.step.fetch_state(state)
-                    _give_up(config, checkpoints, fetched, step, done, fold, directory)
-            done.time(time.perf_counter() - mark, first=number == start + 1)
+            saving = stopping or saves(number)
+            # Looking at a call waits for it; one call behind, the device is kept busy.
+            cut = len(uncounted) - (0 if saving or done.skipped_in_a_row else 1)
+            counted, uncounted = uncounted[:cut], uncounted[cut:]
+            jax.block_until_ready([one.metrics for one in counted])
+            done.time(time.perf_counter() - mark, size, first=size not in compiled)
+            compiled.add(size)
             mark = time.perf_counter()
-            if number % log_every == 0 or number == train.steps:
-                steps, seconds = done.steady_steps - row_from[0], done.steady_s - row_from[1]
-                row = done.add_row(
-                    step=number,
-                    learning_rate=float(jnp.asarray(schedule(number - 1))),
-                    examples_per_s=steps * train.batch_size / seconds if seconds else None,
-                    validation_dice=None,
-                )
-                bar.set_postfix(loss=row["loss"], examples_per_s=row["examples_per_s"])
-                row_from = done.steady_steps, done.steady_s
+            steps = [step for one in counted for step in one.steps()]
+            for step in steps:
+                done.count(step, title)
+                if step.number % log_every == 0 or step.number == train.steps:
+                    made, seconds = done.steady_steps - row_from[0], done.steady_s - row_from[1]
+                    row = done.add_row(
+                        step=step.number,
+                        learning_rate=float(jnp.asarray(schedule(step.number - 1))),
+                        examples_per_s=made * train.batch_size / seconds if seconds else None,
+                        validation_dice=None,
+                    )
+                    bar.set_postfix(loss=row["loss"], examples_per_s=row["examples_per_s"])
+                    row_from = done.steady_steps, done.steady_s
+            bar.update(size)
+            if not uncounted and done.skipped_in_a_row >= train.max_skipped:
+                fetched = programs.step.fetch_state(state)
+                _give_up(config, checkpoints, fetched, steps[-1], done, fold, directory)
             if not saving:
                 continue
             fetched = programs.step.fetch_state(state)
-            if number in check_at:
+            if number in check_at and hosts.is_first():
                 score = reference_dice(
                     programs, fetched.average, loading.eval_cases(source, validation), config
                 )
@@ -336,26 +381,81 @@ def train_fold(
                 if score is not None and (best is None or score > best):
                     done.best = {"step": number, "validation_dice": score}
                     checkpoints.save("best", fetched, step=number)
-            done.fetch()
             done.train_s += time.perf_counter() - mark
             mark = time.perf_counter()
-            checkpoints.save("last", fetched, step=number, progress=dataclasses.asdict(done))
+            if hosts.is_first():
+                checkpoints.save("last", fetched, step=number, progress=dataclasses.asdict(done))
+            hosts.wait()
             if stopping:
                 checkpoints.wait()
                 log(f"{title}: saved after step {number} of {train.steps}")
                 break
     trained = time.perf_counter()
-    write_history(directory / "history.csv", done.history)
+    bar.close()
+    if hosts.is_first():
+        write_history(directory / "history.csv", done.history)
     return programs.step.fetch_state(state).average, {
         "first_step_s": round(done.first_step_s, 2),
         "train_s": round(done.train_s, 2),
         "examples_per_s": round(done.steady_steps * train.batch_size / max(done.steady_s, 1e-9), 2),
         "steps_per_s": round(done.steady_steps / max(done.steady_s, 1e-9), 3),
+        "steps_per_call": programs.steps_per_call,
         "input_wait_share": round(batches.waited_s / max(trained - opened, 1e-9), 4),
-        "loss": done.history[-1]["loss"],
+        "loss": done.history[-1]["loss"] if done.history else None,
         "skipped_updates": done.skipped,
         "best": done.best,
     }
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, Progress, int]:
+    """State, progress and step to go on from, as process 0 finds them; the given state at first."""
+    done, start = Progress(), 0
+    with hosts.first_alone("read its checkpoints"):
+        resumed = checkpoints.resume(state) if hosts.is_first() else None
+        if resumed is not None:
+            state, record = resumed
+            done, start = Progress(**record["progress"]), record["step"]
+    start, done.skipped_in_a_row = map(
+        int, hosts.of_first(np.array([start, done.skipped_in_a_row], np.int32))
+    )
+    return hosts.of_first(state) if start else state, done, start
+
+
+def next_call(
+    config: Config,
+    programs: Programs,
+    batches: Feed,
+    number: int,
+    saves: Callable[[int], bool],
+    training: Sequence[str],
+) -> tuple[Call, Any, parallel.ParallelStep]:
+    """What to call after step ``number``: several steps if none but the last saves, else one.
+
+    Returns:
+        The call, its batches as its program wants them, and the program.
+    """
+    program, size = programs.step, 1
+    most = programs.steps_per_call
+    if (
+        programs.several is not None
+        and number + most <= config.train.steps
+        and not any(saves(number + i) for i in range(1, most))
+    ):
+        program, size = programs.several, most
+    case_ids, group = [], []
+    for batch in itertools.islice(batches, size):
+        case_ids.append([training[int(i)] for i in batch.pop("case_index")])
+        if config.network.encoder.rank == 2:
+            batch |= {name: batch[name][:, 0] for name in ("image", "label")}
+        group.append(batch)
+    given = group[0]
+    if size > 1:
+        given = {
+            name: (jnp if isinstance(value, jax.Array) else np).stack([one[name] for one in group])
+            for name, value in given.items()
+        }
+    with memory.explained(config):
+        return Call(number + 1, case_ids, group, {}), program.place_batch(given), program
 
 
 def train_batches(
@@ -369,21 +469,20 @@ def train_batches(
     """Batches for the steps of a fold after ``start``; the same however often it was resumed."""
     train = config.train
     if start == train.steps:
-        return Feed(iter(()), "no step is left")
+        return Feed(iter(()))
     share = train.foreground_share
     if share and not any(source.foreground(case_id).size for case_id in training):
         share = 0.0
         log(f"fold {fold + 1}: no training case holds the target; crops are drawn at random")
-    feed = training_feed(
+    return training_feed(
         config,
         source,
         training,
         seed=config.seed * 1000 + fold,
         foreground_share=share,
         start_step=start,
+        part=hosts.part(),
     )
-    log(f"fold {fold + 1}/{config.num_folds}: {feed.description}")
-    return feed
 
 
 def _give_up(
@@ -395,7 +494,10 @@ def _give_up(
     fold: int,
     directory: Path,
 ) -> NoReturn:
-    """Save, keep what is needed to repeat ``step``, and raise. ``state`` is that before it."""
+    """Save, keep what is needed to repeat ``step``, and raise. ``state`` is that before it.
+
+    Of several processes the first writes, with its part of the batch.
+    """
     file = directory / f"not_finite_{step.number:08d}.npz"
     facts = {
         "config": to_json(config),
@@ -403,19 +505,21 @@ def _give_up(
         "step": step.number,
         "case_ids": step.case_ids,
     }
+    message = (
+        f"loss and gradient must be finite; got {done.skipped_in_a_row} steps in a row of fold "
+        f"{fold + 1} that are not, up to step {step.number}. See python -m experiments.reproduce "
+        f"{file}; use a lower --train.optimizer.learning-rate, or run again to go on regardless."
+    )
+    if not hosts.is_first():
+        raise RunError(message)
     arrays = {f"state/{name}": value for name, value in state_arrays(state).items()}
     arrays |= {f"batch/{name}": np.asarray(value) for name, value in step.batch.items()}
     with whole_file(file) as partial:
         np.savez_compressed(partial, allow_pickle=False, facts=json.dumps(facts), **arrays)
     again = dataclasses.replace(done, skipped_in_a_row=0)
-    again.fetch()
     checkpoints.save("last", state, step=step.number, progress=dataclasses.asdict(again))
     checkpoints.wait()
-    raise RunError(
-        f"loss and gradient must be finite; got {done.skipped_in_a_row} steps in a row of fold "
-        f"{fold + 1} that are not, up to step {step.number}. See python -m experiments.reproduce "
-        f"{file}; use a lower --train.optimizer.learning-rate, or run again to go on regardless."
-    )
+    raise RunError(message)
 
 
 def state_arrays(state: TrainState) -> dict[str, np.ndarray]:

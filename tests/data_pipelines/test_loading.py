@@ -8,7 +8,14 @@ import pytest
 from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT, Case, DataConfig, DataError
 from data_pipelines.case_builder import encode
-from data_pipelines.loading import CaseSource, build, eval_cases, sampling_plan, train_batches
+from data_pipelines.loading import (
+    CaseSource,
+    build,
+    eval_cases,
+    sampling_plan,
+    train_batches,
+    train_plans,
+)
 from data_pipelines.splits import CaseInfo
 
 SHAPE = (4, 12, 10)
@@ -204,6 +211,11 @@ def test_foreground_indices_are_those_of_the_label():
             "foreground crops need a training case with foreground; got 2 cases without any",
         ),
         ({"case_ids": ("case9",)}, "cases must be of the data set; got 'case9'"),
+        (
+            {"part": (0, 3)},
+            "batch size must be divisible by the number of processes that read it; got 2 and 3. "
+            "Use --train.batch-size 6",
+        ),
     ],
 )
 def test_impossible_requests_fail_before_the_first_batch(options, message):
@@ -212,6 +224,22 @@ def test_impossible_requests_fail_before_the_first_batch(options, message):
     case_ids = settings.pop("case_ids", source.case_ids)
     with pytest.raises(DataError, match=message):
         train_batches(source, case_ids, **settings)
+
+
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_processes_read_equal_parts_that_make_the_batch(start_step):
+    options = {"batch_size": 4, "num_steps": 5, "start_step": start_step}
+    whole = batches(**options)
+    halves = [batches(**options, part=(i, 2)) for i in range(2)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        assert_equal(joined(parts), batch)
+    source = make_source()
+    plans = [
+        list(train_plans(source, source.case_ids, crop=CROP, seed=1, **options, part=(i, 2)))
+        for i in range(2)
+    ]
+    for batch, *parts in zip(whole, *plans, strict=True):
+        np.testing.assert_array_equal(joined(parts)["key"], batch["key"])
 
 
 def test_unknown_data_set_is_refused_by_name(tmp_path):

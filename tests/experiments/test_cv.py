@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -66,10 +67,16 @@ def compiled_once():
 
     def programs(config: Config, devices):
         train = dataclasses.replace(config.train, checkpoint_every=1, max_skipped=1)
+        train = dataclasses.replace(train, steps_per_call=None)
         key = config.network, config.loss, train, config.data.modalities, config.parallel
         if key not in kept:
             kept[key] = compile_programs(config, devices)
-        return kept[key]
+        if config.train.steps_per_call is None:
+            return kept[key]
+        asked = compile_programs(config, devices)
+        return dataclasses.replace(
+            kept[key], several=asked.several, steps_per_call=asked.steps_per_call
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cv, "compile_programs", programs)
@@ -158,6 +165,67 @@ def test_same_seed_gives_the_same_numbers(finished, tmp_path, cache):
     again = cv.run(dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,)))
     rows = [row for row in metrics["metric_per_case"] if row["fold"] == 0]
     assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
+
+
+@pytest.mark.parametrize("residency", ["device"])
+def test_several_steps_in_a_call_give_the_same_losses(finished, tmp_path, cache, capsys, residency):
+    config = dataclasses.replace(tiny(tmp_path / "run", cache, residency=residency), folds=(0,))
+    train = dataclasses.replace(config.train, steps_per_call=2)
+    cv.run(dataclasses.replace(config, train=train))
+    said = capsys.readouterr().out
+    said_once = "cases resident on the device: 0.00 GB of cases, as asked for; 2 steps in each call"
+    assert said.count(said_once) == 1
+    before, after = history(finished[0].output), history(config.output)
+    assert [row["step"] for row in after] == ["1", "2"]
+    for one, other in zip(before, after, strict=True):
+        for name in one.keys() - {"validation_dice"}:  # the same sums in another program
+            assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3, abs=1e-5)
+
+
+ONE_OF_TWO = """
+import dataclasses, sys
+from pathlib import Path
+from experiments import cv, hosts
+from experiments.config import DistributedConfig, PredictConfig
+from tests.experiments.test_cv import tiny
+
+process, port, output, cache = int(sys.argv[1]), *sys.argv[2:]
+hosts.join(DistributedConfig("auto", f"127.0.0.1:{port}", 2, process))
+config = tiny(Path(output + str(process)), Path(cache))
+predict = PredictConfig(figures=0, flip=False)
+metrics = cv.run(dataclasses.replace(config, folds=(0,), predict=predict))
+assert bool(metrics) == (process == 0)
+"""
+
+
+def test_two_processes_train_as_one(finished, tmp_path, cache):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_OF_TWO, str(i), port, str(tmp_path / "run"), str(cache)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = []
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        said.append([line for line in out.splitlines() if not line.startswith("[Gloo]")])
+    assert any(line.startswith("fold 1/3: 2 steps") for line in said[0])
+    assert not said[1]
+    assert os.listdir(tmp_path) == ["run0"], "process 0 alone writes"
+    for one, two in zip(history(finished[0].output), history(tmp_path / "run0"), strict=True):
+        # Float32 sums in another order: see tests/test_parallel.py.
+        assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-3)
+        assert float(two["gradient_norm"]) == pytest.approx(float(one["gradient_norm"]), rel=1e-3)
+    metrics = json.loads((tmp_path / "run0" / "metrics.json").read_text("utf-8"))
+    assert metrics["folds_done"] == [0]
 
 
 class Killed(BaseException):

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -190,8 +191,7 @@ def test_step_that_cannot_fit_is_refused_with_two_options(monkeypatch, capsys):
     monkeypatch.setattr(memory.jax.tree, "leaves", lambda state: [state])
 
     class State:
-        def devices(self):
-            return {Device()}
+        sharding = types.SimpleNamespace(addressable_devices={Device()})
 
     monkeypatch.setattr(memory, "estimate_bytes", lambda *_: 2**29)
     memory.check(config, None, State(), None)  # pyright: ignore[reportArgumentType]
