@@ -22,9 +22,13 @@ from matplotlib import pyplot as plt
 
 PARTS: dict[str, tuple[list[str], list[str]]] = {
     "kernels": (["--quick"], []),
-    "train_step": (["--quick", "--variants", "full", "no augmentation"], []),
+    "train_step": (
+        ["--quick", "--presets", "volume3d", "slice2d", "--variants", "no augmentation"],
+        ["--presets", "small", "volume3d", "slice2d"],
+    ),
     "input_pipeline": (["--num-cases", "20", "--num-workers", "1"], []),
-    "inference": (["--num-cases", "2"], []),
+    "inference": (["--quick"], []),
+    "cv": (["--quick"], []),
 }
 """Module to its arguments, quick and in full."""
 

@@ -8,6 +8,9 @@ of its own, with every image that ``--uncertainty`` writes. *Device* is XLA's ac
 (arguments, result, temporaries) plus all other arrays that live on the device while windows run.
 *Host* is the peak of the resident memory after compilation.
 
+Whole volumes: all windows of one case on the reference grid, beside the same loop in PyTorch, from
+the same weights and with the same result.
+
 Speed: phantom cases written as NIfTI files, read, predicted and written again; the share is that of
 the wall time in which the main thread waits for, or feeds, the device.
 """
@@ -27,10 +30,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from benchmarks import timing
+from benchmarks import pytorch, pytorch_network, timing
 from cmsad_jax import export
+from cmsad_jax.inference import sliding_window
 from cmsad_jax.modules.network import CMSAD
+from cmsad_jax.training import init_state
 from data_pipelines import volume_io
 from data_pipelines.case import Volume
 from data_pipelines.phantom.phantom import case_id_of, make_case
@@ -67,6 +73,24 @@ class SpeedRow:
     wall_s: float
     cases_per_minute: float
     compute_share: float
+    device: str
+    versions: str
+
+
+@dataclasses.dataclass(frozen=True)
+class VolumeRow:
+    """All windows of one volume, through the library and through a loop in PyTorch."""
+
+    preset: str
+    volume: str
+    window: str
+    dtype: str
+    implementation: str
+    median_s: float
+    iqr_s: float
+    cpu_s: float
+    """Processor time of this process."""
+    speedup_pytorch: float | None
     device: str
     versions: str
 
@@ -219,6 +243,85 @@ def _write_volume(path: Path, volume: Volume) -> None:
     volume_io.write_nifti(path, volume.array.astype(np.float32), volume.affine)
 
 
+def volume_rows(config: Config, effort: timing.Effort) -> list[VolumeRow]:
+    """A case on the reference grid, all windows, without flips; PyTorch's once it agrees."""
+    space, size = window(config), config.data.preprocess.size
+    network = CMSAD(config.network)
+    shape = (1, *space, len(config.data.modalities))
+    state = init_state(network, optax.identity(), shape, key=jax.random.key(0))
+    params = jax.device_get(state.params)
+    image = np.random.default_rng(0).normal(size=(*size, shape[-1])).astype(np.float32)
+    present = np.ones(shape[-1], bool)
+    program = jax.jit(predict_window(config))
+    options: dict[str, Any] = {
+        "window": space,
+        "overlap": config.predict.overlap,
+        "batch_size": config.predict.batch_size,
+    }
+
+    def ours():
+        return sliding_window(
+            lambda windows, mask: program(state.params, windows, mask),
+            image,
+            present,
+            num_classes=1,
+            **options,
+        )[..., 0]
+
+    calls = {"library": ours}
+    if pytorch.available():
+        theirs = pytorch_network.whole_volume(config, params, **options)
+        error = float(np.abs(theirs(image) - ours()).max())
+        allowed = 1e-3 if config.network.dtype == "float32" else 3e-2
+        if not error <= allowed:
+            raise ArithmeticError(
+                "PyTorch must predict the same before it is timed; got probabilities that differ "
+                f"by {error:.1e}, allowed {allowed}. Repair benchmarks/pytorch_network.py."
+            )
+        calls["PyTorch eager"] = lambda: theirs(image)
+    measured = timing.measure_in_turn(calls, effort=effort)
+    peer = measured.get("PyTorch eager")
+    return [
+        VolumeRow(
+            preset=config.preset,
+            volume="x".join(map(str, size)),
+            window="x".join(map(str, space)),
+            dtype=config.network.dtype,
+            implementation=name,
+            median_s=one.median_s,
+            iqr_s=one.iqr_s,
+            cpu_s=one.cpu_s,
+            speedup_pytorch=None if peer is None else peer.median_s / one.median_s,
+            device=timing.device(),
+            versions=timing.versions(),
+        )
+        for name, one in measured.items()
+    ]
+
+
+def volume_table(rows: Sequence[VolumeRow]) -> str:
+    """The rows as a Markdown table."""
+    header = (
+        "preset", "grid", "window", "dtype", "implementation", "median s", "IQR s", "CPU s",
+        "vs PyTorch",
+    )  # fmt: skip
+    cells = [
+        (
+            row.preset,
+            row.volume,
+            row.window,
+            row.dtype,
+            row.implementation,
+            f"{row.median_s:.2f}",
+            f"{row.iqr_s:.2f}",
+            f"{row.cpu_s:.2f}",
+            timing.number(row.speedup_pytorch, ".2f"),
+        )
+        for row in rows
+    ]
+    return timing.markdown([header, *cells])
+
+
 def memory_table(rows: Sequence[MemoryRow]) -> str:
     """The rows as a Markdown table."""
     header = ("preset", "T2W volume", "device MB", "host peak MB", "bytes per additional voxel")
@@ -256,6 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print both tables, and write them where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
     parser.add_argument("--num-cases", type=int, default=50, help="phantom cases for the speed")
+    parser.add_argument("--quick", action="store_true", help="few calls, 2 cases")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["small"])
     parser.add_argument("--volume", type=int, nargs=3, help="measure memory for one size, as JSON")
@@ -267,12 +371,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = f"python -m benchmarks.inference {shlex.join(arguments)}".strip()
 
     print(f"{timing.device()}; {timing.versions()}\n`{command}`\n")
+    effort = timing.QUICK if options.quick else timing.Effort()
+    volumes = [
+        row for preset in options.presets for row in volume_rows(complete(PRESETS[preset]), effort)
+    ]
+    print(volume_table(volumes) + "\n")
     memory = [row for preset in options.presets for row in memory_rows(preset)]
     print(memory_table(memory) + "\n")
-    speed = [speed_row(preset, options.num_cases) for preset in options.presets]
+    num_cases = 2 if options.quick else options.num_cases
+    speed = [speed_row(preset, num_cases) for preset in options.presets]
     print(speed_table(speed))
     if options.json:
-        timing.save_json(options.json, [*memory, *speed], command=command)
+        timing.save_json(options.json, [*volumes, *memory, *speed], command=command)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from benchmarks.pytorch import torch
+from cmsad_jax.inference import importance, window_starts
 from experiments.config import Config
 
 
@@ -185,12 +186,55 @@ def objective(network: Network, config: Config, image: Any, label: Any) -> Any:
     return loss
 
 
+def whole_volume(
+    config: Config, params: Any, *, window: tuple[int, ...], overlap: float, batch_size: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """``*space m`` to the foreground probability ``*space``, in a loop over windows.
+
+    The windows and their Gaussian weights are those of ``cmsad_jax.inference.sliding_window``; the
+    image is at least as large as the window.
+    """
+    network = Network(config, flat_weights(params))
+    rank = config.network.encoder.rank
+    size = (1, *window)[-3:]
+    weight = torch.from_numpy(importance(size)).to(place())
+    half = config.network.dtype == "bfloat16"
+
+    def predict(image: np.ndarray) -> np.ndarray:
+        volume = torch.from_numpy(image).movedim(-1, 0).to(place())
+        total, mass = torch.zeros(2, *volume.shape[1:], device=place())
+        starts = [window_starts(n, w, overlap) for n, w in zip(volume.shape[1:], size, strict=True)]
+        corners = [
+            tuple(slice(i, i + n) for i, n in zip(corner, size, strict=True))
+            for corner in itertools.product(*starts)
+        ]
+        with torch.inference_mode(), torch.autocast(place(), torch.bfloat16, enabled=half):
+            for first in range(0, len(corners), batch_size):
+                chunk = corners[first : first + batch_size]
+                windows = torch.stack([volume[:, *corner] for corner in chunk])
+                if rank == 2:
+                    windows = windows[:, :, 0]
+                found = torch.sigmoid(network(windows)[0].float())[:, 0]
+                for corner, values in zip(chunk, found, strict=True):
+                    total[corner] += weight * values.reshape(size)
+                    mass[corner] += weight
+        return (total / mass).cpu().numpy()
+
+    return predict
+
+
 def loss_and_step(
-    config: Config, params: Any, batch: Mapping[str, Any], *, last: bool = True
+    config: Config,
+    params: Any,
+    batch: Mapping[str, Any],
+    *,
+    last: bool = True,
+    compiled: bool = False,
 ) -> tuple[float, Callable[[], Any]]:
     """The loss of ``params`` on ``batch``, and a call that makes one update and waits for it.
 
     ``last`` keeps the channels last in memory; else features are contiguous, channels first.
+    ``compiled``: loss and gradient by ``torch.compile``, at the first call.
     """
     weights = flat_weights(params)
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}[config.network.encoder.rank]
@@ -211,9 +255,11 @@ def loss_and_step(
     )
     half = config.network.dtype == "bfloat16"
 
+    function = torch.compile(objective) if compiled else objective
+
     def loss():
         with torch.autocast(place(), torch.bfloat16, enabled=half):
-            return objective(network, config, image, label)
+            return function(network, config, image, label)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -225,5 +271,5 @@ def loss_and_step(
         if place() == "cuda":
             torch.cuda.synchronize()
 
-    with torch.no_grad():
-        return float(loss()), step
+    with torch.no_grad(), torch.autocast(place(), torch.bfloat16, enabled=half):
+        return float(objective(network, config, image, label)), step

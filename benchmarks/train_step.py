@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -139,22 +140,46 @@ def prepare(name: str, config: Config) -> tuple[Prepared, Any, float]:
     return found, params, loss
 
 
-def peers(config: Config, params: Any, loss: float) -> dict[str, Callable[[], Any]]:
+def peers(
+    config: Config, params: Any, loss: float, *, compiled: bool
+) -> dict[str, Callable[[], Any]]:
     """The same step in PyTorch, once its loss from the same weights was found to be the same."""
     tolerance, found = 1e-3 if config.network.dtype == "float32" else 2e-2, {}
-    for name, last in (("channels last", True), ("channels first", False)):
-        other, step = pytorch_network.loss_and_step(config, params, random_batch(config), last=last)
+    modes = {
+        "eager, channels last": {"last": True},
+        "eager, channels first": {"last": False},
+    }
+    if compiled:
+        modes["compiled, channels last"] = {"last": True, "compiled": True}
+    for name, options in modes.items():
+        other, step = pytorch_network.loss_and_step(config, params, random_batch(config), **options)
         if not abs(other - loss) <= tolerance * abs(loss):
             raise ArithmeticError(
                 f"PyTorch must compute the same loss before it is timed; got {other} and {loss}. "
                 "Repair benchmarks/pytorch_network.py."
             )
-        found[f"{PEER}, PyTorch eager, {name}"] = step
+        found[f"{PEER}, PyTorch {name}"] = step
     return found
 
 
-def time_steps(config: Config, *, names: Sequence[str] | None, effort: timing.Effort) -> list[Row]:
-    """Compile the variants of a preset and time them in turn, PyTorch's step among them."""
+def reduced(config: Config) -> Config:
+    """The same network in float32 on one crop of at most 64 x 64 in plane: for CPUs."""
+    depth, *plane = config.train.crop
+    crop = (depth, *(min(n, 64) for n in plane))
+    return dataclasses.replace(
+        config,
+        network=dataclasses.replace(config.network, dtype="float32"),
+        train=dataclasses.replace(config.train, batch_size=1, crop=crop),
+    )
+
+
+def time_steps(
+    config: Config, *, names: Sequence[str] | None, effort: timing.Effort, compiled: bool
+) -> list[Row]:
+    """Compile the variants of a preset and time them in turn, PyTorch's step among them.
+
+    ``compiled``: ``torch.compile`` as well.
+    """
     prepared: dict[str, Prepared] = {}
     others: list[str] = []
     for name, variant in variants(config).items():
@@ -162,7 +187,7 @@ def time_steps(config: Config, *, names: Sequence[str] | None, effort: timing.Ef
             continue
         prepared[name], params, loss = prepare(name, variant)
         if name == PEER and pytorch.available():
-            for other, call in peers(variant, params, loss).items():
+            for other, call in peers(variant, params, loss, compiled=compiled).items():
                 others.append(other)
                 prepared[other] = dataclasses.replace(
                     prepared[name], call=call, compile_s=None, temporary_bytes=None
@@ -223,7 +248,11 @@ def table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Time every variant, print the table, and write it where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few calls")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="few calls; on a CPU one crop of 64 x 64 in float32, and no torch.compile",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["small"])
     parser.add_argument("--variants", nargs="+", help="which; all by default")
@@ -233,12 +262,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = f"python -m benchmarks.train_step {shlex.join(arguments)}".strip()
 
     print(f"{timing.device()}; {timing.versions()}\n`{command}`\n")
-    rows = [
-        row
-        for preset in options.presets
-        for row in time_steps(PRESETS[preset], names=options.variants, effort=effort)
-    ]
-    print(table(rows))
+    on_cpu = jax.default_backend() == "cpu"
+    without = ""
+    if not pytorch.available():
+        without = "PyTorch is not installed for this device: no peer."
+    elif on_cpu and options.quick:
+        without = "torch.compile is left out of --quick: it compiles for minutes on a CPU."
+    elif on_cpu and shutil.which("g++") is None:
+        without = "torch.compile is left out: it needs a C++ compiler, and there is no g++."
+    rows = []
+    for preset in options.presets:
+        config = PRESETS[preset]
+        rows += time_steps(
+            reduced(config) if on_cpu and options.quick else config,
+            names=options.variants,
+            effort=effort,
+            compiled=not without,
+        )
+    print(table(rows) + f"\n\n{without}".rstrip())
     if options.json:
         timing.save_json(options.json, rows, command=command)
 

@@ -15,7 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cmsad_jax.modules import EncoderConfig
+from cmsad_jax.modules import EncoderConfig, FusionConfig
+from cmsad_jax.training import LossConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines import loading
 from data_pipelines.case import DataConfig, DataError, PreprocessConfig
@@ -167,15 +168,36 @@ def test_same_seed_gives_the_same_numbers(finished, tmp_path, cache):
     assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
 
 
-@pytest.mark.parametrize("residency", ["device"])
-def test_several_steps_in_a_call_give_the_same_losses(finished, tmp_path, cache, capsys, residency):
-    config = dataclasses.replace(tiny(tmp_path / "run", cache, residency=residency), folds=(0,))
+def plain(output: Path, cache: Path) -> Config:
+    """One fold of the network that compiles fastest."""
+    config = tiny(output, cache)
+    network = dataclasses.replace(config.network, fusion=FusionConfig(kind="early"))
+    return dataclasses.replace(
+        config,
+        folds=(0,),
+        network=network,
+        loss=LossConfig(cross_modal_weight=0.0, self_weight=0.0),
+        predict=PredictConfig(figures=0, flip=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    """``plain`` in one process, one step a call."""
+    config = plain(tmp_path_factory.mktemp("runs") / "alone", cache)
+    cv.run(config)
+    return config
+
+
+def test_several_steps_in_a_call_give_the_same_losses(alone, tmp_path, cache, capsys):
+    config = plain(tmp_path / "run", cache)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, residency="device"))
     train = dataclasses.replace(config.train, steps_per_call=2)
     cv.run(dataclasses.replace(config, train=train))
     said = capsys.readouterr().out
     said_once = "cases resident on the device: 0.00 GB of cases, as asked for; 2 steps in each call"
     assert said.count(said_once) == 1
-    before, after = history(finished[0].output), history(config.output)
+    before, after = history(alone.output), history(config.output)
     assert [row["step"] for row in after] == ["1", "2"]
     for one, other in zip(before, after, strict=True):
         for name in one.keys() - {"validation_dice"}:  # the same sums in another program
@@ -183,22 +205,20 @@ def test_several_steps_in_a_call_give_the_same_losses(finished, tmp_path, cache,
 
 
 ONE_OF_TWO = """
-import dataclasses, sys
+import sys
 from pathlib import Path
 from experiments import cv, hosts
-from experiments.config import DistributedConfig, PredictConfig
-from tests.experiments.test_cv import tiny
+from experiments.config import DistributedConfig
+from tests.experiments.test_cv import plain
 
 process, port, output, cache = int(sys.argv[1]), *sys.argv[2:]
 hosts.join(DistributedConfig("auto", f"127.0.0.1:{port}", 2, process))
-config = tiny(Path(output + str(process)), Path(cache))
-predict = PredictConfig(figures=0, flip=False)
-metrics = cv.run(dataclasses.replace(config, folds=(0,), predict=predict))
+metrics = cv.run(plain(Path(output + str(process)), Path(cache)))
 assert bool(metrics) == (process == 0)
 """
 
 
-def test_two_processes_train_as_one(finished, tmp_path, cache):
+def test_two_processes_train_as_one(alone, tmp_path, cache):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -220,7 +240,7 @@ def test_two_processes_train_as_one(finished, tmp_path, cache):
     assert any(line.startswith("fold 1/3: 2 steps") for line in said[0])
     assert not said[1]
     assert os.listdir(tmp_path) == ["run0"], "process 0 alone writes"
-    for one, two in zip(history(finished[0].output), history(tmp_path / "run0"), strict=True):
+    for one, two in zip(history(alone.output), history(tmp_path / "run0"), strict=True):
         # Float32 sums in another order: see tests/test_parallel.py.
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-3)
         assert float(two["gradient_norm"]) == pytest.approx(float(one["gradient_norm"]), rel=1e-3)
