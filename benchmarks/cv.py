@@ -140,7 +140,9 @@ def rows_of(preset: str, *, num_built: int, num_steps: int, num_cases: int) -> l
                 waiting_share=first["waiting_share"],
                 peak_memory_gb=first["peak_memory_gb"],
                 first_step_s=first["first_step_s"],
-                second_start_share=second and second["compile_s"] / first["compile_s"],
+                second_start_share=None
+                if second is None
+                else second["compile_s"] / first["compile_s"],
                 predict_s_per_case=first["measure_s"],
                 total_hours=extrapolated_hours(config, first, num_cases),
                 total_cases=num_cases,

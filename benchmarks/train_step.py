@@ -145,7 +145,7 @@ def peers(
 ) -> dict[str, Callable[[], Any]]:
     """The same step in PyTorch, once its loss from the same weights was found to be the same."""
     tolerance, found = 1e-3 if config.network.dtype == "float32" else 2e-2, {}
-    modes = {
+    modes: dict[str, dict[str, bool]] = {
         "eager, channels last": {"last": True},
         "eager, channels first": {"last": False},
     }
@@ -158,6 +158,12 @@ def peers(
                 f"PyTorch must compute the same loss before it is timed; got {other} and {loss}. "
                 "Repair benchmarks/pytorch_network.py."
             )
+        if options.get("compiled"):
+            try:
+                step()
+            except Exception as error:
+                print(f"torch.compile is left out: {(str(error).splitlines() or [''])[0]}\n")
+                continue
         found[f"{PEER}, PyTorch {name}"] = step
     return found
 

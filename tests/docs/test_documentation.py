@@ -35,6 +35,10 @@ NOT_OF_THE_METHOD = {
     "data.residency",
     "data.seed",
     "data.target",
+    "distributed.coordinator",
+    "distributed.launcher",
+    "distributed.num_processes",
+    "distributed.process_id",
     "folds",
     "group_by",
     "network.dtype",
@@ -51,6 +55,7 @@ NOT_OF_THE_METHOD = {
     "train.checkpoint_every",
     "train.max_skipped",
     "train.read_threads",
+    "train.steps_per_call",
 }
 """Where and how a run is done, and on whose data: not the paper's to say."""
 
