@@ -35,7 +35,7 @@ from data_pipelines import loading, splits
 from data_pipelines.case import DataError, spacing_of
 from data_pipelines.volume_io import read_volume
 from experiments import cv, evaluate, lesions, report, statistics
-from experiments.config import PRESETS, Config, complete, parse, window
+from experiments.config import PRESETS, Config, DistributedConfig, complete, parse, window
 from experiments.runtime import (
     RunError,
     log,
@@ -342,6 +342,11 @@ def _failure(folder: Path, status: int) -> str:
 def base_of(command: AblationConfig, options: Sequence[str]) -> tuple[Config, tuple[int, ...]]:
     """The full model's configuration, and the seeds."""
     base = parse(_cv_options(command, options))
+    if base.distributed != DistributedConfig():
+        raise ConfigError(
+            f"an ablation runs in one process; got {base.distributed}. "
+            "Leave --distributed out, and run rows on several machines with --rows."
+        )
     return base, command.seeds or _PRESETS[command.preset][0]
 
 

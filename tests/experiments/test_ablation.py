@@ -226,6 +226,11 @@ def test_rows_share_folds_and_what_is_done_is_not_done_again(
         ablation.run(asked, [*TINY, cache, "--train.steps=5"])
 
 
+def test_several_processes_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="an ablation runs in one process; got Distributed"):
+        ablation.base_of(command(tmp_path), ["--distributed.process-id=1"])
+
+
 def test_other_folds_are_refused(tmp_path):
     ablation.keep_folds(tmp_path, Folds((("a",), ("b",))))
     assert ablation.keep_folds(tmp_path, Folds((("a",), ("b",)))) == tmp_path / "folds.json"
