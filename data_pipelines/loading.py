@@ -4,6 +4,7 @@ Reading happens in threads of this process: decoding is a copy, for which worker
 more than they give. Decoded training arrays stay in memory up to a stated bound.
 """
 
+import contextlib
 import importlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ class CaseSource:
 
     The arrays that training needs are kept decoded as they are read, until ``memory_bytes`` are
     held; what does not fit is read again whenever it is needed. Batches are the same either way.
+    ``folder``, where the records lie, is named when they cannot be read.
 
     Attributes:
         info: facts of each case, in stored order.
@@ -55,10 +57,12 @@ class CaseSource:
         info: Sequence[CaseInfo],
         fingerprint: str,
         *,
+        folder: Path | None = None,
         memory_bytes: int = 2**30,
     ):
         self.info = tuple(info)
         self.fingerprint = fingerprint
+        self._folder = folder
         self._records = records
         self._position = {case.case_id: i for i, case in enumerate(self.info)}
         self._memory_bytes = memory_bytes
@@ -85,14 +89,15 @@ class CaseSource:
         """Read one case; its arrays are read-only.
 
         Raises:
-            DataError: the data set has no such case.
+            DataError: the data set has no such case, or its file is damaged or gone.
         """
         if case_id not in self._position:
             raise DataError(
                 f"cases must be of the data set; got {case_id!r}, which is not among its "
                 f"{len(self)} cases. Use the fold file that was made for it."
             )
-        return decode(self._records[self._position[case_id]])
+        with _whole(self._folder, f"case {case_id}"):
+            return decode(self._records[self._position[case_id]])
 
     def arrays(self, case_id: str) -> Arrays:
         """What training needs of a case, from memory where it is kept."""
@@ -144,11 +149,30 @@ def build(config: DataConfig, *, num_workers: int | None = None) -> CaseSource:
         num_workers: processes that build; None is one for a small data set, else one a CPU.
 
     Raises:
-        DataError: no builder has that name, or the data have faults.
+        DataError: no builder has that name, the data have faults, or what was built before is
+            damaged.
     """
     builder = open_builder(config)
     builder.prepare(num_workers=num_workers)
-    return CaseSource(builder.source(), builder.infos, builder.fingerprint)
+    folder = Path(builder.data_dir)
+    with _whole(folder, "its files"):
+        records, info, fingerprint = builder.source(), builder.infos, builder.fingerprint
+    return CaseSource(records, info, fingerprint, folder=folder)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path | None, what: str) -> Iterator[None]:
+    """Turn the errors of TFDS and ArrayRecord, which are of any kind, into a ``DataError``."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise DataError(
+            "a built data set must stay as it was written; "
+            f"cannot read {what} in {folder or 'memory'}: {reason} "
+            "Restore the folder from a copy, or remove it to have it built anew, and run the same "
+            "command again: what was finished before is intact."
+        ) from error
 
 
 def builder_names() -> tuple[str, ...]:

@@ -1,162 +1,294 @@
 """Faults by the dozen, and what survives them: ``make faults``.
 
 Every row of the table is one kind of fault. A run that was struck is started again until it ends;
-it survives if its weights, its masks and the scientific fields of its ``metrics.json`` are bit for
-bit those of a run that nothing disturbed. ``--share 0.1`` runs a tenth of the tries.
+it survives if every file that it leaves (but for times) and every array of its checkpoints are bit
+for bit those of a run that nothing disturbed. ``--share 0.1`` runs a tenth of the tries.
 """
 
 import argparse
 import contextlib
-import hashlib
-import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 from cmsad_jax.training import TrainState
-from data_pipelines import loading
-from data_pipelines.volume_io import read_volume
-from experiments.checkpoints import Checkpoints, load_params
-from experiments.cv import weights_sha256
-from experiments.train import compile_programs, train_fold
+from experiments.checkpoints import Checkpoints
+from experiments.train import compile_programs
 from tests.faults import corruption, hostile
-from tests.faults.job import PHASES, keep_compiled, tiny
+from tests.faults.digest import digest
+from tests.faults.job import PHASES, tiny
+from tests.faults.soak import STEPS, soak
 
 GRACE_S = 10.0
 """Time within which a run must have ended after the step or case in which SIGTERM came."""
-SOAK_STEPS, SOAK_WARM_STEPS = 2000, 200
-CALLS = {
-    "saving": 8,
-    "predicting": 8,
-    "validating": 4,
-    "training": 2,
-    "starting": 1,
-    "reporting": 1,
-}
-"""How often an undisturbed run calls the function of each phase, at least."""
-
-Result = list[str]
-"""One text for each try: empty if it survived, else what went wrong."""
+TIMEOUT_S = 600.0
+"""For which a start may run; one that hangs is killed, and lost."""
 
 
-def digest(run: Path) -> dict[str, str]:
-    """Hashes of everything in a finished run that must not depend on interruptions."""
-    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
-    for summary in metrics["fold_summaries"].values():
-        for name in summary.keys() - {"loss", "best", "skipped_updates"}:  # times and memory
-            del summary[name]
-    found = {"metrics.json": hashlib.sha256(json.dumps(metrics).encode()).hexdigest()}
-    for fold in metrics["folds_done"]:
-        for checkpoint in ("last", "best"):
-            params = load_params(run, fold, checkpoint=checkpoint)
-            found[f"fold {fold} {checkpoint}"] = weights_sha256(params)
-    for path in sorted(run.glob("fold_*/*/*.nii.gz")):
-        volume = read_volume(path)
-        found[str(path.relative_to(run))] = hashlib.sha256(
-            volume.array.tobytes() + volume.affine.tobytes()
-        ).hexdigest()
-    left = [path for path in run.rglob(".*") if path.name != ".lock"]
-    return found | ({"left behind": str(left)} if left else {})
+class Row(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        fault: its kind.
+        results: a text for each try, empty if it survived, else what went wrong; None if this
+            machine does not allow the tries.
+        note: more about them.
+    """
+
+    fault: str
+    results: list[str] | None
+    note: str = ""
 
 
-def start(run: Path, cache: Path, *fault: str) -> subprocess.CompletedProcess[str]:
-    """A process that works on ``run``; ``fault`` are the further arguments of the job."""
+class Ended(NamedTuple):
+    """How a process of a run ended.
+
+    Attributes:
+        status: negative for a signal that killed it.
+        out, err: what it printed.
+        struck_s: when a signal was sent to it, by the monotonic clock; None if it ended before.
+        ended_s: when it had ended.
+    """
+
+    status: int
+    out: str
+    err: str
+    struck_s: float | None
+    ended_s: float
+
+    def marks(self) -> Iterator[tuple[str, str, float]]:
+        """What, phase and time of the marks of ``tests.faults.job``, in order."""
+        for line in self.out.splitlines():
+            if line.startswith("mark "):
+                _, what, phase, seconds = line.split()
+                yield what, phase, float(seconds)
+
+    def spans(self) -> dict[str, list[tuple[float, float]]]:
+        """Begin and end of the calls of each phase; without end for one that was cut off."""
+        found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for what, phase, seconds in self.marks():
+            if what == "enter":
+                found[phase].append((seconds, float("inf")))
+            elif what == "leave":
+                found[phase][-1] = (found[phase][-1][0], seconds)
+        return found
+
+    def phases_struck(self) -> list[str]:
+        """The phases that were going on when the signal came; two where a thread was saving."""
+        assert self.struck_s is not None
+        found = [
+            phase
+            for phase, spans in self.spans().items()
+            if any(begin <= self.struck_s < end for begin, end in spans)
+        ]
+        return found or ["between"]
+
+
+class Strike(NamedTuple):
+    """A signal to send ``delay_s`` after the start of a call of a phase."""
+
+    number: signal.Signals
+    phase: str
+    call: int
+    delay_s: float
+
+
+def start(run: Path, cache: Path, *fault: str, strike: Strike | None = None) -> Ended:
+    """Let a process work on ``run``; ``fault`` are the further arguments of the job."""
     command = [sys.executable, "-m", "tests.faults.job", str(run), str(cache), *fault]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+    struck_s, lines = None, []
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        watchdog = threading.Timer(TIMEOUT_S, process.kill)
+        watchdog.start()
+        calls = 0
+        for line in process.stdout:
+            lines.append(line)
+            if strike is None or not line.startswith(f"mark enter {strike.phase} "):
+                continue
+            calls += 1
+            if calls == strike.call:
+                time.sleep(strike.delay_s)
+                if process.poll() is None:
+                    struck_s = time.monotonic()
+                    process.send_signal(strike.number)
+        process.wait()
+        ended_s = time.monotonic()
+        watchdog.cancel()
+        errors.seek(0)
+        return Ended(process.returncode, "".join(lines), errors.read(), struck_s, ended_s)
 
 
 def finish(run: Path, cache: Path, reference: dict[str, str]) -> str:
     """Start undisturbed and compare with the reference; what differs."""
     done = start(run, cache)
-    if done.returncode:
-        return f"{run.name}: restart ended with {done.returncode}: {done.stderr[-2000:]}"
+    if done.status:
+        return f"{run.name}: restart ended with {done.status}: {done.err[-2000:]}"
+    return compare(run, reference)
+
+
+def compare(run: Path, reference: dict[str, str]) -> str:
+    """What of a finished run differs from the reference; empty if nothing does."""
     found = digest(run)
     wrong = [name for name in reference.keys() | found if reference.get(name) != found.get(name)]
     return f"{run.name}: differs in {sorted(wrong)}" if wrong else ""
 
 
 def signals(
-    name: str, tries: int, cache: Path, folder: Path, reference: dict[str, str], jobs: int
-) -> Result:
-    """Runs that a signal strikes up to three times each, in drawn phases, at drawn moments."""
+    number: signal.Signals,
+    tries: int,
+    folder: Path,
+    reference: dict[str, str],
+    durations: dict[str, list[float]],
+    jobs: int,
+) -> Row:
+    """Runs that a signal strikes up to three times each: every phase alike, at drawn moments.
 
-    def one_run(seed: int, count: int) -> Result:
-        rng = random.Random(f"{name} {seed}")
-        run, faults = folder / f"{name}_{seed}", []
-        phases = list(PHASES)
-        while len(faults) < count:
-            phase = phases[(seed * 3 + len(faults)) % len(phases)]
-            call, delay_s = rng.randint(1, CALLS[phase]), round(rng.uniform(0, 0.5), 3)
-            done = start(run, cache, phase, name, str(call), str(delay_s))
-            ended = time.monotonic()
-            if "\nstruck " not in done.stdout:  # that phase was over
-                if done.returncode == 0:
-                    phases.remove(phase)
-                    shutil.rmtree(run)
-                continue
-            faults.append("")
-            if name == "SIGTERM":
-                took_s = ended - _unit_end(done.stdout)
-                if done.returncode not in (0, 143):
-                    faults[-1] = f"{run.name} {phase}: status {done.returncode}: {done.stderr}"
-                elif took_s > GRACE_S and done.returncode:
-                    faults[-1] = f"{run.name} {phase}: took {took_s:.1f} s"
-        wrong = finish(run, cache, reference)
-        return [fault or wrong for fault in faults]
+    Each run begins with a data set that is not built. A try counts once the signal has ended the
+    process: if that was over before, the run is compared and another one is struck instead.
+    """
+    rng = random.Random(number.name)
+    order = list(PHASES)
+    phases = [order[i % len(order)] for i in range(tries)]
+    rng.shuffle(phases)
+    shares = [sorted(phases[i : i + 3], key=order.index) for i in range(0, tries, 3)]
+    struck_in: Counter[str] = Counter()
 
-    shares = [min(3, tries - first) for first in range(0, tries, 3)]
+    def one_share(index: int, share: Sequence[str]) -> list[str]:
+        rng = random.Random(f"{number.name} {index}")
+        results: list[str] = []
+        waiting = list(share)
+        for attempt in range(100):
+            run = folder / f"{number.name}_{index}_{attempt}"
+            cache = folder / f"{run.name}_cache"
+            faults, over = [], False
+            while waiting and not over:
+                phase = waiting[0]
+                lengths = durations[phase]
+                # Few calls are left after a strike: the first one of them.
+                call = 1 if faults else rng.randint(1, len(lengths))
+                delay_s = rng.uniform(0, lengths[call - 1])
+                done = start(run, cache, strike=Strike(number, phase, call, delay_s))
+                over = any(mark[:2] == ("leave", "reporting") for mark in done.marks())
+                if done.struck_s is not None and not over:
+                    waiting.pop(0)
+                    struck_in.update(done.phases_struck())
+                    faults.append(_wrong_end(done, number, f"{run.name} {phase}"))
+                elif not over or done.status not in (0, -number, 128 + number):
+                    waiting.pop(0)
+                    over = True
+                    faults.append(f"{run.name} {phase}: {done.status}: {done.err[-2000:]}")
+            wrong = compare(run, reference) if over else finish(run, cache, reference)
+            results += [fault or wrong for fault in faults]
+            if wrong and not faults:
+                results.append(wrong)
+            if not waiting:
+                return results
+        raise AssertionError(f"no strike hit {waiting}")
+
     with ThreadPoolExecutor(jobs) as threads:
-        results = list(threads.map(one_run, range(len(shares)), shares))
-    return [text for result in results for text in result]
+        results = [
+            text for part in threads.map(one_share, range(len(shares)), shares) for text in part
+        ]
+    counts = ", ".join(f"{phase} {struck_in[phase]}" for phase in (*order, "between"))
+    return Row(number.name, results, f"while {counts}")
 
 
-def full_disks(tries: int, cache: Path, folder: Path, reference: dict[str, str]) -> Result | None:
-    """A small file system that fills up in each phase, is said to be full, and gets room again."""
-    results = []
+def _wrong_end(done: Ended, number: signal.Signals, title: str) -> str:
+    """What is wrong with the end of a process that was struck; empty if nothing is."""
+    expected = -number if number == signal.SIGKILL else 128 + number
+    if done.status != expected:
+        return f"{title}: status {done.status}: {done.err[-2000:]}"
+    if number == signal.SIGKILL:
+        return ""
+    assert done.struck_s is not None
+    units = [at for what, _, at in done.marks() if what == "unit" and at >= done.struck_s]
+    took_s = done.ended_s - (units[0] if units else done.struck_s)
+    return f"{title}: took {took_s:.1f} s" if took_s > GRACE_S else ""
+
+
+def full_disks(tries: int, folder: Path, reference: dict[str, str], calls: dict[str, int]) -> Row:
+    """A small file system that fills up in each phase of the second fold, then gets room again.
+
+    And one that becomes read-only: before a run, and in the middle of one.
+    """
+    fault, results = "full or read-only disk", []
+
+    def judge(title: str, done: Ended, named: Path, run: Path, cache: Path) -> str:
+        """The message, what was finished before, and what a restart makes of it."""
+        if done.status != 3 or str(named) not in done.err or "Traceback" in done.err:
+            return f"{title}: status {done.status}: {done.err[-2000:]}"
+        before = {name: value for name, value in digest(run).items() if name.startswith("fold_0")}
+        harmed = [name for name in before if before[name] != reference.get(name)]
+        return f"{title}: harmed {harmed}" if harmed else finish(run, cache, reference)
+
     with small_file_system(folder / "small") as small:
         if small is None:
-            return None
-        for phase in [phase for phase in PHASES if phase != "starting"][:tries]:
+            return Row(fault, None, "mounting a file system needs privileges")
+        for phase in list(PHASES)[:tries]:
             run, ballast = small / f"full_{phase}", small / "ballast"
-            done = start(run, cache, phase, f"fill:{ballast}", "1", "0")
-            said = done.returncode == 3 and str(run) in done.stderr and "space" in done.stderr
-            ballast.unlink(missing_ok=True)
-            wrong = finish(run, cache, reference)
-            if not said:
-                wrong = f"full while {phase}: status {done.returncode}: {done.stderr[-2000:]}"
-            results.append(wrong)
+            cache = small / "cache" if phase == "building" else folder / "full_cache"
+            call = calls[phase] // 2 + 1
+            done = start(run, cache, phase, str(call), f"fill:{ballast}")
+            if ballast.exists():
+                ballast.unlink()
+            named = cache if phase == "building" else run
+            said = "" if "space" in done.err else "no word of space; "
+            results.append(said + judge(f"full while {phase}", done, named, run, cache))
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.rmtree(small / "cache", ignore_errors=True)
+        for name in ("read-only before", "read-only within"):
+            run, cache = small / name.replace(" ", "_"), folder / "full_cache"
+            if name.endswith("within"):
+                shutil.copytree(folder / "reference", run)
+                shutil.rmtree(run / "fold_1")
+                (run / "metrics.json").unlink()
+            subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+            done = start(run, cache)
+            subprocess.run(["mount", "-o", "remount,rw", str(small)], check=True)
+            results.append(judge(name, done, run, run, cache))
             shutil.rmtree(run)
-        run = small / "read_only"
-        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        done = start(run, cache)
-        said = done.returncode == 3 and str(run) in done.stderr
-        subprocess.run(["mount", "-o", "remount,rw", str(small)], check=True)
+    return Row(fault, results)
+
+
+def lost_data(tries: int, folder: Path, reference: dict[str, str], calls: dict[str, int]) -> Row:
+    """A data file that loses its content in a phase, is said to have, and is put back."""
+    results = []
+    for phase in ("training", "predicting", "building")[:tries]:
+        run, cache = folder / f"lost_{phase}", folder / f"lost_{phase}_cache"
+        shutil.copytree(folder / "reference_cache", cache)
+        (file,) = cache.rglob("*.array_record-*")
+        call = calls[phase] // 2 + 1
+        done = start(run, cache, phase, str(call), f"remove:{file}")
+        file.with_name(f"{file.name}.away").replace(file)
+        said = done.status == 2 and "must stay as it was written" in done.err
+        said &= str(file.parent) in done.err and "Traceback" not in done.err
         wrong = finish(run, cache, reference)
-        results.append(wrong if said else f"read-only: {done.returncode}: {done.stderr[-2000:]}")
-    return results
-
-
-def _unit_end(text: str) -> float:
-    """When the step or case ended in which the fault struck; the strike itself if none did."""
-    lines = text[text.index("\nstruck ") + 1 :].splitlines()
-    times = [float(line.split()[1]) for line in lines if line.startswith(("struck ", "unit "))]
-    return times[1] if len(times) > 1 else times[0]
+        results.append(wrong if said else f"{phase}: status {done.status}: {done.err[-2000:]}")
+    return Row("lost data file", results)
 
 
 @contextlib.contextmanager
 def small_file_system(path: Path) -> Iterator[Path | None]:
-    """A mounted tmpfs of 8 MB; None where this process may not mount."""
+    """A mounted tmpfs of 12 MB; None where this process may not mount."""
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(path)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         yield None
         return
@@ -166,7 +298,7 @@ def small_file_system(path: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-def corruptions(tries: int, cache: Path, folder: Path, reference: dict[str, str]) -> Result:
+def corruptions(tries: int, cache: Path, folder: Path) -> Row:
     """Damaged checkpoints: the newest intact one is used, or an error; never other weights."""
     config = tiny(folder / "corrupted", cache)
     like = compile_programs(config, jax.devices()[:1]).init(jax.random.key(0))
@@ -179,94 +311,58 @@ def corruptions(tries: int, cache: Path, folder: Path, reference: dict[str, str]
         kept.close()
         return lambda: Checkpoints(directory, config).resume(like)
 
-    return [corruption.survives(folder / f"c{seed}", save, states, seed) for seed in range(tries)]
+    results = [corruption.survives(folder / f"c{i}", save, states, i) for i in range(tries)]
+    return Row("corrupted checkpoint", results)
 
 
-def soak(cache: Path, folder: Path) -> Result:
-    """Many steps: memory, threads, files and shared memory stay what they were."""
-    config = tiny(folder / "soak", cache, steps=SOAK_STEPS, checkpoint_every=100)
-    programs = compile_programs(config, jax.devices()[:1])
-    source = loading.build(config.data)
-    samples: dict[int, dict[str, int]] = {}
-    step, made = programs.step.step, 0
-
-    def sampled(state, batch):
-        nonlocal made
-        made += 1
-        if made in (SOAK_WARM_STEPS, SOAK_STEPS):
-            samples[made] = resources()
-        return step(state, batch)
-
-    object.__setattr__(programs.step, "step", sampled)
-    ids = source.case_ids
-    before = resources()
-    train_fold(
-        config,
-        programs,
-        source,
-        fold=0,
-        training=ids[2:],
-        validation=ids[:2],
-        directory=folder / "soak" / "fold_0",
-    )
-    after = resources()
-    faults = []
-    grown = samples[SOAK_STEPS]["rss_kib"] / samples[SOAK_WARM_STEPS]["rss_kib"] - 1
-    print(f"  soak: memory {grown:+.2%} from step {SOAK_WARM_STEPS} to {SOAK_STEPS}; {after}")
-    if grown > 0.02:
-        faults.append(f"memory grew by {grown:.1%}")
-    faults += [
-        f"{name}: {before[name]} before, {after[name]} after"
-        for name in ("files", "shared_memory")
-        if after[name] > before[name]
-    ]
-    if samples[SOAK_STEPS]["threads"] > samples[SOAK_WARM_STEPS]["threads"]:
-        faults.append(f"threads: {samples}")
-    return ["; ".join(faults)]
-
-
-def resources() -> dict[str, int]:
-    """What this process holds, by Linux's own account."""
-    status = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines()
-    )
-    return {
-        "rss_kib": int(status["VmRSS"].split()[0]),
-        "threads": int(status["Threads"]),
-        "files": len(os.listdir("/proc/self/fd")),
-        "shared_memory": len(os.listdir("/dev/shm")),
-    }
-
-
-def rows(
-    share: float, jobs: int, only: Sequence[str], folder: Path
-) -> Iterator[tuple[str, Result | None]]:
+def rows(share: float, jobs: int, only: Sequence[str], folder: Path) -> Iterator[Row]:
     """Every row of the table, as it is done."""
-    cache = folder / "cache"
+    cache = folder / "reference_cache"
 
     def count(full: int) -> int:
         return max(1, round(full * share))
 
     reference: dict[str, str] = {}
-    if {"kill", "term", "disk"} & set(only):
-        done = start(folder / "reference", cache)
-        assert done.returncode == 0, done.stderr
+    durations: dict[str, list[float]] = {}
+    if {"kill", "term", "disk", "data"} & set(only):
+        for run in ("reference", "again"):  # the first one compiles
+            done = start(folder / run, folder / f"{run}_cache")
+            assert done.status == 0, done.err
+        wrong = compare(folder / "again", digest(folder / "reference"))
+        yield Row("nothing: a second run", [wrong])
         reference = digest(folder / "reference")
-    if "kill" in only:
-        yield "SIGKILL", signals("SIGKILL", count(50), cache, folder, reference, jobs)
-    if "term" in only:
-        yield "SIGTERM", signals("SIGTERM", count(20), cache, folder, reference, jobs)
+        durations = {
+            phase: [end - begin for begin, end in spans] for phase, spans in done.spans().items()
+        }
+    calls = {phase: len(lengths) for phase, lengths in durations.items()}
+    for name, number, full in (("kill", signal.SIGKILL, 50), ("term", signal.SIGTERM, 20)):
+        if name in only:
+            yield signals(number, count(full), folder, reference, durations, jobs)
     if "corrupt" in only:
-        yield "corrupted checkpoint", corruptions(count(30), cache, folder, reference)
+        yield corruptions(count(30), cache, folder)
     if "disk" in only:
-        yield "full or read-only disk", full_disks(count(5), cache, folder, reference)
+        yield full_disks(count(6), folder, reference, calls)
+    if "data" in only:
+        yield lost_data(count(3), folder, reference, calls)
     if "hostile" in only:
-        yield "hostile names", hostile.results(folder / "hostile", count(100))
+        yield Row("hostile names", hostile.results(folder / "hostile", count(100)))
     if "soak" in only:
-        yield f"soak of {SOAK_STEPS} steps", soak(cache, folder)
+        grown, figures = soak(cache, folder)
+        yield Row(f"soak of {STEPS} steps", [grown], figures)
 
 
-KINDS = ("kill", "term", "corrupt", "disk", "hostile", "soak")
+KINDS = ("kill", "term", "corrupt", "disk", "data", "hostile", "soak")
+
+
+def keep_compiled(cache: Path) -> None:
+    """Let every start, and this process, take what an earlier one compiled."""
+    for name, value in (
+        ("jax_compilation_cache_dir", str(cache)),
+        ("jax_persistent_cache_min_compile_time_secs", 0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def main() -> None:
@@ -279,18 +375,16 @@ def main() -> None:
     started, lost = time.perf_counter(), 0
     print(f"{'fault':<26}{'tries':>6}{'survived':>10}{'lost':>6}{'seconds':>9}", flush=True)
     with tempfile.TemporaryDirectory(prefix="faults_") as name:
-        keep_compiled(Path(name) / "cache" / "xla")
+        keep_compiled(Path(name) / "xla")
         mark = time.perf_counter()
-        for fault, result in rows(options.share, options.jobs, options.only, Path(name)):
+        for row in rows(options.share, options.jobs, options.only, Path(name)):
             spent, mark = time.perf_counter() - mark, time.perf_counter()
-            if result is None:
-                print(f"{fault:<26}not run: mounting a file system needs privileges", flush=True)
-                continue
-            failed = [text for text in result if text]
+            failed = [text for text in row.results or () if text]
             lost += len(failed)
-            counts = f"{len(result):>6}{len(result) - len(failed):>10}{len(failed):>6}"
-            print(f"{fault:<26}{counts}{spent:>9.0f}", flush=True)
-            for text in failed:
+            tries = 0 if row.results is None else len(row.results)
+            counts = f"{tries:>6}{tries - len(failed):>10}{len(failed):>6}"
+            print(f"{row.fault:<26}{counts}{spent:>9.0f}", flush=True)
+            for text in (*([row.note] if row.note else []), *failed):
                 print(f"  {text}", flush=True)
     print(f"lost: {lost} ({time.perf_counter() - started:.0f} s)")
     raise SystemExit(lost > 0)

@@ -1,20 +1,19 @@
 """One tiny cross-validation in a process of its own, into which a fault may strike.
 
-``python -m tests.faults.job OUTPUT CACHE [PHASE FAULT CALL DELAY]``: DELAY seconds after call
-number CALL of the phase's function the fault happens: ``SIGKILL``, ``SIGTERM``, or ``fill:PATH``,
-which fills the file system of PATH and lets the run go on.
+``python -m tests.faults.job OUTPUT CACHE [PHASE CALL FAULT]``: just before call number CALL of the
+phase's function FAULT happens: ``fill:PATH`` fills the file system of PATH, ``remove:PATH`` takes a
+data file away. Signals come from outside, at moments that the marks on stdout let the sender
+choose: a line ``mark enter PHASE SECONDS`` and ``mark leave PHASE SECONDS`` for each call, and
+``mark unit - SECONDS`` at the end of each step or case, all by the monotonic clock.
 """
 
 import errno
 import functools
 import os
-import signal
+import shutil
 import sys
-import threading
 import time
 from pathlib import Path
-
-import jax
 
 from cmsad_jax.modules import EncoderConfig, FusionConfig, NetworkConfig
 from data_pipelines import loading
@@ -24,14 +23,18 @@ from experiments.config import Config, PredictConfig, TrainConfig, complete
 from experiments.runtime import run_main
 
 PHASES = {
-    "starting": (loading, "build"),
-    "training": (loading, "train_batches"),
+    "building": (loading, "build"),
+    "training": (cv, "train_fold"),
     "validating": (train, "reference_dice"),
     "saving": (checkpoints.Checkpoints, "_write"),
     "predicting": (cv, "predict_and_measure"),
     "reporting": (cv, "finish"),
 }
-"""The function whose call begins each phase."""
+"""The function whose calls are each phase, in the order in which a run reaches them.
+
+Saving happens in a thread while training goes on; all phases but the first and the last come once
+in each fold or more often.
+"""
 
 
 def tiny(output: Path, cache: Path, **changes) -> Config:
@@ -45,7 +48,7 @@ def tiny(output: Path, cache: Path, **changes) -> Config:
     return complete(
         Config(
             accelerator="cpu",
-            compilation_cache=None,  # the harness keeps its own
+            compilation_cache=False,  # the harness keeps its own
             output=output,
             num_folds=2,
             data=DataConfig(
@@ -58,49 +61,44 @@ def tiny(output: Path, cache: Path, **changes) -> Config:
             train=TrainConfig(
                 **{"steps": 12, "crop": (4, 16, 16), "checkpoint_every": 3, **changes}
             ),
-            predict=PredictConfig(figures=1, threshold=0.3),
+            predict=PredictConfig(figures=1, threshold=0.05),
         )
     )
 
 
-def keep_compiled(cache: Path) -> None:
-    """Let every start of the harness take what an earlier one compiled."""
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def mark(what: str, phase: str) -> None:
+    """A line on stdout, in one piece whichever thread writes it."""
+    os.write(1, f"mark {what} {phase} {time.monotonic():.6f}\n".encode())
 
 
-def strike(phase: str, fault: str, call: int, delay_s: float) -> None:
-    """Arrange for ``fault`` at a call of the phase's function."""
-    owner, name = PHASES[phase]
-    original = getattr(owner, name)
-    calls = 0
+def mark_phases(struck: str, call: int, fault: str) -> None:
+    """Mark every call of every phase; ``fault`` comes at one of them."""
 
-    @functools.wraps(original)
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            if delay_s and not fault.startswith("fill:"):
-                threading.Timer(delay_s, happen, [fault]).start()
-            else:
-                happen(fault)
-        return original(*args, **kwargs)
+    def wrap(phase: str) -> None:
+        owner, name = PHASES[phase]
+        original = getattr(owner, name)
+        calls = 0
 
-    setattr(owner, name, counted)
+        @functools.wraps(original)
+        def marked(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            mark("enter", phase)
+            try:
+                if (phase, calls) == (struck, call):
+                    happen(fault)
+                return original(*args, **kwargs)
+            finally:
+                mark("leave", phase)
 
+        setattr(owner, name, marked)
 
-def happen(fault: str) -> None:
-    """Do it, now."""
-    if fault.startswith("fill:"):
-        fill(Path(fault.removeprefix("fill:")))
-    else:
-        print(f"struck {time.monotonic()}", flush=True)
-        os.kill(os.getpid(), signal.Signals[fault])
+    for phase in PHASES:
+        wrap(phase)
 
 
-def note_units() -> None:
-    """Print when each unit of work ends that a SIGTERM lets finish: a step or a case."""
+def mark_units() -> None:
+    """Mark the end of each unit of work that a SIGTERM lets finish: a step or a case."""
     for owner, name in (
         (train.Progress, "time"),
         (train, "predict_case"),
@@ -109,12 +107,24 @@ def note_units() -> None:
         original = getattr(owner, name)
 
         @functools.wraps(original)
-        def noted(*args, original=original, **kwargs):
+        def marked(*args, original=original, **kwargs):
             result = original(*args, **kwargs)
-            print(f"unit {time.monotonic()}", flush=True)
+            mark("unit", "-")
             return result
 
-        setattr(owner, name, noted)
+        setattr(owner, name, marked)
+
+
+def happen(fault: str) -> None:
+    """Do it, now."""
+    kind, path = fault.split(":", 1)
+    {"fill": fill, "remove": remove}[kind](Path(path))
+
+
+def remove(path: Path) -> None:
+    """Take the content of a file away under its readers, as a file system does that is lost."""
+    shutil.copyfile(path, path.with_name(f"{path.name}.away"))
+    os.truncate(path, 0)
 
 
 def fill(path: Path) -> None:
@@ -132,11 +142,9 @@ def fill(path: Path) -> None:
 def main() -> None:
     """Command line."""
     output, cache, *fault = sys.argv[1:]
-    keep_compiled(Path(cache) / "xla")
-    if fault:
-        phase, kind, call, delay_s = fault
-        strike(phase, kind, int(call), float(delay_s))
-        note_units()
+    phase, call, what = fault or ("", "0", "")
+    mark_phases(phase, int(call), what)
+    mark_units()
     cv.run(tiny(Path(output), Path(cache)))
 
 
