@@ -104,6 +104,10 @@ class Config:
     parallel: Literal["jit", "pmap"] = "jit"
     """How a step is spread over the devices."""
     distributed: DistributedConfig = DistributedConfig()
+    deterministic: bool = False
+    """On GPUs, the same bits whenever a run is repeated on devices of one kind: XLA then uses no
+    operation whose result may vary and tunes none to the moment, which is slower. CPUs need no
+    such option."""
     output: Path | None = None
     """Run folder; by default named after preset, data, target and modalities under runs/."""
     num_folds: int = 5
@@ -182,6 +186,7 @@ PRESETS: dict[str, Config] = {
 # Fields that say where and how much of a run is done, not what it is.
 _NOT_IDENTITY = (
     "accelerator",
+    "deterministic",
     "output",
     "folds",
     "parallel",
@@ -302,6 +307,11 @@ def complete(config: Config) -> Config:
         )
     network.encoder.stage_shapes(window(config))
     config.loss.distilled_stages(network.encoder.num_stages)
+    if config.deterministic and config.parallel == "pmap":
+        raise ConfigError(
+            "a deterministic run needs compiler options, which pmap does not take; "
+            "got --deterministic=True and --parallel=pmap. Use --parallel=jit."
+        )
     folds = config.folds
     if folds is not None and any(not 0 <= fold < config.num_folds for fold in folds):
         raise ConfigError(

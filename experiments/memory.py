@@ -1,8 +1,9 @@
 """Device memory: what a train step needs, by XLA's account, and what to do where it lacks."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,21 +14,34 @@ from experiments.runtime import RunError, log
 GIB = 2**30
 
 
-def estimate_bytes(step: Callable[..., Any], state: Any, batch: Any) -> int | None:
-    """Memory of one device for a call of ``step``; None where XLA cannot tell.
+class Estimate(NamedTuple):
+    """Memory of one device for a step, by XLA's account.
 
-    Compiles, or takes what is compiled. Arguments, results and temporary arrays; what the results
-    share with donated arguments counts once.
+    Attributes:
+        kept_bytes: arguments and results; what they share, being donated, counts once.
+        temporary_bytes: everything between, which grows with the voxels that are worked on at once.
     """
+
+    kept_bytes: int
+    temporary_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.kept_bytes + self.temporary_bytes
+
+
+def estimate(step: Callable[..., Any], state: Any, batch: Any) -> Estimate | None:
+    """Memory for a call of ``step``; None where XLA cannot tell. Compiles, or takes what is."""
     lower = getattr(step, "lower", None)  # the pmap adapter is a plain function
     analysis = lower(state, batch).compile().memory_analysis() if lower else None
     if analysis is None:
         return None
-    return (
+    return Estimate(
         analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes,
+        analysis.temp_size_in_bytes,
     )
 
 
@@ -36,25 +50,28 @@ def limit_bytes(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def check(config: Config, step: Callable[..., Any], state: Any, batch: Any) -> None:
-    """Say before the first step what it will need, and refuse what cannot fit.
+def check(config: Config, step: Callable[..., Any], state: Any, batch: Any) -> Estimate | None:
+    """Say before the first step what it will need, and refuse what cannot fit; None on CPUs.
 
     Raises:
         RunError: the estimate exceeds what a device has.
     """
     limit = limit_bytes(next(iter(jax.tree.leaves(state)[0].sharding.addressable_devices)))
-    needed = None if limit is None else estimate_bytes(step, state, batch)
+    needed = None if limit is None else estimate(step, state, batch)
     if limit is None or needed is None:
-        return
-    said = f"a step needs about {needed / GIB:.2f} of {limit / GIB:.2f} GiB on each device"
-    if needed > limit:
-        raise RunError(f"a step must fit into memory; {said}, {_asked(config)}. {_remedy(config)}")
+        return None
+    said = f"a step needs about {needed.bytes / GIB:.2f} of {limit / GIB:.2f} GiB on each device"
+    if needed.bytes > limit:
+        share = (limit - needed.kept_bytes) / max(needed.temporary_bytes, 1)
+        remedy = _remedy(config, share)
+        raise RunError(f"a step must fit into memory; {said}, {_asked(config)}. {remedy}")
     log(said)
+    return needed
 
 
 @contextlib.contextmanager
-def explained(config: Config) -> Iterator[None]:
-    """Say what was asked and what would fit, if a device runs out of memory inside.
+def explained(config: Config, needed: Estimate | None = None) -> Iterator[None]:
+    """Say what was estimated, what was asked and what would fit, if a device runs out of memory.
 
     Raises:
         RunError: instead of XLA's error.
@@ -64,9 +81,10 @@ def explained(config: Config) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
+        known = "" if needed is None else f", estimated at {needed.bytes / GIB:.2f} GiB"
         raise RunError(
-            f"a step must fit into memory; the device has too little for it, {_asked(config)}; "
-            f"XLA says: {str(error).splitlines()[0]} {_remedy(config)}"
+            f"a step must fit into memory; the device has too little for it{known}, "
+            f"{_asked(config)}; XLA says: {str(error).splitlines()[0]} {_remedy(config)}"
         ) from error
 
 
@@ -79,14 +97,30 @@ def _asked(config: Config) -> str:
     )
 
 
-def _remedy(config: Config) -> str:
-    """Two options that make a step smaller."""
-    train = config.train
-    factors = np.prod([stride[-2:] for stride in config.network.encoder.strides], axis=0)
-    halves = [max(n // 2 // f, 1) * f for n, f in zip(train.crop[1:], factors, strict=True)]
-    options = [f"--train.crop {train.crop[0]} {halves[0]} {halves[1]}"]
-    if train.batch_size > 1:
-        options.insert(0, f"--train.batch-size={train.batch_size // 2}")
-    if config.network.dtype == "float32":
-        options.append("--network.dtype=bfloat16")
-    return f"Use {' or '.join(options[:2])}, and a new --output."
+def _remedy(config: Config, share: float = 0.5) -> str:
+    """Two options that leave about ``share`` of the temporary arrays, the harmless ones first."""
+    train, network = config.train, config.network
+    examples = train.batch_size // math.gcd(train.batch_size, len(jax.devices()))
+    channels = " ".join(str(max(c // 2, 1)) for c in network.encoder.channels)
+    if share <= 0:
+        options = ["a device with more memory", f"--network.encoder.channels {channels}{_NEW}"]
+        return f"Use {' or '.join(options)}."
+    options = [
+        f"--train.accumulation={parts}"
+        for parts in range(train.accumulation + 1, examples + 1)
+        if examples % parts == 0 and train.accumulation / parts <= share
+    ][:1]
+    if not network.rematerialize and share >= 0.5:
+        options.append("--network.rematerialize=True")
+    factors = np.prod([stride[-2:] for stride in network.encoder.strides], axis=0)
+    sides = [
+        max(int(side * math.sqrt(share)) // factor, 1) * factor
+        for side, factor in zip(train.crop[1:], factors, strict=True)
+    ]
+    options.append(f"--train.crop {train.crop[0]} {sides[0]} {sides[1]}{_NEW}")
+    options.append(f"--network.encoder.channels {channels}{_NEW}")
+    return f"Use {' or '.join(options[:2])}."
+
+
+_NEW = " with a new --output"
+"""To be said of options that make another run; the others continue the one that is there."""

@@ -1,10 +1,12 @@
 """Where a run happens: accelerator, versions, logging of progress, errors without tracebacks."""
 
 import contextlib
+import ctypes
 import datetime
 import errno
 import fcntl
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import jax
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from cmsad_jax.types import ConfigError, Device
@@ -175,6 +178,60 @@ class Stop:
     """A signal whose ``Interrupted`` may have been raised where Python drops exceptions, such as a
     callback of the garbage collector."""
 
+    def after_step(self) -> bool:
+        """Whether to stop now, at the end of a step; of several processes, all say so at the same.
+
+        They agree through JAX's preemption service, a few steps after the signal came to any of
+        them. Each calls this once for each step that it makes, whatever the fold.
+        """
+        if not jax.distributed.is_initialized():
+            return self.number is not None
+        if self.number is not None:
+            _preemption.notify()
+        if not multihost_utils.reached_preemption_sync_point(next(_preemption.steps)):
+            return False
+        self.number = self.number or signal.SIGTERM
+        return True
+
+
+class _PreemptionService:
+    """What JAX's service needs of a process: a notice of the signal, and the count of its steps.
+
+    ``jax.distributed.initialize`` takes SIGTERM away from Python without telling it. The C function
+    that it puts there notes that the signal came, and nothing else; here it is called instead of
+    being left to the kernel, so that both know.
+    """
+
+    def __init__(self):
+        self.steps = itertools.count(1)
+        self._notice: Callable[[int], None] | None = None
+
+    def take_over(self) -> None:
+        """Keep the function that JAX put there, and give SIGTERM back to Python."""
+        previous = signal.getsignal(signal.SIGTERM)
+        exchange = ctypes.CDLL(None).signal
+        exchange.argtypes, exchange.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        address = exchange(signal.SIGTERM, None)  # SIG_DFL
+        signal.signal(signal.SIGTERM, previous)
+        if address:
+            self._notice = ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
+
+    def notify(self) -> None:
+        """Tell the service, as the kernel would; again changes nothing."""
+        if self._notice is not None:
+            self._notice(signal.SIGTERM)
+
+
+_preemption = _PreemptionService()
+
+
+def share_signals() -> None:
+    """Let the processes of a run stop at one step; once, after ``jax.distributed.initialize``.
+
+    Without it SIGTERM does nothing in such a process, as JAX has taken it.
+    """
+    _preemption.take_over()
+
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[Stop]:
@@ -200,8 +257,10 @@ def deferred_signals() -> Iterator[Stop]:
                 continue
             if stop.number is not None:
                 os._exit(128 + number)
+            with contextlib.suppress(OSError):  # nobody reads stdout any more
+                name = signal.Signals(number).name
+                log(f"{name}: finishing this step and saving; again to quit now")
             stop.number = number
-            log(f"{signal.Signals(number).name}: finishing this step and saving; again to quit now")
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()

@@ -82,9 +82,7 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
     )
     image_shape = (1, *window(config), len(config.data.modalities))
 
-    # On CPUs the full effort doubles the time to compile and gains no speed: the convolutions are
-    # library calls.
-    options = {"xla_backend_optimization_level": 1} if devices[0].platform == "cpu" else None
+    options = compiler_options(devices[0].platform, deterministic=config.deterministic)
     stages = range(config.network.encoder.num_stages)
     placed: Any = {"mode": config.parallel, "devices": devices, "compiler_options": options}
     per_call = steps_per_call(config, devices[0].platform)
@@ -114,6 +112,16 @@ def validation_steps(config: Config) -> set[int]:
     """Steps after which the validation fold is looked at."""
     steps, count = config.train.steps, config.train.validations
     return {round(steps * (i + 1) / count) for i in range(count)}
+
+
+def compiler_options(platform: str, *, deterministic: bool) -> dict[str, Any] | None:
+    """XLA's options for the programs of a run."""
+    if platform == "cpu":
+        # The full effort doubles the time to compile and gains no speed: the convolutions are
+        # library calls.
+        return {"xla_backend_optimization_level": 1}
+    # Implies xla_gpu_exclude_nondeterministic_ops, and that none is chosen by timing it.
+    return {"xla_gpu_deterministic_ops": True} if platform == "gpu" and deterministic else None
 
 
 def predict_window(config: Config) -> Callable[..., jax.Array]:
@@ -324,36 +332,14 @@ def train_fold(
             due = number in check_at or number == train.steps
             return due or number % train.checkpoint_every == 0
 
-        batches = train_batches(config, source, training, fold=fold, start=start)
-        opened = time.perf_counter()
-        bar = progress((), description=f"{title} training", total=train.steps, initial=start)
-        uncounted: list[Call] = []
-        compiled: set[int] = set()
-        row_from = done.steady_steps, done.steady_s
-        mark, number = time.perf_counter(), start
-        while number < train.steps:
-            call, placed, program = next_call(config, programs, batches, number, saves, training)
-            size = len(call.batches)
-            with memory.explained(config):
-                if size not in compiled:
-                    memory.check(config, program.step, state, placed)
-                state, metrics = program.step(state, placed)
-                if size not in compiled:
-                    jax.block_until_ready(state)
-            number += size
-            uncounted.append(call._replace(metrics=metrics))
-            stopping = stop.number is not None
-            saving = stopping or saves(number)
-            # Looking at a call waits for it; one call behind, the device is kept busy.
-            cut = len(uncounted) - (0 if saving or done.skipped_in_a_row else 1)
-            counted, uncounted = uncounted[:cut], uncounted[cut:]
-            jax.block_until_ready([one.metrics for one in counted])
-            done.time(time.perf_counter() - mark, size, first=size not in compiled)
-            compiled.add(size)
-            mark = time.perf_counter()
-            steps = [step for one in counted for step in one.steps()]
-            for step in steps:
+        def count(calls: Sequence[Call]) -> Step | None:
+            """Account for their steps; that by which too many were skipped in a row, if any."""
+            nonlocal row_from
+            too_many = None
+            for step in itertools.chain.from_iterable(call.steps() for call in calls):
                 done.count(step, title)
+                if done.skipped_in_a_row >= train.max_skipped:
+                    too_many = too_many or step
                 if step.number % log_every == 0 or step.number == train.steps:
                     made, seconds = done.steady_steps - row_from[0], done.steady_s - row_from[1]
                     row = done.add_row(
@@ -364,10 +350,45 @@ def train_fold(
                     )
                     bar.set_postfix(loss=row["loss"], examples_per_s=row["examples_per_s"])
                     row_from = done.steady_steps, done.steady_s
+            return too_many
+
+        batches = train_batches(config, source, training, fold=fold, start=start)
+        opened = time.perf_counter()
+        bar = progress((), description=f"{title} training", total=train.steps, initial=start)
+        uncounted: list[Call] = []
+        compiled: set[int] = set()
+        needed: memory.Estimate | None = None
+        row_from = done.steady_steps, done.steady_s
+        mark, number = time.perf_counter(), start
+        while number < train.steps:
+            with memory.explained(config):
+                call, placed, program = next_call(config, programs, batches, number, saves, training)
+                size = len(call.batches)
+                if size not in compiled:
+                    needed = memory.check(config, program.step, state, placed)
+            with memory.explained(config, needed):
+                state, metrics = program.step(state, placed)
+                if size not in compiled:
+                    jax.block_until_ready(state)
+            number += size
+            uncounted.append(call._replace(metrics=metrics))
+            stopping = stop.after_step()
+            saving = stopping or saves(number)
+            # Looking at a call waits for it; one call behind, the device is kept busy.
+            cut = len(uncounted) - (0 if saving or train.max_skipped == 1 else 1)
+            counted, uncounted = uncounted[:cut], uncounted[cut:]
+            jax.block_until_ready([one.metrics for one in counted])
+            done.time(time.perf_counter() - mark, size, first=size not in compiled)
+            compiled.add(size)
+            mark = time.perf_counter()
+            too_many = count(counted)
+            if done.skipped_in_a_row:  # nothing is started before it is known what came of the last
+                too_many = too_many or count(uncounted)
+                uncounted = []
             bar.update(size)
-            if not uncounted and done.skipped_in_a_row >= train.max_skipped:
+            if too_many is not None:
                 fetched = programs.step.fetch_state(state)
-                _give_up(config, checkpoints, fetched, steps[-1], done, fold, directory)
+                _give_up(config, checkpoints, fetched, too_many, number, done, fold, directory)
             if not saving:
                 continue
             fetched = programs.step.fetch_state(state)
@@ -490,13 +511,15 @@ def _give_up(
     checkpoints: Checkpoints,
     state: TrainState,
     step: Step,
+    number: int,
     done: Progress,
     fold: int,
     directory: Path,
 ) -> NoReturn:
-    """Save, keep what is needed to repeat ``step``, and raise. ``state`` is that before it.
+    """Save, keep what is needed to repeat ``step``, and raise.
 
-    Of several processes the first writes, with its part of the batch.
+    ``state`` is that after step ``number``. Skipped steps leave it as it was, so that it is also
+    that before ``step``, unless a finite step followed in the same call of several. Of several processes the first writes, with its part of the batch.
     """
     file = directory / f"not_finite_{step.number:08d}.npz"
     facts = {
@@ -506,7 +529,7 @@ def _give_up(
         "case_ids": step.case_ids,
     }
     message = (
-        f"loss and gradient must be finite; got {done.skipped_in_a_row} steps in a row of fold "
+        f"loss and gradient must be finite; got {config.train.max_skipped} steps in a row of fold "
         f"{fold + 1} that are not, up to step {step.number}. See python -m experiments.reproduce "
         f"{file}; use a lower --train.optimizer.learning-rate, or run again to go on regardless."
     )
@@ -517,7 +540,7 @@ def _give_up(
     with whole_file(file) as partial:
         np.savez_compressed(partial, allow_pickle=False, facts=json.dumps(facts), **arrays)
     again = dataclasses.replace(done, skipped_in_a_row=0)
-    checkpoints.save("last", state, step=step.number, progress=dataclasses.asdict(again))
+    checkpoints.save("last", state, step=number, progress=dataclasses.asdict(again))
     checkpoints.wait()
     raise RunError(message)
 

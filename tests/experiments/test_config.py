@@ -82,6 +82,10 @@ SMALL = PRESETS["small"]
             "must keep more than one voxel",
         ),
         (lambda: complete(dataclasses.replace(SMALL, folds=(5,))), "folds must be among 0 to 4"),
+        (
+            lambda: complete(dataclasses.replace(SMALL, deterministic=True, parallel="pmap")),
+            "got --deterministic=True and --parallel=pmap. Use --parallel=jit",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make, message):

@@ -1,6 +1,8 @@
+import dataclasses
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -117,6 +119,52 @@ def test_signal_that_python_drops_is_answered_at_the_next_section(handlers, caps
         assert stop.number is None
 
 
+TWO_PROCESSES = """
+import sys, time
+import jax
+from experiments.runtime import deferred_signals, run_main, share_signals
+def main():
+    process, port = int(sys.argv[1]), sys.argv[2]
+    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
+    share_signals()
+    with deferred_signals() as stop:
+        for step in range(10_000):
+            time.sleep(0.01 * (1 + process))  # neither is as fast as the other
+            if step == 20:
+                print("ready", flush=True)
+            if stop.after_step():
+                print("saved", step, flush=True)
+                break
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(("struck", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_processes_of_one_run_stop_at_the_same_step(struck, number):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(process), port],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    stdout = running[struck].stdout
+    assert stdout is not None
+    assert stdout.readline() == "ready\n"
+    running[struck].send_signal(number)
+    ends = [process.communicate(timeout=120) for process in running]
+    steps = {out.split("saved ")[1] for out, _ in ends}
+    assert len(steps) == 1, ends
+    assert running[struck].returncode == 128 + number
+    assert running[1 - struck].returncode == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "said"),
     [
@@ -193,32 +241,65 @@ def test_step_that_cannot_fit_is_refused_with_two_options(monkeypatch, capsys):
     class State:
         sharding = types.SimpleNamespace(addressable_devices={Device()})
 
-    monkeypatch.setattr(memory, "estimate_bytes", lambda *_: 2**29)
-    memory.check(config, None, State(), None)  # pyright: ignore[reportArgumentType]
+    def check(config, kept, temporary):
+        needed = memory.Estimate(round(kept * 2**30), round(temporary * 2**30))
+        monkeypatch.setattr(memory, "estimate", lambda *_: needed)
+        assert memory.check(config, None, State(), None) == needed  # pyright: ignore
+
+    check(config, 0.125, 0.375)
     assert capsys.readouterr().out == ("a step needs about 0.50 of 1.00 GiB on each device\n")
-    monkeypatch.setattr(memory, "estimate_bytes", lambda *_: 3 * 2**30)
+    message = r"about {} of 1.00 GiB on each device, asked for: batches of 2 crops .* Use {}\."
     with pytest.raises(
         RunError,
-        match=r"about 3.00 of 1.00 GiB on each device, asked for: batches of 2 crops .*"
-        r"Use --train.batch-size=1 or --train.crop 20 64 64, and a new --output",
+        match=message.format("1.62", "--train.accumulation=2 or --network.rematerialize=True"),
     ):
-        memory.check(config, None, State(), None)  # pyright: ignore[reportArgumentType]
+        check(config, 0.125, 1.5)
+    with pytest.raises(  # a quarter is left: half of the batch is not enough
+        RunError,
+        match=message.format(
+            "3.62",
+            "--train.crop 20 64 64 with a new --output or --network.encoder.channels "
+            "16 32 64 128 160 160 with a new --output",
+        ),
+    ):
+        check(config, 0.125, 3.5)
+    with pytest.raises(RunError, match=r"Use a device with more memory or --network\.enc"):
+        check(config, 1.5, 0.125)
+
+
+def test_remedy_goes_on_from_what_is_used_already():
+    config = complete(PRESETS["slice2d"])
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, accumulation=4),
+        network=dataclasses.replace(config.network, rematerialize=True),
+    )
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    with (
+        pytest.raises(RunError, match=r"=8 or --train.crop 1 128 128 with a new --output\.$"),
+        memory.explained(config),
+    ):
+        raise error
 
 
 def test_estimate_counts_arguments_results_and_temporary_arrays():
     step = jax.jit(lambda state, batch: state + batch.sum(), donate_argnums=0)
-    found = memory.estimate_bytes(step, jnp.zeros(1000), jnp.zeros(500))
+    found = memory.estimate(step, jnp.zeros(1000), jnp.zeros(500))
     assert found is not None
-    assert 6000 <= found < 12_000
-    assert memory.estimate_bytes(lambda state, batch: state, 1, 2) is None
+    assert 6000 <= found.bytes < 12_000
+    assert memory.estimate(lambda state, batch: state, 1, 2) is None
 
 
 def test_memory_that_runs_out_is_explained_and_other_errors_pass():
     config = complete(PRESETS["small"])
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
     with (
-        pytest.raises(RunError, match=r"allocating 9 bytes. Use --train.batch-size=1 or --train"),
-        memory.explained(config),
+        pytest.raises(
+            RunError,
+            match=r"too little for it, estimated at 0.75 GiB, asked for: batches of 2 crops .* "
+            r"allocating 9 bytes. Use --train.accumulation=2 or --network.remat",
+        ),
+        memory.explained(config, memory.Estimate(2**28, 2**29)),
     ):
         raise error
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explained(config):

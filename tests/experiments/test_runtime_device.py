@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.runtime import keep_compiled, peak_memory_bytes, profiled
+from experiments.train import compiler_options
 
 
 @pytest.fixture
@@ -34,3 +35,14 @@ def test_a_trace_is_written_where_asked(tmp_path):
     assert any((tmp_path / "trace").rglob("*.xplane.pb"))
     with profiled(None):
         pass
+
+
+def test_deterministic_operations_are_asked_of_gpus_alone():
+    options = compiler_options("gpu", deterministic=True)
+    assert options == {"xla_gpu_deterministic_ops": True}
+    # XLA refuses names that it does not know, on any platform.
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1.0) == 2
+    assert compiler_options("gpu", deterministic=False) is None
+    assert compiler_options("cpu", deterministic=True) == compiler_options(
+        "cpu", deterministic=False
+    )
