@@ -1,6 +1,10 @@
 """Loading on synthetic records, and once through a stored data set."""
 
+import dataclasses
 import itertools
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,3 +275,67 @@ def test_a_built_data_set_gives_batches_and_is_not_built_again(tmp_path):
     pairs = itertools.zip_longest(eval_cases(source, source.case_ids), source.info)
     for case, info in pairs:
         assert (case.case_id, case.positive) == (info.case_id, info.positive)
+
+
+def damage(kind: str, file: Path) -> None:
+    if kind == "gone":
+        file.unlink()
+    elif kind == "emptied":
+        file.write_bytes(b"")
+    elif kind == "cut":
+        file.write_bytes(file.read_bytes()[:70_000])
+    else:
+        content = bytearray(file.read_bytes())
+        content[file.stat().st_size // 3] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A data set that was built, to be copied."""
+    config = DataConfig(name="phantom", num_cases=4, cache=tmp_path_factory.mktemp("stored"))
+    build(config)
+    return config
+
+
+@pytest.mark.parametrize("kind", ["gone", "emptied", "cut", "flipped", "information gone"])
+def test_built_files_that_are_damaged_or_gone_are_named(stored, tmp_path, kind):
+    cache = tmp_path / "cache"
+    shutil.copytree(stored.cache, cache)
+    config = dataclasses.replace(stored, cache=cache)
+    (file,) = cache.rglob("*.array_record-*")
+    if kind == "information gone":
+        (file.parent / "dataset_info.json").unlink()
+    else:
+        damage(kind, file)
+
+    def read_all():
+        source = build(config)
+        return list(eval_cases(source, source.case_ids))
+
+    with pytest.raises(DataError) as error:
+        read_all()
+    said = str(error.value)
+    assert said.startswith("a built data set must stay as it was written; cannot read ")
+    assert str(file.parent) in said
+    assert said.endswith("run the same command again: what was finished before is intact.")
+    shutil.rmtree(file.parent)  # the remedy
+    assert build(config).fingerprint == build(stored).fingerprint
+
+
+def test_file_lost_while_it_is_read_is_named_with_the_case(stored, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(stored.cache, cache)
+    source = build(dataclasses.replace(stored, cache=cache))
+    first, second, *_ = source.case_ids
+    assert source[first].case_id == first
+    (file,) = cache.rglob("*.array_record-*")
+    content = file.read_bytes()
+    os.truncate(file, 0)
+    settings = {"crop": (8, 32, 32), "batch_size": 2, "seed": 0, "num_steps": 3}
+    with pytest.raises(DataError, match=f"cannot read case {second} in {file.parent}"):
+        source[second]
+    with pytest.raises(DataError, match="cannot read case"):
+        list(train_batches(source, source.case_ids, foreground_share=0, **settings))
+    file.write_bytes(content)
+    assert source[second].case_id == second

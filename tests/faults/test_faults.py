@@ -3,6 +3,7 @@
 import ast
 import json
 import random
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from cmsad_jax.training import TrainState
 from data_pipelines import loading
 from data_pipelines.case import DataError
 from data_pipelines.splits import make_folds
 from data_pipelines.validation import check_ids
 from experiments import cv
+from experiments.checkpoints import Checkpoints
 from experiments.train import write_history
 from tests.faults import hostile
+from tests.faults.digest import digest
 from tests.faults.job import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -149,3 +153,89 @@ def test_no_package_loads_a_pickle():
                 if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                     assert isinstance(node.value, ast.Constant), file
                     assert node.value.value is False, file
+
+
+def test_digest_notices_every_change_but_times(tmp_path):
+    """The harness would see a bit that differs, a file too many, and one that is missing."""
+    run, places = tmp_path / "run", tmp_path / "again"
+    fold = run / "fold_0"
+    for name in ("masks", "cases", "figures", "tensorboard", "checkpoints/last/.00000003.tmp"):
+        (fold / name).mkdir(parents=True)
+    for name in ("masks/a.nii.gz", "cases/a.json", "figures/a.npz", "tensorboard/x"):
+        (fold / name).write_text("1")
+    facts = {"metric_per_case": [{"dice": 0.25}], "fold_summaries": {"0": {"train_s": 1.0}}}
+    (run / "metrics.json").write_text(json.dumps(facts))
+    (run / "metrics.csv").write_text("case_id,dice\na,0.25\n")
+    (fold / "history.csv").write_text("step,loss,examples_per_s\n1,0.5,3.0\n")
+    (run / "report.md").write_text(
+        "Run `run`, started\n| Dice | 0.25 |\n| output | here |\n\n## Environment\n| started | 1 |"
+    )
+    (run / "report.html").write_text('<p>1 s</p><img src="data:image/png;base64,AAAA">')
+    config = {"config": {"output": "here", "data": {"cache": "here", "name": "phantom"}}}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / ".lock").write_text("process 1")
+    reference = digest(run)
+    assert digest(run) == reference
+
+    def changed(name: str, old: str, new: str) -> set[str]:
+        """Names of what the digest of a copy with this change tells otherwise."""
+        shutil.rmtree(places, ignore_errors=True)
+        shutil.copytree(run, places)
+        file = places / name
+        if new:
+            text = file.read_text("utf-8") if file.exists() else ""
+            assert old in text
+            file.write_text(text.replace(old, new) if old else new)
+        else:
+            file.unlink()
+        found = digest(places)
+        return {key for key in reference | found if reference.get(key) != found.get(key)}
+
+    for name, old, new in (
+        ("metrics.json", "1.0", "2.0"),
+        ("fold_0/history.csv", "3.0", "4.0"),
+        ("fold_0/tensorboard/x", "1", "2"),
+        ("report.md", "here", "there"),
+        ("report.md", "started | 1", "started | 2"),
+        ("report.html", "1 s", "2 s"),
+        ("config.json", "here", "there"),
+        (".lock", "1", "2"),
+    ):
+        assert changed(name, old, new) == set(), name
+    for name, old, new in (
+        ("metrics.json", "0.25", "0.26"),
+        ("metrics.csv", "0.25", "0.26"),
+        ("fold_0/history.csv", "0.5", "0.6"),
+        ("fold_0/masks/a.nii.gz", "1", "2"),
+        ("fold_0/cases/a.json", "1", "2"),
+        ("fold_0/figures/a.npz", "1", ""),
+        ("fold_0/masks/b.nii.gz", "", "1"),
+        ("fold_0/.a.12.tmp", "", "1"),
+        ("report.md", "0.25", "0.26"),
+        ("report.html", "AAAA", "AAAB"),
+        ("config.json", "phantom", "picai"),
+    ):
+        assert changed(name, old, new) == {name}, name
+    shutil.rmtree(fold / "checkpoints")
+    assert reference.keys() - digest(run).keys() == {"fold_0/checkpoints/last/.00000003.tmp"}
+
+
+def test_digest_notices_every_array_of_a_checkpoint(tmp_path):
+    config = tiny(tmp_path / "run", tmp_path / "cache")
+
+    def hashed(change: float = 0.0, **progress) -> str:
+        folder = tmp_path / f"run_{change}_{len(progress)}"
+        state = TrainState(
+            step=np.int32(3),
+            params={"a": np.ones(2)},
+            average={"a": np.ones(2)},
+            opt_state=({"a": np.array([1.0, 2.0 + change])},),
+        )
+        kept = Checkpoints(folder / "fold_0" / "checkpoints", config)
+        kept.save("last", state, progress={"history": [], "train_s": 1.0} | progress)
+        kept.close()
+        return digest(folder)["fold_0 last"]
+
+    assert hashed() == hashed(train_s=2.0)
+    assert hashed() != hashed(change=2.0**-52 * 2)
+    assert hashed() != hashed(skipped=1)
