@@ -12,8 +12,11 @@ It is written in a thread under a temporary name, the manifest last, and renamed
 verifies the manifest first, because Orbax restores flipped bytes without noticing.
 """
 
+import errno
 import hashlib
 import json
+import logging
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -158,6 +161,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(".*.tmp"):  # of a process that was killed
                 shutil.rmtree(left)
+            _need_room(folder, state)
             try:
                 partial.mkdir()
                 with _checkpointer() as checkpointer:
@@ -176,6 +180,26 @@ class Checkpoints:
             for path in _steps(folder):
                 if path not in kept:  # older, or newer and passed over as damaged
                     shutil.rmtree(path)
+
+
+def _need_room(folder: Path, state: TrainState) -> None:
+    """Raise what a full disk raises, before Orbax meets it, whose threads print pages of errors.
+
+    Raises:
+        OSError: there is less room than the arrays and their descriptions take.
+    """
+    leaves = jax.tree.leaves(state)
+    needed = sum(leaf.nbytes for leaf in leaves) + 1024 * len(leaves)
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _news(record: logging.LogRecord) -> bool:
+    """Whether a message is none of the tracebacks that Orbax logs for errors that it raises too."""
+    return "_SignalingThread" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_news)
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -346,6 +346,8 @@ def naming_path(
     except faults as error:
         number = getattr(error, "errno", None) or errno.EIO
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+        if (full := os.strerror(errno.ENOSPC)) in str(error):  # from within a library's message
+            number, reason = errno.ENOSPC, full
         raise OSError(number, f"cannot {action}: {reason}", str(path)) from error
 
 

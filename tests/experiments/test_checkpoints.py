@@ -1,4 +1,6 @@
+import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -6,6 +8,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +201,7 @@ def test_golden_checkpoint_is_read(tmp_path):
     assert len(record["progress"]["history"]) == 2
 
 
-@pytest.mark.parametrize("where", ["folder", "file"])
+@pytest.mark.parametrize("where", ["folder", "file", "room"])
 def test_storage_that_fails_is_named_and_the_last_good_one_is_intact(config, monkeypatch, where):
     kept = saved(config, 1)
     if where == "file":
@@ -207,6 +210,10 @@ def test_storage_that_fails_is_named_and_the_last_good_one_is_intact(config, mon
             raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
         monkeypatch.setattr(checkpoints.ocp.Checkpointer, "save", full)
+    elif where == "room":
+        little = SimpleNamespace(free=100)
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: little)
+        monkeypatch.setattr(checkpoints.ocp.Checkpointer, "save", None)  # is not reached
     else:
 
         def full(*_, **__):
@@ -216,10 +223,18 @@ def test_storage_that_fails_is_named_and_the_last_good_one_is_intact(config, mon
     kept.save("last", state(2))
     with pytest.raises(OSError, match="No space left") as error:
         kept.close()
+    assert error.value.errno == errno.ENOSPC
     assert str(error.value.filename).endswith("last/00000002")
     monkeypatch.undo()
     assert os.listdir(config.output / "fold_0/checkpoints/last") == ["00000001"]
     assert same(saved(config).resume(state())[0], state(1))
+
+
+def test_tracebacks_that_orbax_logs_of_what_it_raises_are_left_out(caplog):
+    logger = logging.getLogger("absl")
+    logger.error("[thread=a] _SignalingThread.run() raised an exception: %s", "disk full")
+    logger.error("other news")
+    assert [record.getMessage() for record in caplog.records] == ["other news"]
 
 
 KILLED = """
