@@ -26,6 +26,7 @@ PAPER = ROOT / "docs/paper_settings.sh"
 NOT_OF_THE_METHOD = {
     "accelerator",
     "compilation_cache",
+    "deterministic",
     "data.allow_missing",
     "data.cache",
     "data.name",
