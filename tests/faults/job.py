@@ -3,8 +3,8 @@
 ``python -m tests.faults.job OUTPUT CACHE [PHASE CALL FAULT]``: just before call number CALL of the
 phase's function FAULT happens: ``fill:PATH`` fills the file system of PATH, ``remove:PATH`` takes a
 data file away. Signals come from outside, at moments that the marks on stdout let the sender
-choose: a line ``mark enter PHASE SECONDS`` and ``mark leave PHASE SECONDS`` for each call, and
-``mark unit - SECONDS`` at the end of each step or case, all by the monotonic clock.
+choose: a line ``mark enter PHASE SECONDS`` and, unless an exception ends it, ``mark leave PHASE
+SECONDS`` for each call, and ``mark unit - SECONDS`` at the end of each step or case, all by the monotonic clock.
 """
 
 import errno
@@ -84,12 +84,11 @@ def mark_phases(struck: str, call: int, fault: str) -> None:
             nonlocal calls
             calls += 1
             mark("enter", phase)
-            try:
-                if (phase, calls) == (struck, call):
-                    happen(fault)
-                return original(*args, **kwargs)
-            finally:
-                mark("leave", phase)
+            if (phase, calls) == (struck, call):
+                happen(fault)
+            result = original(*args, **kwargs)
+            mark("leave", phase)
+            return result
 
         setattr(owner, name, marked)
 
