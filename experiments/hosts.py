@@ -17,7 +17,7 @@ from orbax.checkpoint import multihost
 
 from cmsad_jax.types import ConfigError
 from experiments.config import DistributedConfig
-from experiments.runtime import RunError
+from experiments.runtime import RunError, share_signals
 
 T = TypeVar("T")
 
@@ -68,6 +68,7 @@ def join(config: DistributedConfig, environment: Mapping[str, str] = os.environ)
             "Check the address, number and identities of the processes, "
             "or use --distributed.launcher=none for one process."
         ) from error
+    share_signals()
 
 
 def is_first() -> bool:

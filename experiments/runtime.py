@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from cmsad_jax.types import ConfigError, Device
+from data_pipelines import files
 from data_pipelines.case import DataError
 
 T = TypeVar("T")
@@ -321,14 +322,8 @@ def remove_temporary_files(folder: Path) -> None:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; it becomes ``path`` if nothing is raised."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    with naming_path(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with naming_path(path), files.whole_file(path) as partial:
+        yield partial
 
 
 @contextlib.contextmanager

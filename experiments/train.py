@@ -362,7 +362,9 @@ def train_fold(
         mark, number = time.perf_counter(), start
         while number < train.steps:
             with memory.explained(config):
-                call, placed, program = next_call(config, programs, batches, number, saves, training)
+                call, placed, program = next_call(
+                    config, programs, batches, number, saves, training
+                )
                 size = len(call.batches)
                 if size not in compiled:
                     needed = memory.check(config, program.step, state, placed)
@@ -519,7 +521,8 @@ def _give_up(
     """Save, keep what is needed to repeat ``step``, and raise.
 
     ``state`` is that after step ``number``. Skipped steps leave it as it was, so that it is also
-    that before ``step``, unless a finite step followed in the same call of several. Of several processes the first writes, with its part of the batch.
+    that before ``step``, unless a finite step followed in the same call of several. Of several
+    processes the first writes, with its part of the batch.
     """
     file = directory / f"not_finite_{step.number:08d}.npz"
     facts = {

@@ -383,6 +383,25 @@ def test_training_stops_when_nothing_is_finite_and_the_step_can_be_repeated(
     assert cv.run(config)["folds_done"] == [0]  # the step is not made again
 
 
+def test_a_single_step_that_is_not_finite_stops_where_none_may_be(
+    finished, tmp_path, cache, monkeypatch
+):
+    config = tiny(tmp_path / "run", cache)
+    config = dataclasses.replace(
+        config, folds=(0,), train=dataclasses.replace(config.train, max_skipped=1)
+    )
+    with monkeypatch.context() as patch:
+        poisoned(patch, 1)
+        with pytest.raises(RunError, match="got 1 steps in a row"):
+            cv.run(config)
+    recording = reproduce.read(config.output / "fold_0" / "not_finite_00000001.npz")
+    assert recording.step == 1
+    assert reproduce.repeat(recording)["skipped"] == 1
+    (kept,) = (config.output / "fold_0" / "checkpoints" / "last").iterdir()
+    assert kept.name == "1"  # the next step has not been made
+    assert cv.run(config)["folds_done"] == [0]
+
+
 def test_recorded_step_that_is_none_is_refused(tmp_path):
     with pytest.raises(DataError, match="no file at"):
         reproduce.read(tmp_path / "a.npz")

@@ -4,7 +4,8 @@
 phase's function FAULT happens: ``fill:PATH`` fills the file system of PATH, ``remove:PATH`` takes a
 data file away. Signals come from outside, at moments that the marks on stdout let the sender
 choose: a line ``mark enter PHASE SECONDS`` and, unless an exception ends it, ``mark leave PHASE
-SECONDS`` for each call, and ``mark unit - SECONDS`` at the end of each step or case, all by the monotonic clock.
+SECONDS`` for each call, and ``mark unit - SECONDS`` at the end of each step or case, all by the
+monotonic clock.
 """
 
 import errno
