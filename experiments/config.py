@@ -43,7 +43,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     modality_dropout: float = 0.0
-    """Probability with which each modality is withheld, to make the network ready for its lack."""
+    """Probability with which each modality is withheld from an example, one being kept always, so
+    that the network can do without it; python -m experiments.missing shows what that gains."""
     average_decay: float = 0.98
     """Of the exponential moving average of the weights that is evaluated; 0 evaluates the last."""
     validations: int = 2
