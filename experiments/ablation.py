@@ -75,19 +75,21 @@ _PRESETS: dict[str, tuple[tuple[int, ...], dict[str, list[str]]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class AblationConfig:
-    """Train and compare every row of the ablation. Options of experiments.cv hold for all rows."""
+    """Train and compare every row of the ablation.
+
+    Any option of python -m experiments.cv may follow, and holds for all rows.
+    """
 
     preset: Literal["quick", "full"] = "full"
-    """quick: one seed, two folds, few steps; full: three seeds, all folds."""
+    """How much is run; quick: one seed, two folds, few steps; full: three seeds, all folds."""
     config: str = "small"
-    """Preset of experiments.cv to start from."""
+    """Preset of experiments.cv to start from: small, volume3d or slice2d."""
     output: Path = Path("runs/ablation")
     """Folder of the runs and of the table."""
     seeds: tuple[int, ...] | None = None
-    """Of weights, sampling and augmentation; the folds stay the same. Those of the preset."""
+    """Seeds of weights, sampling and augmentation, not of the folds. By default the preset's."""
     rows: tuple[str, ...] | None = None
-    """Rows to run; all by default. The full model is always run: it is what others are tested
-    against."""
+    """Rows to run; all by default. The full model, which others are tested against, always is."""
     sweep: tuple[str, ...] = ()
     """Further rows, each the full model with one field changed: field=value,value,..."""
     jobs: int | None = None
@@ -610,7 +612,13 @@ def _folder_name(row: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command, options = tyro.cli(AblationConfig, args=arguments, return_unknown_args=True)
+    command, options = tyro.cli(
+        AblationConfig,
+        prog="python -m experiments.ablation",
+        args=arguments,
+        return_unknown_args=True,
+        registry=REGISTRY,
+    )
     run(command, options)
 
 

@@ -22,6 +22,7 @@ from cmsad_jax.modules.network import NetworkConfig
 from cmsad_jax.training import LossConfig, OptimizerConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataConfig, PreprocessConfig
+from experiments.options import REGISTRY
 
 T = TypeVar("T")
 
@@ -43,12 +44,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     modality_dropout: float = 0.0
-    """Probability with which each modality is withheld from an example, one being kept always, so
-    that the network can do without it; python -m experiments.missing shows what that gains."""
+    """Probability of withholding each modality from an example (0.2 prepares for its lack)."""
     average_decay: float = 0.98
-    """Of the exponential moving average of the weights that is evaluated; 0 evaluates the last."""
+    """Decay a step of the moving average of the weights that is evaluated; 0 evaluates the last."""
     validations: int = 2
-    """How often the validation fold is looked at, at even distances, to choose ``best``."""
+    """How often the validation fold is looked at, at even distances, to choose 'best'."""
     read_threads: int = 2
     """Threads that read cases; does not change the batches."""
     checkpoint_every: int = 100
@@ -85,7 +85,7 @@ class PredictConfig:
     overlap: float = 0.5
     """Least share of a window that its neighbour sees as well."""
     batch_size: int = 1
-    """Windows for each call."""
+    """Windows for each call; changes speed and memory alone."""
     flip: bool = True
     """Average over the left-right mirror image."""
     threshold: float = 0.5
@@ -98,8 +98,8 @@ class PredictConfig:
 class Config:
     """One cross-validation run."""
 
-    preset: str = "small"
-    """Defaults to start from: small, volume3d or slice2d."""
+    preset: Literal["small", "volume3d", "slice2d"] = "small"
+    """Defaults to start from: a small network for CPUs, or volumes or slices for accelerators."""
     accelerator: Accelerator = "auto"
     """Where to compute; auto takes the best there is."""
     parallel: Literal["jit", "pmap"] = "jit"
@@ -114,15 +114,13 @@ class Config:
     folds_file: Path | None = None
     """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
     group_by: str | None = None
-    """Fact of the cases (PI-CAI: center; a table's group) of which each value is left out once,
-    instead of drawing folds."""
+    """Fact of the cases (PI-CAI: center) of which each fold leaves out one value."""
     profile: Path | None = None
-    """Folder for a trace of the first fold's training, for Perfetto or TensorBoard; train few steps
-    with it (--train.steps=20)."""
+    """Folder for a trace of the first fold's training (Perfetto, TensorBoard); train few steps."""
     compilation_cache: bool = True
-    """Keep compiled programs beside the built data sets, so that a run starts sooner next time."""
+    """Keep compiled programs beside the built data sets, so that the next run starts sooner."""
     seed: int = 0
-    """Of folds, weights, sampling and augmentation."""
+    """Seed of folds, weights, sampling and augmentation."""
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
     loss: LossConfig = LossConfig()
@@ -259,10 +257,11 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str | None = None) ->
     config = tyro.cli(
         Config,
         prog=prog,
-        description="Five-fold cross-validation of CMSAD, from files to a report.",
+        description=description,
         args=arguments,
         default=PRESETS[name],
         config=(tyro.conf.FlagConversionOff,),
+        registry=REGISTRY,
     )
     return complete(config)
 

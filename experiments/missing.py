@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -23,6 +24,7 @@ from experiments.checkpoints import load_params
 from experiments.config import Accelerator
 from experiments.evaluate import case_metrics, write_text
 from experiments.export import read_run, run_members
+from experiments.options import REGISTRY
 from experiments.runtime import log, progress, run_main, select_accelerator
 from experiments.train import compile_programs, predict_case, to_mask
 
@@ -271,7 +273,7 @@ def _interval(ends: Sequence[float] | None, form: str) -> str:
 class MissingConfig:
     """Dice of finished runs while each modality is withheld, and which run loses less by it."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders of python -m experiments.cv; the first is compared with each other one."""
     json: Path | None = None
     """Also write the rows to this file."""
@@ -313,7 +315,8 @@ def run(config: MissingConfig) -> tuple[list[Withheld], list[LossDifference]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    run(tyro.cli(MissingConfig, prog="python -m experiments.missing", args=arguments))
+    prog = "python -m experiments.missing"
+    run(tyro.cli(MissingConfig, prog=prog, args=arguments, registry=REGISTRY))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from data_pipelines.validation import CaseFiles, Problem
 from experiments.config import Accelerator, from_json
 from experiments.evaluate import write_text
 from experiments.export import write_artifact
+from experiments.options import REGISTRY
 from experiments.runtime import log, progress, run_main, select_accelerator
 from experiments.train import to_mask
 
@@ -518,7 +519,9 @@ def read_ahead(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; exit status 4 if a case was passed over, else as ``run_main``."""
-    command = tyro.cli(PredictCommand, prog="python -m experiments.predict", args=arguments)
+    command = tyro.cli(
+        PredictCommand, prog="python -m experiments.predict", args=arguments, registry=REGISTRY
+    )
     if run(command):
         raise SystemExit(PASSED_OVER)
 
