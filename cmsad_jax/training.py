@@ -50,7 +50,7 @@ class LossConfig:
     self_weight: float = 0.1
     """Weight of that from deeper to shallower stages of a modality; 0 switches it off."""
     correlation_weight: float = 0.0
-    """SCFF's correlation loss, an option (docs/method.md, section 4); 0 switches it off."""
+    """Weight of SCFF's correlation loss (docs/method.md, section 4); 0 switches it off."""
     attention: AttentionConfig = AttentionConfig()
     stages: tuple[int, ...] | None = None
     """Encoder stages that are distilled, from 0; by default the three deepest."""

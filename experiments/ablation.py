@@ -36,6 +36,7 @@ from data_pipelines.case import DataError, spacing_of
 from data_pipelines.volume_io import read_volume
 from experiments import cv, evaluate, lesions, report, statistics
 from experiments.config import PRESETS, Config, DistributedConfig, complete, parse, window
+from experiments.options import REGISTRY
 from experiments.runtime import (
     RunError,
     log,
@@ -93,8 +94,7 @@ class AblationConfig:
     sweep: tuple[str, ...] = ()
     """Further rows, each the full model with one field changed: field=value,value,..."""
     jobs: int | None = None
-    """Runs at a time, each in a process with its share of the cores; by default one for each core
-    and 4 GiB of memory. On an accelerator always 1."""
+    """Runs at a time; by default one for each core and 4 GiB of memory. On accelerators always 1."""
     match_parameters: bool = True
     """Scale the widths of each network so that all have about as many weights as the full one."""
 

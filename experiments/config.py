@@ -241,8 +241,17 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
 """What fields of a run must be, where no other part of the configuration has a say."""
 
 
-def parse(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
-    """Configuration from command-line arguments: preset first, then each option."""
+def parse(
+    arguments: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str = "Cross-validation of CMSAD over patients, from files to a report. "
+    "Sizes are in the order d h w: slices, rows, columns.",
+) -> Config:
+    """Configuration from command-line arguments: preset first, then each option.
+
+    ``prog`` and ``description`` are what ``--help`` says of the program.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = "small"
     for i, argument in enumerate(arguments):
