@@ -94,7 +94,7 @@ class AblationConfig:
     sweep: tuple[str, ...] = ()
     """Further rows, each the full model with one field changed: field=value,value,..."""
     jobs: int | None = None
-    """Runs at a time; by default one for each core and 4 GiB of memory. On accelerators always 1."""
+    """Runs at a time; by default one for each core and 4 GiB of memory, on accelerators 1."""
     match_parameters: bool = True
     """Scale the widths of each network so that all have about as many weights as the full one."""
 
