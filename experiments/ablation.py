@@ -347,7 +347,7 @@ def base_of(command: AblationConfig, options: Sequence[str]) -> tuple[Config, tu
     if base.distributed != DistributedConfig():
         raise ConfigError(
             f"an ablation runs in one process; got {base.distributed}. "
-            "Leave --distributed out, and run rows on several machines with --rows."
+            "Leave out --distributed.launcher and its like; rows run on several machines by --rows."
         )
     return base, command.seeds or _PRESETS[command.preset][0]
 

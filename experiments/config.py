@@ -56,9 +56,7 @@ class TrainConfig:
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient is not finite."""
     steps_per_call: int | None = None
-    """Steps in one call of the device, which then does not wait for its host; does not change the
-    losses. By default 1 on CPUs, whose convolutions are slow in such a loop, and up to 10 on
-    accelerators, as divides the steps between checkpoints."""
+    """Steps in one call of the device; losses stay the same. By default 1 on CPUs, else to 10."""
     accumulation: int = 1
     """Parts of a batch that go through the network one after another, to save memory."""
 
@@ -68,8 +66,7 @@ class DistributedConfig:
     """Several processes in one run, each with its own devices and its part of every batch."""
 
     launcher: Literal["auto", "detect", "none"] = "auto"
-    """auto: as many processes as Slurm or Open MPI announce; detect: as JAX finds out, which knows
-    Kubernetes and TPU pods as well; none: one process, whoever started it."""
+    """Who says how many processes; auto: Slurm or Open MPI; detect: JAX; none: there is one."""
     coordinator: str | None = None
     """Address host:port of process 0, where processes are started by hand."""
     num_processes: int | None = None

@@ -467,7 +467,7 @@ class EvaluateConfig:
     threshold: float = 0.5
     """Probabilities above this are foreground."""
     patients: Path | None = None
-    """Table (CSV) with the columns case and patient; by default each file is a patient of its own."""
+    """Table (CSV) with the columns case and patient; by default each file is a patient."""
     output: Path | None = None
     """Folder for metrics.json and metrics.csv; by default nothing is written."""
 
