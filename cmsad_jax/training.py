@@ -40,23 +40,24 @@ class LossConfig:
     voxel: Literal["cross_entropy", "focal"] = "cross_entropy"
     """Voxel-wise term."""
     region_weight: float = 1.0
+    """Weight of the overlap term."""
     voxel_weight: float = 1.0
+    """Weight of the voxel-wise term."""
     smooth: float = 1.0
-    """Added to numerator and denominator of the overlap, in voxels; keeps lesion-free crops
-    finite and their gradient useful."""
+    """Voxels added to both sides of the overlap's fraction; keeps crops without lesion finite."""
     cross_modal_weight: float = 0.1
-    """Attention distillation between modalities; 0 switches it off."""
+    """Weight of the attention distillation between modalities; 0 switches it off."""
     self_weight: float = 0.1
-    """Attention distillation from deeper to shallower stages; 0 switches it off."""
+    """Weight of that from deeper to shallower stages of a modality; 0 switches it off."""
     correlation_weight: float = 0.0
-    """SCFF's correlation loss, an option (docs/method.md, section 4); 0 switches it off."""
+    """Weight of SCFF's correlation loss (docs/method.md, section 4); 0 switches it off."""
     attention: AttentionConfig = AttentionConfig()
     stages: tuple[int, ...] | None = None
-    """Encoder stages that are distilled; None is the three deepest."""
+    """Encoder stages that are distilled, from 0; by default the three deepest."""
     pairs: Literal["mutual"] | tuple[str, ...] = "mutual"
-    """Who teaches whom: every ordered pair, or a list such as ``adc->t2w``."""
+    """Who teaches whom: mutual is every ordered pair; or a list such as 'adc->t2w'."""
     distance: Literal["l2", "kl"] = "l2"
-    """Between maps; ``kl`` needs softmax-normalised attention."""
+    """Distance between maps; kl needs --loss.attention.normalization=softmax."""
     warmup_steps: int = 100
     """Steps over which the distillation and correlation weights rise from 0; 0 has none."""
     deep_weight: float = 0.5
@@ -78,7 +79,9 @@ class OptimizerConfig:
     """AdamW under a warm-up and cosine schedule, with clipped gradients."""
 
     learning_rate: float = 5e-3
+    """The highest, at the end of the warm-up; a cosine brings it to 0 at the last step."""
     weight_decay: float = 1e-4
+    """Share of each weight that is taken off at a step, times the learning rate (AdamW)."""
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises."""
     clip_norm: float = 1.0

@@ -162,14 +162,13 @@ class PreprocessConfig:
     """The reference grid and the intensity scaling. Saved with the data set and each checkpoint."""
 
     spacing_mm: tuple[float, float, float] = (3.0, 2.0, 2.0)
-    """Voxel size of the reference grid, d h w."""
+    """Voxel size of the reference grid in mm, d h w."""
     size: tuple[int, int, int] = (20, 48, 48)
     """Voxels of the reference grid, d h w."""
     centre: Literal["image", "gland"] = "image"
-    """What the reference grid is centred on: the T2W image, or a mask of the gland that must then
-    be given for prediction too."""
+    """Centre of the reference grid: the T2W image's, or a gland mask's (needed to predict too)."""
     label_sampling: Literal["linear", "nearest"] = "linear"
-    """Labels go between grids by linear weights, the largest of which wins, or by the nearest."""
+    """How labels go between grids: the class of the largest linear weight, or the nearest voxel."""
     clip_percentiles: tuple[float, float] = (0.5, 99.5)
     """Intensities are clipped to these percentiles of the crop before they are scaled."""
 
@@ -198,8 +197,7 @@ class DataConfig:
     """Where built data sets are kept; one folder per configuration."""
     preprocess: PreprocessConfig = PreprocessConfig()
     residency: Literal["auto", "device", "host"] = "auto"
-    """Where training cases lie: all on the device, which cuts the crops there; or on the host. auto
-    takes the device where it is an accelerator and they fill less than a quarter of its memory."""
+    """Where training cases lie; auto: on an accelerator of which they fill less than a quarter."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ def run(main: Callable[[T], int], arguments: type[T], *, module: str, descriptio
                 arguments,
                 prog=f"python -m {module}",
                 description=description,
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.DisallowNone),
             )
         )
     except DataError as error:

@@ -36,6 +36,7 @@ from data_pipelines.case import DataError, spacing_of
 from data_pipelines.volume_io import read_volume
 from experiments import cv, evaluate, lesions, report, statistics
 from experiments.config import PRESETS, Config, DistributedConfig, complete, parse, window
+from experiments.options import REGISTRY
 from experiments.runtime import (
     RunError,
     log,
@@ -75,24 +76,25 @@ _PRESETS: dict[str, tuple[tuple[int, ...], dict[str, list[str]]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class AblationConfig:
-    """Train and compare every row of the ablation. Options of experiments.cv hold for all rows."""
+    """Train and compare every row of the ablation.
+
+    Any option of python -m experiments.cv may follow, and holds for all rows.
+    """
 
     preset: Literal["quick", "full"] = "full"
-    """quick: one seed, two folds, few steps; full: three seeds, all folds."""
+    """How much is run; quick: one seed, two folds, few steps; full: three seeds, all folds."""
     config: str = "small"
-    """Preset of experiments.cv to start from."""
+    """Preset of experiments.cv to start from: small, volume3d or slice2d."""
     output: Path = Path("runs/ablation")
     """Folder of the runs and of the table."""
     seeds: tuple[int, ...] | None = None
-    """Of weights, sampling and augmentation; the folds stay the same. Those of the preset."""
+    """Seeds of weights, sampling and augmentation, not of the folds. By default the preset's."""
     rows: tuple[str, ...] | None = None
-    """Rows to run; all by default. The full model is always run: it is what others are tested
-    against."""
+    """Rows to run; all by default. The full model, which others are tested against, always is."""
     sweep: tuple[str, ...] = ()
     """Further rows, each the full model with one field changed: field=value,value,..."""
     jobs: int | None = None
-    """Runs at a time, each in a process with its share of the cores; by default one for each core
-    and 4 GiB of memory. On an accelerator always 1."""
+    """Runs at a time; by default one for each core and 4 GiB of memory, on accelerators 1."""
     match_parameters: bool = True
     """Scale the widths of each network so that all have about as many weights as the full one."""
 
@@ -345,7 +347,7 @@ def base_of(command: AblationConfig, options: Sequence[str]) -> tuple[Config, tu
     if base.distributed != DistributedConfig():
         raise ConfigError(
             f"an ablation runs in one process; got {base.distributed}. "
-            "Leave --distributed out, and run rows on several machines with --rows."
+            "Leave out --distributed.launcher and its like; rows run on several machines by --rows."
         )
     return base, command.seeds or _PRESETS[command.preset][0]
 
@@ -610,7 +612,13 @@ def _folder_name(row: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command, options = tyro.cli(AblationConfig, args=arguments, return_unknown_args=True)
+    command, options = tyro.cli(
+        AblationConfig,
+        prog="python -m experiments.ablation",
+        args=arguments,
+        return_unknown_args=True,
+        registry=REGISTRY,
+    )
     run(command, options)
 
 

@@ -9,13 +9,14 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
 from data_pipelines.case import DataError
 from experiments.evaluate import Row, read_metrics, write_text
+from experiments.options import REGISTRY
 from experiments.runtime import run_main
 from experiments.statistics import (
     FEW_PATIENTS,
@@ -211,19 +212,21 @@ def _label(row: Comparison) -> str:
 class CompareConfig:
     """Compare the Dice of the first run with each other run, paired on the same cases."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN RUN ...")]
     """Run folders, at least two; the first is compared with each other one."""
     json: Path | None = None
     """Also write the comparisons to this file."""
     num_resamples: int = NUM_RESAMPLES
-    """Bootstrap resamples."""
+    """Number of bootstrap resamples."""
     seed: int = 0
-    """Of the bootstrap and of the permutations."""
+    """Seed of the bootstrap and of the permutations."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
-    config = tyro.cli(CompareConfig, args=argv)
+    config = tyro.cli(
+        CompareConfig, prog="python -m experiments.compare", args=argv, registry=REGISTRY
+    )
     if len(config.runs) < 2:
         raise DataError(
             f"a comparison needs at least two runs; got {len(config.runs)}. Name another one."

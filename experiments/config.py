@@ -22,6 +22,7 @@ from cmsad_jax.modules.network import NetworkConfig
 from cmsad_jax.training import LossConfig, OptimizerConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataConfig, PreprocessConfig
+from experiments.options import REGISTRY
 
 T = TypeVar("T")
 
@@ -43,11 +44,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     modality_dropout: float = 0.0
-    """Probability with which each modality is withheld, to make the network ready for its lack."""
+    """Probability of withholding each modality from an example (0.2 prepares for its lack)."""
     average_decay: float = 0.98
-    """Of the exponential moving average of the weights that is evaluated; 0 evaluates the last."""
+    """Decay a step of the moving average of the weights that is evaluated; 0 evaluates the last."""
     validations: int = 2
-    """How often the validation fold is looked at, at even distances, to choose ``best``."""
+    """How often the validation fold is looked at, at even distances, to choose 'best'."""
     read_threads: int = 2
     """Threads that read cases; does not change the batches."""
     checkpoint_every: int = 100
@@ -55,9 +56,7 @@ class TrainConfig:
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient is not finite."""
     steps_per_call: int | None = None
-    """Steps in one call of the device, which then does not wait for its host; does not change the
-    losses. By default 1 on CPUs, whose convolutions are slow in such a loop, and up to 10 on
-    accelerators, as divides the steps between checkpoints."""
+    """Steps in one call of the device; losses stay the same. By default 1 on CPUs, else to 10."""
     accumulation: int = 1
     """Parts of a batch that go through the network one after another, to save memory."""
 
@@ -67,8 +66,7 @@ class DistributedConfig:
     """Several processes in one run, each with its own devices and its part of every batch."""
 
     launcher: Literal["auto", "detect", "none"] = "auto"
-    """auto: as many processes as Slurm or Open MPI announce; detect: as JAX finds out, which knows
-    Kubernetes and TPU pods as well; none: one process, whoever started it."""
+    """Who says how many processes; auto: Slurm or Open MPI; detect: JAX; none: there is one."""
     coordinator: str | None = None
     """Address host:port of process 0, where processes are started by hand."""
     num_processes: int | None = None
@@ -84,7 +82,7 @@ class PredictConfig:
     overlap: float = 0.5
     """Least share of a window that its neighbour sees as well."""
     batch_size: int = 1
-    """Windows for each call."""
+    """Windows for each call; changes speed and memory alone."""
     flip: bool = True
     """Average over the left-right mirror image."""
     threshold: float = 0.5
@@ -97,8 +95,8 @@ class PredictConfig:
 class Config:
     """One cross-validation run."""
 
-    preset: str = "small"
-    """Defaults to start from: small, volume3d or slice2d."""
+    preset: Literal["small", "volume3d", "slice2d"] = "small"
+    """Defaults to start from: a small network for CPUs, or volumes or slices for accelerators."""
     accelerator: Accelerator = "auto"
     """Where to compute; auto takes the best there is."""
     parallel: Literal["jit", "pmap"] = "jit"
@@ -117,15 +115,13 @@ class Config:
     folds_file: Path | None = None
     """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
     group_by: str | None = None
-    """Fact of the cases (PI-CAI: center; a table's group) of which each value is left out once,
-    instead of drawing folds."""
+    """Fact of the cases (PI-CAI: center) of which each fold leaves out one value."""
     profile: Path | None = None
-    """Folder for a trace of the first fold's training, for Perfetto or TensorBoard; train few steps
-    with it (--train.steps=20)."""
+    """Folder for a trace of the first fold's training (Perfetto, TensorBoard); train few steps."""
     compilation_cache: bool = True
-    """Keep compiled programs beside the built data sets, so that a run starts sooner next time."""
+    """Keep compiled programs beside the built data sets, so that the next run starts sooner."""
     seed: int = 0
-    """Of folds, weights, sampling and augmentation."""
+    """Seed of folds, weights, sampling and augmentation."""
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
     loss: LossConfig = LossConfig()
@@ -247,8 +243,17 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
 """What fields of a run must be, where no other part of the configuration has a say."""
 
 
-def parse(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
-    """Configuration from command-line arguments: preset first, then each option."""
+def parse(
+    arguments: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str = "Cross-validation of CMSAD over patients, from files to a report. "
+    "Sizes are in the order d h w: slices, rows, columns.",
+) -> Config:
+    """Configuration from command-line arguments: preset first, then each option.
+
+    ``prog`` and ``description`` are what ``--help`` says of the program.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = "small"
     for i, argument in enumerate(arguments):
@@ -263,10 +268,11 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str | None = None) ->
     config = tyro.cli(
         Config,
         prog=prog,
-        description="Five-fold cross-validation of CMSAD, from files to a report.",
+        description=description,
         args=arguments,
         default=PRESETS[name],
         config=(tyro.conf.FlagConversionOff,),
+        registry=REGISTRY,
     )
     return complete(config)
 

@@ -44,7 +44,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import surface_distance
@@ -54,6 +54,7 @@ from data_pipelines.case import TARGET_CLASSES, DataError, MissingDataError
 from data_pipelines.tables import read_table
 from data_pipelines.volume_io import read_volume
 from experiments import lesions, statistics
+from experiments.options import REGISTRY
 from experiments.runtime import run_main
 
 METRICS = (
@@ -457,17 +458,16 @@ def read_metrics(run: Path) -> dict[str, Any]:
 class EvaluateConfig:
     """Compare predicted masks or probabilities with labels: two folders of equal file names."""
 
-    predictions: tyro.conf.Positional[Path]
+    predictions: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PREDICTIONS")]
     """Folder of predictions, *.nii.gz or *.nii."""
-    labels: tyro.conf.Positional[Path]
+    labels: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="LABELS")]
     """Folder of labels with the same names and the same grids."""
     target: Literal["lesion", "gland", "zones"] = "lesion"
     """What the labels mean; of a target with one class every label above 0 is foreground."""
     threshold: float = 0.5
     """Probabilities above this are foreground."""
     patients: Path | None = None
-    """Table (CSV) with the columns case and patient, for several files of a patient; by default
-    each file is a patient, over whom intervals are."""
+    """Table (CSV) with the columns case and patient; by default each file is a patient."""
     output: Path | None = None
     """Folder for metrics.json and metrics.csv; by default nothing is written."""
 
@@ -603,7 +603,9 @@ def _number(value: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
-    config = tyro.cli(EvaluateConfig, args=argv)
+    config = tyro.cli(
+        EvaluateConfig, prog="python -m experiments.evaluate", args=argv, registry=REGISTRY
+    )
     summary = evaluate_folders(config)
     if config.output is not None:
         config.output.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from cmsad_jax import export
 from cmsad_jax.types import ConfigError
 from experiments.checkpoints import load_params
 from experiments.config import Config, from_json, window
+from experiments.options import REGISTRY
 from experiments.runtime import log, run_main, select_accelerator
 from experiments.train import attention_window, predict_window
 
@@ -32,7 +33,7 @@ UNSTATED_LICENSE = (
 class ExportConfig:
     """Pack a finished run into one file: programs, weights, preprocessing, provenance, card."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder of python -m experiments.cv."""
     output: Path = Path("model.cmsad")
     """File to write."""
@@ -238,7 +239,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    config = tyro.cli(ExportConfig, prog="python -m experiments.export", args=arguments)
+    config = tyro.cli(
+        ExportConfig, prog="python -m experiments.export", args=arguments, registry=REGISTRY
+    )
     select_accelerator("auto")
     description = write_artifact(
         config.run, config.output, folds=config.folds, license=config.license

@@ -41,6 +41,7 @@ from data_pipelines.validation import CaseFiles, Problem
 from experiments.config import Accelerator, from_json
 from experiments.evaluate import write_text
 from experiments.export import write_artifact
+from experiments.options import REGISTRY
 from experiments.runtime import log, progress, run_main, select_accelerator
 from experiments.train import to_mask
 
@@ -140,8 +141,10 @@ def find_inputs(
 
     A file ``<modality>.<ending>`` belongs to the case that its folder is named for, a file
     ``<case>_<modality>.<ending>`` to ``<case>``, and in nnU-Net's raw layout ``<case>_<4 digits>``
-    is the channel of that number in ``dataset.json``. A folder with one DICOM series is named like
-    a file. Modalities go by the names that the data pipeline accepts.
+    is the channel of that number in ``dataset.json``. Any other NIfTI file beside ``dataset.json``,
+    or in a folder ``images*`` under it, is a case with its channels along a fourth axis (the
+    layout of the Medical Segmentation Decathlon). A folder with one DICOM series is named like a
+    file. Modalities go by the names that the data pipeline accepts.
 
     Args:
         root: folder of one case or of many.
@@ -156,7 +159,8 @@ def find_inputs(
     names: list[str] = [preprocessing.REFERENCE, *modalities, *([GLAND] if with_gland else [])]
     wanted = tuple(dict.fromkeys(names))
     found: dict[tuple[Path, str], dict[str, list[Path]]] = {}
-    channels: dict[Path, Mapping[str, str]] = {}
+    channels: dict[Path, Mapping[int, str]] = {}
+    four_axes: dict[tuple[Path, str], Mapping[str, int]] = {}
     for path in sorted(root.rglob("*")):
         stem = _volume_name(path)
         if stem is None:
@@ -167,9 +171,13 @@ def find_inputs(
         case_id, modality = _case_and_modality(stem, folder, wanted, channels[folder])
         if modality is not None:
             found.setdefault((folder, case_id), {}).setdefault(modality, []).append(path)
+        elif not case_id and _holds_channels(path):
+            four_axes[folder, stem] = {name: n for n, name in channels[folder].items()}
+            for name in four_axes[folder, stem]:
+                found.setdefault((folder, stem), {}).setdefault(name, []).append(path)
     # A T2W alone says where the others would lie, not that this is a case of the model.
     cases = [
-        _case_files(case_id, folder, files, wanted)
+        _case_files(case_id, folder, files, wanted, four_axes.get((folder, case_id), {}))
         for (folder, case_id), files in found.items()
         if files.keys() & {*modalities}
     ]
@@ -195,14 +203,17 @@ def _volume_name(path: Path) -> str | None:
 
 
 def _case_and_modality(
-    stem: str, folder: Path, wanted: Sequence[str], channels: Mapping[str, str]
+    stem: str, folder: Path, wanted: Sequence[str], channels: Mapping[int, str]
 ) -> tuple[str, str | None]:
-    """Case and modality that a file name means; no modality for other files."""
+    """Case and modality that a file name means; no modality for a channel that is not wanted.
+
+    Neither for other files.
+    """
     modality = modality_of(stem, wanted)
     if modality is not None:
         return folder.resolve().name, modality
     if numbered := re.fullmatch(r"(.+)_(\d{4})", stem):
-        return numbered[1], channels.get(numbered[2])
+        return numbered[1], channels.get(int(numbered[2]))
     for separator in re.finditer(r"[_\s.-]", stem):  # from the left: the longest name first
         modality = modality_of(stem[separator.end() :], wanted)
         if modality is not None and separator.start():
@@ -210,15 +221,23 @@ def _case_and_modality(
     return "", None
 
 
-def _channels(folder: Path, wanted: Sequence[str]) -> dict[str, str]:
-    """Modality by channel number, from nnU-Net's ``dataset.json`` beside or above ``folder``."""
+def _holds_channels(path: Path) -> bool:
+    """Whether a file of no modality's name holds them all, by where it lies: labels do not."""
+    folder = path.parent
+    return path.name.lower().endswith(volume_io.NIFTI_SUFFIXES) and (
+        folder.name.startswith("images") or (folder / "dataset.json").is_file()
+    )
+
+
+def _channels(folder: Path, wanted: Sequence[str]) -> dict[int, str]:
+    """Modality by channel number, from ``dataset.json`` beside or above ``folder``."""
     file = next((f for f in (folder, folder.parent) if (f / "dataset.json").is_file()), None)
     if file is None:
         return {}
     try:
         names = json.loads((file / "dataset.json").read_text("utf-8"))
         names = names.get("channel_names", names.get("modality", {}))
-        named = {f"{int(number):04d}": modality_of(str(n), wanted) for number, n in names.items()}
+        named = {int(number): modality_of(str(name), wanted) for number, name in names.items()}
     except (ValueError, AttributeError) as error:
         raise DataError(
             f'{file / "dataset.json"} must hold "channel_names", such as {{"0": "T2W"}}; got: '
@@ -228,7 +247,11 @@ def _channels(folder: Path, wanted: Sequence[str]) -> dict[str, str]:
 
 
 def _case_files(
-    case_id: str, folder: Path, files: Mapping[str, list[Path]], wanted: Sequence[str]
+    case_id: str,
+    folder: Path,
+    files: Mapping[str, list[Path]],
+    wanted: Sequence[str],
+    channels: Mapping[str, int],
 ) -> CaseFiles:
     return CaseFiles(
         case_id=case_id,
@@ -237,6 +260,7 @@ def _case_files(
         label=None,
         gland=files[GLAND][0] if GLAND in files else None,
         looked_for={name: f"'{name}' in {folder}" for name in wanted},
+        channels=channels,
         problems=tuple(
             Problem(
                 case_id,
@@ -261,7 +285,10 @@ def read_case(files: CaseFiles, data: DataConfig) -> Case:
     raw = RawCase(
         case_id=files.case_id,
         patient_id=files.patient_id,
-        images={name: volume_io.read_volume(path) for name, path in files.images.items()},
+        images={
+            name: volume_io.read_volume(path, files.channels.get(name))
+            for name, path in files.images.items()
+        },
         label=None,
         gland=volume_io.read_volume(files.gland) if files.gland else None,
     )
@@ -407,19 +434,31 @@ def run(command: PredictCommand) -> int:
         for problem in validation.check_ids(entry.case_id for entry in entries)
     }
 
+    beside = [0.0]  # processor seconds of reading and writing
+
     def read(entry: CaseFiles) -> Case | DataError:
+        before = time.thread_time()
         try:
             if entry.case_id in repeated:
                 raise DataError(repeated[entry.case_id].text)
             return read_case(entry, data)
         except DataError as error:
             return error
+        finally:
+            beside[0] += time.thread_time() - before
+
+    def write(computed: Computed) -> dict[str, Any]:
+        before = time.thread_time()
+        try:
+            return write_case(computed, facts, command.output, uncertainty=command.uncertainty)
+        finally:
+            beside[0] += time.thread_time() - before
 
     def fail(entry: CaseFiles, error: Exception) -> None:
         print(f"error: case {entry.case_id} is passed over: {error}", file=sys.stderr, flush=True)
         results.append({"case_id": entry.case_id, "error": str(error)})
 
-    started, computing = time.perf_counter(), 0.0
+    started, processor, computing = time.perf_counter(), time.process_time(), 0.0
     with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:
         pending: collections.deque[Future[dict[str, Any]]] = collections.deque()
         read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
@@ -432,13 +471,9 @@ def run(command: PredictCommand) -> int:
             computing += time.perf_counter() - before
             while len(pending) >= READ_AHEAD:
                 results.append(pending.popleft().result())
-            pending.append(
-                writers.submit(
-                    write_case, computed, facts, command.output, uncertainty=command.uncertainty
-                )
-            )
+            pending.append(writers.submit(write, computed))
         results += [future.result() for future in pending]
-    wall = time.perf_counter() - started
+    wall, processor = time.perf_counter() - started, time.process_time() - processor
     failed = sum("error" in result for result in results)
     record = {
         "disclaimer": DISCLAIMER,
@@ -448,6 +483,8 @@ def run(command: PredictCommand) -> int:
         "coordinates": "centre_mm is x y z in RAS+ millimetres (NIfTI's world)",
         "wall_s": round(wall, 3),
         "compute_s": round(computing, 3),
+        "processor_s": round(processor, 3),
+        "processor_beside_s": round(beside[0], 3),
         "cases": sorted(results, key=lambda result: result["case_id"]),
     }
     command.output.mkdir(parents=True, exist_ok=True)
@@ -492,7 +529,9 @@ def read_ahead(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; exit status 4 if a case was passed over, else as ``run_main``."""
-    command = tyro.cli(PredictCommand, prog="python -m experiments.predict", args=arguments)
+    command = tyro.cli(
+        PredictCommand, prog="python -m experiments.predict", args=arguments, registry=REGISTRY
+    )
     if run(command):
         raise SystemExit(PASSED_OVER)
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 import numpy as np
@@ -535,13 +535,13 @@ def _read_json(path: Path) -> Any:
 class ReportConfig:
     """Write report.html and report.md of a run folder anew."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder of python -m experiments.cv."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
-    print(write_report(tyro.cli(ReportConfig, args=argv).run))
+    print(write_report(tyro.cli(ReportConfig, prog="python -m experiments.report", args=argv).run))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -123,13 +123,14 @@ def describe(recording: Recording, metrics: dict[str, float]) -> str:
 class ReproduceConfig:
     """Repeat a step whose loss or gradient was not finite."""
 
-    file: tyro.conf.Positional[Path]
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """The file that a stopped run names."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
-    recording = read(tyro.cli(ReproduceConfig, args=argv).file)
+    config = tyro.cli(ReproduceConfig, prog="python -m experiments.reproduce", args=argv)
+    recording = read(config.file)
     metrics = repeat(recording)
     print(describe(recording, metrics))
     if not metrics["skipped"]:

@@ -143,7 +143,11 @@ def format_table(dice: dict[Variant, float]) -> str:
 
 def main() -> None:
     """Command line."""
-    print(format_table(run(parse(prog="python -m experiments.voxel_baseline"))))
+    config = parse(
+        prog="python -m experiments.voxel_baseline",
+        description="What single voxels can tell; of a run's options, data, folds and seed count.",
+    )
+    print(format_table(run(config)))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ class AttentionConfig:
     """How the attention map of a stage is made from its features (docs/method.md, section 2)."""
 
     kind: Literal["mean", "sum", "max"] = "mean"
-    """Reduction of ``abs(features) ** exponent`` over the channels."""
+    """How the channels' abs(feature) ** exponent become one value."""
     exponent: float = 2.0
-    """At least 1; larger favours the strongest channels."""
+    """Of the features' absolute values; at least 1, larger favours the strongest channels."""
     normalization: Literal["l2", "softmax"] = "l2"
-    """Unit norm, or softmax, over the voxels of one example."""
+    """Maps are brought to unit norm, or through a softmax, over the voxels of one example."""
     temperature: float = 1.0
     """Of the softmax; raise it where a softmax of raw squares saturates."""
 

@@ -14,7 +14,7 @@ from cmsad_jax.types import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Stages of an encoder; the length of a kernel tuple makes it 2D (``h w``) or 3D (``d h w``).
+    """Stages of an encoder; the length of a kernel tuple makes it 2D (h w) or 3D (d h w).
 
     Prostate MRI is anisotropic, so kernels and strides are given for each stage and axis: early
     stages work in plane, later ones in all directions.
@@ -23,16 +23,15 @@ class EncoderConfig:
     channels: tuple[int, ...] = (8, 16, 32, 64)
     """Output channels of each stage."""
     kernels: tuple[tuple[int, ...], ...] = ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3))
-    """Kernel size of each stage, odd."""
+    """Kernel size of each stage, in voxels, odd."""
     strides: tuple[tuple[int, ...], ...] = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 2, 2))
-    """Down-sampling at the entry of each stage."""
+    """Factor of the down-sampling at the entry of each stage, along each axis."""
     blocks: tuple[int, ...] = (1, 1, 1, 1)
-    """Blocks of each stage."""
+    """Number of blocks of each stage."""
     block: Block = "residual"
     """Two convolutions with a shortcut, or one plain convolution."""
     norm: Norm = "instance"
-    """Normalisation over one example: each channel, or groups of 8 channels (or of their
-    greatest common divisor with 8)."""
+    """Normalisation over one example: each channel, or groups of 8 (else of their GCD with 8)."""
 
     def __post_init__(self):
         lengths = {

@@ -30,14 +30,13 @@ class FusionConfig:
     """How the modalities' features become one."""
 
     kind: Literal["scff", "concat", "mean", "max", "attention", "early"] = "scff"
-    """Spatial correlated feature fusion, or a baseline: of the same width (``attention`` weighs the
-    modalities at each voxel by a softmax), or one encoder of the stacked modalities (``early``)."""
+    """Spatial correlated feature fusion, or a baseline; early: one encoder of all modalities."""
     expression: Literal["nonlinear", "linear"] = "nonlinear"
-    """SCFF: how one modality is expressed by another, ``a g^2 + b g + c`` or ``b g + c``."""
+    """SCFF: a modality expressed by another one, g, is a g^2 + b g + c, or linear: b g + c."""
     hidden: int = 16
     """SCFF: hidden units of the MLP that gives the coefficients."""
     gate_kernel: int = 3
-    """SCFF, attention: in-plane kernel of the convolution that gives the gates, odd."""
+    """SCFF, attention: in-plane kernel of the convolution that gives the gates, in voxels, odd."""
 
     def __post_init__(self):
         kinds = ("scff", "concat", "mean", "max", "attention", "early")

@@ -30,16 +30,15 @@ class NetworkConfig:
     decoder_block: Block = "residual"
     """Two convolutions with a shortcut, or one plain convolution."""
     decoder_blocks: int = 1
-    """Blocks of each decoder stage."""
+    """Number of blocks of each decoder stage."""
     deep_supervision: int = 1
-    """Coarser decoder stages that are supervised as well."""
+    """Number of coarser decoder stages that are supervised as well."""
     head_bias: float = -4.0
-    """Initial bias of the logits when ``num_classes`` is 1: foreground is rare."""
+    """Initial bias of the logit of a single class (log-odds): foreground is rare."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; weights, norms' statistics, attention maps, losses and logits are float32."""
     rematerialize: bool = False
-    """Keep the outputs of residual blocks alone for the gradient and compute what lies within them
-    again: about a third more work for a fraction of the memory."""
+    """Compute the inside of blocks again for the gradient: a third more work, far less memory."""
 
     def __post_init__(self):
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):

@@ -18,7 +18,12 @@ from experiments.config import PRESETS, complete, flatten, parse, to_json
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "data_pipelines").rglob("*.md")]
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "data_pipelines").rglob("*.md"),
+        *ROOT.glob("*/RESULTS.md"),
+    ]
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAPER = ROOT / "docs/paper_settings.sh"
@@ -108,7 +113,10 @@ def understood(module: str, arguments: list[str], monkeypatch) -> None:
 @pytest.mark.parametrize(("page", "command"), sorted({*commands()}))
 def test_command_of_the_documentation_is_understood(page, command, monkeypatch):
     words = shlex.split(command)
-    if words[:2] == ["python", "-m"]:
+    if words[:3] == ["python", "-m", "pytest"]:
+        file, _, test = words[-3:]
+        assert test in (ROOT / file).read_text("utf-8")
+    elif words[:2] == ["python", "-m"]:
         package = ROOT / words[2].replace(".", "/")
         module = words[2] if package.with_suffix(".py").is_file() else f"{words[2]}.__main__"
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()

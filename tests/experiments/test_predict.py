@@ -259,6 +259,42 @@ def test_cases_are_found_in_every_layout(tmp_path):
     }
 
 
+def test_modalities_along_a_fourth_axis_are_told_apart(tmp_path, artifact):
+    """Files of the Decathlon, the modalities in another order than the model's."""
+    fine = case_of("a").images["t2w"]
+    adc = np.flip(fine.array, 1) // 2
+    both = np.stack([adc, fine.array]).T
+    images = tmp_path / "Task05/imagesTs"
+    images.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(both, fine.affine), images / "prostate_03.nii.gz")
+    save(tmp_path / "Task05/labelsTr/prostate_03.nii.gz", fine)
+    nib.save(nib.Nifti1Image(fine.array.T, fine.affine), images / "prostate_04.nii.gz")
+    modalities = {"modality": {"0": "ADC", "1": "T2"}}
+    (tmp_path / "Task05/dataset.json").write_text(json.dumps(modalities))
+    arguments = ["--model", str(artifact), "--input"]
+    with pytest.raises(SystemExit):
+        predict.main([*arguments, str(tmp_path / "Task05"), "--output", str(tmp_path / "out")])
+    good, bad = json.loads((tmp_path / "out/predictions.json").read_text("utf-8"))["cases"]
+    assert (good["case_id"], good["modalities"]) == ("prostate_03", ["t2w", "adc"])
+    assert "prostate_04.nii.gz must have a fourth axis with channel" in bad["error"]
+
+    save(tmp_path / "apart/prostate_03/t2w.nii.gz", fine)
+    save(tmp_path / "apart/prostate_03/adc.nii.gz", Volume(adc, fine.affine))
+    predict.main([*arguments, str(tmp_path / "apart"), "--output", str(tmp_path / "expected")])
+    np.testing.assert_array_equal(
+        load(tmp_path / "out/probabilities/prostate_03.nii.gz"),
+        load(tmp_path / "expected/probabilities/prostate_03.nii.gz"),
+    )
+
+    touch(tmp_path, "one/case.nii", "one/adc.nii", "two/case.nii", "two/adc.nii")
+    (tmp_path / "one/dataset.json").write_text(json.dumps(modalities))
+    assert names_of(tmp_path / "one") == {
+        "case": {"t2w": "case.nii", "adc": "case.nii"},
+        "one": {"adc": "adc.nii"},
+    }
+    assert names_of(tmp_path / "two") == {"two": {"adc": "adc.nii"}}, "no one names the channels"
+
+
 def test_dicom_folders_and_the_gland_for_the_crop_are_read(tmp_path, config):
     raw = raw_case("a")
     for name in MODALITIES:

@@ -1,0 +1,190 @@
+"""What the lack of a modality costs, of runs with random weights and of Dice given by hand."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cmsad_jax.types import ConfigError
+from data_pipelines import loading, preprocessing, splits
+from data_pipelines.case import DataError, spacing_of
+from experiments import evaluate, missing
+from experiments.checkpoints import load_params
+from experiments.train import compile_programs, predict_case, to_mask
+from tests.experiments.untrained_run import make_untrained_run, tiny_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = tiny_config()
+    data = dataclasses.replace(
+        config.data, target="gland", num_cases=4, cache=tmp_path_factory.mktemp("cache")
+    )
+    sliding = dataclasses.replace(config.predict, overlap=0.0, flip=False)
+    return dataclasses.replace(config, data=data, predict=sliding)
+
+
+@pytest.fixture(scope="module")
+def source(config):
+    return loading.build(config.data)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(config):
+    """Compiled once for all runs of this module."""
+    kept = compile_programs(config, jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(missing, "compile_programs", lambda config, devices: kept)
+        yield kept
+
+
+def make_run(folder, config, source, **options):
+    make_untrained_run(folder, config, **options)
+    record = json.loads((folder / "config.json").read_text("utf-8"))
+    record["data_fingerprint"] = source.fingerprint
+    (folder / "config.json").write_text(json.dumps(record))
+    splits.make_folds(source.info, num_folds=2).save(folder / "folds.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, config, source):
+    return make_run(tmp_path_factory.mktemp("runs") / "a", config, source)
+
+
+def test_each_case_is_predicted_by_its_own_fold_without_each_modality(
+    run, config, source, programs
+):
+    dice, patients = missing.measure(run, "cpu")
+    assert dice.keys() == {(name, "gland") for name in ("nothing", "t2w", "adc")}
+    assert patients == {info.case_id: info.patient_id for info in source.info}
+    folds = splits.Folds.load(run / "folds.json")
+    for fold, case_ids in enumerate(folds.validation):
+        params = load_params(run, fold)
+        for case_id in case_ids:
+            case = source[case_id]
+            for channel, without in ((None, "nothing"), (0, "t2w"), (1, "adc")):
+                present, image = np.ones(2, bool), case.image.copy()
+                if channel is not None:
+                    present[channel], image[..., channel] = False, 0
+                poorer = dataclasses.replace(case, image=image, present=present)
+                probability = preprocessing.to_original(
+                    predict_case(programs.predict, params, poorer, config, 1), case
+                )
+                measured = evaluate.case_metrics(
+                    to_mask(probability, 0.5),
+                    case.original_truth,
+                    spacing_of(case.original_affine),
+                    ("gland",),
+                )
+                expected = measured["gland"]["dice"]
+                assert dice[without, "gland"][case_id] == pytest.approx(expected, abs=1e-6)
+    means = [np.mean([*values.values()]) for values in dice.values()]
+    assert len(set(np.round(means, 4))) == 3, "each modality matters to this network"
+
+
+def test_command_compares_two_runs_and_writes_json(run, config, source, tmp_path, capsys):
+    other = make_run(
+        tmp_path / "b",
+        dataclasses.replace(config, train=dataclasses.replace(config.train, modality_dropout=0.2)),
+        source,
+    )
+    for fold in (0, 1):  # the same weights: no difference
+        (other / f"fold_{fold}/checkpoints").rename(tmp_path / f"old_{fold}")
+        (other / f"fold_{fold}/checkpoints").symlink_to(run / f"fold_{fold}/checkpoints")
+    file = tmp_path / "out.json"
+    missing.main([str(run), str(other), "--accelerator=cpu", "--json", str(file)])
+    printed = capsys.readouterr().out
+    assert "| a | nothing | gland | 4 |" in printed
+    assert "| a - b | adc | gland | 4 | +0.000 | +0.000 to +0.000 | 1 | 1 |" in printed
+    assert "only 4 positive patients" in printed
+    record = json.loads(file.read_text("utf-8"))
+    assert [row["without"] for row in record["dice"]] == ["nothing", "t2w", "adc"] * 2
+    assert [row["difference"] for row in record["differences"]] == [0, 0]
+
+
+PATIENTS = {"p": "p", "q": "q", "r": "r"}
+HARDY = {
+    ("nothing", "x"): {"p": 0.8, "q": 0.7, "r": 0.6},
+    ("adc", "x"): {"p": 0.7, "q": 0.6, "r": 0.5},
+}
+FRAIL = {
+    ("nothing", "x"): {"p": 0.9, "q": 0.8, "r": 0.6},
+    ("adc", "x"): {"p": 0.4, "q": 0.4, "r": 0.3},
+}
+
+
+def test_loss_is_paired_with_all_modalities():
+    everything, adc = missing.summarise("frail", FRAIL, PATIENTS)
+    assert everything.loss is everything.loss_interval is None
+    assert everything.dice == pytest.approx(2.3 / 3)
+    assert adc.dice == pytest.approx(1.1 / 3)
+    assert adc.loss == pytest.approx(0.4)
+    assert adc.loss_interval == pytest.approx((0.3, 0.5))
+
+
+def test_losses_of_two_runs_are_paired_on_cases():
+    (row,) = missing.compare_losses("hardy", HARDY, "frail", FRAIL, PATIENTS)
+    assert row.difference == pytest.approx(-0.3)
+    assert row.interval == pytest.approx((-0.4, -0.2))
+    assert row.p == 0.25  # 2 / 2 ** 3: all three signs alike
+    one = {key: {"p": values["p"]} for key, values in HARDY.items()}
+    (alone,) = missing.compare_losses("one", one, "one", one, PATIENTS)
+    assert alone.interval is alone.p is alone.corrected_p is None
+    assert "| one - one | adc | x | 1 | +0.000 |  |  |  |" in missing.format_table(
+        missing.summarise("one", one, PATIENTS), [alone]
+    )
+
+
+def test_what_a_case_lacks_is_not_withheld(source):
+    case = source[source.case_ids[0]]
+    both = dict(missing.withheld(case, ("t2w", "adc")))
+    assert {name: poorer.present.tolist() for name, poorer in both.items()} == {
+        "nothing": [True, True],
+        "t2w": [False, True],
+        "adc": [True, False],
+    }
+    alone = dataclasses.replace(case, present=np.array([True, False]))
+    assert [name for name, _ in missing.withheld(alone, ("t2w", "adc"))] == ["nothing"]
+
+
+def test_runs_that_cannot_be_evaluated_are_refused(run, config, source, tmp_path):
+    with pytest.raises(ConfigError, match="at least one run must be given"):
+        missing.main([])
+    with pytest.raises(ConfigError, match=r"must hold config\.json"):
+        missing.main([str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"every fold must be done; .* lacks 1"):
+        missing.main([str(make_run(tmp_path / "half", config, source, done=1))])
+    fewer = {key: {"p": 0.5} for key in HARDY}
+    with pytest.raises(DataError, match="same modalities, classes and positive cases; those of a"):
+        missing.compare_losses("a", HARDY, "b", fewer, PATIENTS)
+
+    def changed(name, change):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in run.iterdir():
+            (folder / path.name).symlink_to(path)
+        record = json.loads((run / "config.json").read_text("utf-8"))
+        change(record)
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(record))
+        return str(folder)
+
+    def single(record):
+        record["config"]["data"]["modalities"] = ["t2w"]
+
+    def other_data(record):
+        record["data_fingerprint"] = "0123"
+
+    with pytest.raises(ConfigError, match=r"two modalities or more to do without one; .* has t2w"):
+        missing.main([changed("single", single)])
+    with pytest.raises(DataError, match="got others from phantom"):
+        missing.main([changed("data", other_data)])
+    negative = tmp_path / "negative"
+    changed("negative", lambda record: None)
+    (negative / "folds.json").unlink()
+    splits.Folds((("x",), ("y",))).save(negative / "folds.json")
+    with pytest.raises(DataError, match="at least one case must be positive"):
+        missing.main([str(negative)])
