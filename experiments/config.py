@@ -103,9 +103,7 @@ class Config:
     """How a step is spread over the devices."""
     distributed: DistributedConfig = DistributedConfig()
     deterministic: bool = False
-    """On GPUs, the same bits whenever a run is repeated on devices of one kind: XLA then uses no
-    operation whose result may vary and tunes none to the moment, which is slower. CPUs need no
-    such option."""
+    """On GPUs, give the same bits again on devices of one kind, at some cost; CPUs always do."""
     output: Path | None = None
     """Run folder; by default named after preset, data, target and modalities under runs/."""
     num_folds: int = 5
