@@ -156,7 +156,7 @@ def log(message: str) -> None:
     """A line of the run's account on stdout, at once; of several processes, the first says it."""
     if jax.distributed.is_initialized() and jax.process_index() > 0:
         return
-    print(message, flush=True)
+    print(f"{message}\n", end="", flush=True)  # in one piece, whichever thread says it
 
 
 class RunError(RuntimeError):
@@ -258,10 +258,10 @@ def deferred_signals() -> Iterator[Stop]:
                 continue
             if stop.number is not None:
                 os._exit(128 + number)
+            stop.number = number
             with contextlib.suppress(OSError):  # nobody reads stdout any more
                 name = signal.Signals(number).name
                 log(f"{name}: finishing this step and saving; again to quit now")
-            stop.number = number
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()
