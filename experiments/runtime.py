@@ -258,10 +258,15 @@ def deferred_signals() -> Iterator[Stop]:
                 continue
             if stop.number is not None:
                 os._exit(128 + number)
-            stop.number = number
+            name = signal.Signals(number).name
             with contextlib.suppress(OSError):  # nobody reads stdout any more
-                name = signal.Signals(number).name
-                log(f"{name}: finishing this step and saving; again to quit now")
+                # Not log(), which starts JAX's backend in a process of several and waits for it.
+                print(
+                    f"{name}: finishing this step and saving; again to quit now\n",
+                    end="",
+                    flush=True,
+                )
+            stop.number = number
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()
