@@ -3,7 +3,7 @@
 ``python -m benchmarks.kernels --quick`` times the small preset's shapes in some minutes;
 without ``--quick`` the shapes of every preset are timed, longer and beside a copy that no cache
 holds. ``--json FILE`` keeps the rows. A row is printed only if the implementation agreed with the
-reference, in its value and its gradients.
+reference, in its value and its gradients (PyTorch in its value).
 """
 
 import argparse

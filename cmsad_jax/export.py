@@ -49,6 +49,10 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 Weights = Mapping[str, Float[Array | np.ndarray, "..."]]
 """float32 arrays by their path in the network, joined by ``/``."""
 
+_ZIP_FAULTS = (zipfile.BadZipFile, NotImplementedError, RuntimeError)
+"""What zipfile raises of a damaged archive; the last two where it seems encrypted or of a later
+version."""
+
 _MANIFEST = "manifest.json"
 _CARD = "MODEL_CARD.md"
 _LICENSE = "LICENSE"
@@ -461,7 +465,7 @@ def _read_archive(
                 files[path] = content
     except ConfigError:
         raise
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (*_ZIP_FAULTS, OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise refuse(_first_line(error)) from error
     return manifest, files
 

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -200,6 +201,17 @@ def _news(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("absl").addFilter(_news)
+
+
+def _without_late_answers(fault: "sys.UnraisableHookArgs") -> None:
+    """Pass over what TensorStore's threads answer after a write failed, to whom nobody listens."""
+    late = fault.object is None and str(fault.exc_value) == "Event loop is closed"
+    if not late:
+        _report_unraisable(fault)
+
+
+_report_unraisable = sys.unraisablehook
+sys.unraisablehook = _without_late_answers
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -33,6 +33,7 @@ from experiments.runtime import (
     peak_memory_bytes,
     profiled,
     progress,
+    read_json,
     remove_temporary_files,
     run_main,
     select_accelerator,
@@ -490,21 +491,6 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run folder.
-
-    Raises:
-        DataError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(
-            f"a file of a run must be as it was written; {path}: {error}. "
-            "Restore it from a copy, or remove the folder that holds it to do that part again."
-        ) from error
 
 
 def main() -> None:

@@ -41,7 +41,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,7 +54,7 @@ from data_pipelines.tables import read_table
 from data_pipelines.volume_io import read_volume
 from experiments import lesions, statistics
 from experiments.options import REGISTRY
-from experiments.runtime import run_main
+from experiments.runtime import read_json, run_main, whole_file
 
 METRICS = (
     "dice",
@@ -434,13 +433,8 @@ def _without_nan(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text so that the file appears whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
@@ -451,7 +445,7 @@ def read_metrics(run: Path) -> dict[str, Any]:
             f"a run folder must hold metrics.json; got none in {run}. "
             "Finish the run with python -m experiments.cv, or name another folder."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ tpu, and all that surrounds them. :mod:`cmsad_jax.export` says what the file hol
 
 import dataclasses
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from cmsad_jax.types import ConfigError
 from experiments.checkpoints import load_params
 from experiments.config import Config, from_json, window
 from experiments.options import REGISTRY
-from experiments.runtime import log, run_main, select_accelerator
+from experiments.runtime import log, read_json, run_main, select_accelerator
 from experiments.train import attention_window, predict_window
 
 UNSTATED_LICENSE = (
@@ -57,7 +56,7 @@ def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
             f"a run folder must hold config.json; got none in {run}. "
             "Name a folder written by python -m experiments.cv."
         )
-    record = json.loads(file.read_text("utf-8"))
+    record = read_json(file)
     return from_json(Config, record["config"]), record
 
 
@@ -175,6 +174,12 @@ def model_card(description: export.Description, num_parameters: int) -> str:
         for name in description.classes
         for metric in ("dice", "sensitivity", "precision", "hd95_mm", "false_positive_volume_ml")
     ]
+    centre = "gland" if grid["centre"] == "gland" else "T2W image"
+    rule = (
+        f"a voxel above {description.threshold} belongs to the target"
+        if len(description.classes) == 1
+        else "a voxel belongs to the most probable class, background among them"
+    )
     missing = "may be missing" if description.allow_missing else "must all be there"
     return f"""# Model card
 
@@ -185,9 +190,9 @@ Segments {", ".join(description.classes)} in prostate MRI from {", ".join(descri
   arXiv 2011.03908; {num_parameters:,} weights for each of {len(description.members)} members
   ({", ".join(description.members)}), whose probabilities are averaged.
 - **Input**: volumes resampled to {_times(grid["size"])} voxels (d h w) of
-  {_times(grid["spacing_mm"])} mm around the centre of the T2W image, clipped to the percentiles
+  {_times(grid["spacing_mm"])} mm around the centre of the {centre}, clipped to the percentiles
   {low:g} to {high:g}, scaled to mean 0 and sd 1. What lies outside that grid is not examined.
-- **Output**: probabilities; a voxel above {description.threshold} belongs to the target.
+- **Output**: probabilities; {rule}.
 - **Trained on**: data set `{data["name"]}`, fingerprint
   `{description.provenance["data_fingerprint"][:16]}`; commit `{environment.get("git_commit")}`,
   {environment.get("started", "date unknown")}, {environment.get("device", "device unknown")}.
@@ -216,7 +221,7 @@ zip file.
 
 def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
     """The record of a run without the folders of the machine it ran on."""
-    folders = ("output", "compilation_cache", "folds_file")
+    folders = ("output", "profile", "folds_file", "compilation_cache")
     config = {key: value for key, value in record["config"].items() if key not in folders}
     config["data"] = {k: v for k, v in config["data"].items() if k not in ("path", "cache")}
     return {**record, "config": config}
@@ -234,7 +239,7 @@ def _times(values: Sequence[float]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

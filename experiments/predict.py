@@ -42,7 +42,7 @@ from experiments.config import Accelerator, from_json
 from experiments.evaluate import write_text
 from experiments.export import write_artifact
 from experiments.options import REGISTRY
-from experiments.runtime import log, progress, run_main, select_accelerator
+from experiments.runtime import log, progress, read_json, run_main, select_accelerator
 from experiments.train import to_mask
 
 T = TypeVar("T")
@@ -110,6 +110,12 @@ def open_model(command: PredictCommand) -> export.Model:
         )
     changes = {name: getattr(command, name) for name in OPTIONS}
     given = {name: value for name, value in changes.items() if value is not None}
+    if "threshold" in given and len(model.description.classes) > 1:
+        raise ConfigError(
+            f"a threshold goes with one class; got {command.threshold} for "
+            f"{', '.join(model.description.classes)}, of which the most probable is taken. "
+            "Leave --threshold out."
+        )
     description = dataclasses.replace(model.description, **given)
     if not 0 < description.threshold < 1 or not 0 <= description.overlap < 1:
         raise ConfigError(
@@ -504,7 +510,7 @@ def refuse_other_results(
     file = output / "predictions.json"
     if not file.is_file():
         return
-    old = json.loads(file.read_text("utf-8"))
+    old = read_json(file)
     before, now = old["model"]["sha256"][:12], identity["sha256"][:12]
     if before != now or old["settings"] != dict(settings):
         raise ConfigError(

@@ -6,7 +6,6 @@ HTML alone. A run with some folds missing is reported as such.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +25,7 @@ from experiments.charts import (
 )
 from experiments.evaluate import METRICS, read_metrics, summarise, write_text
 from experiments.pictures import pictures_of, viewer_of
-from experiments.runtime import run_main
+from experiments.runtime import read_json, run_main
 from experiments.statistics import FEW_PATIENTS, few_patients_warning
 from experiments.wording import (
     LABELS,
@@ -528,7 +527,7 @@ def _flatten(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 @dataclasses.dataclass(frozen=True)

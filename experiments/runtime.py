@@ -7,6 +7,7 @@ import errno
 import fcntl
 import importlib.metadata
 import itertools
+import json
 import os
 import platform
 import re
@@ -329,6 +330,21 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; it becomes ``path`` if nothing is raised."""
     with naming_path(path), files.whole_file(path) as partial:
         yield partial
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run folder.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"a file of a run must be as it was written; {path}: {error}. "
+            "Restore it from a copy, or remove the folder that holds it to do that part again."
+        ) from error
 
 
 @contextlib.contextmanager

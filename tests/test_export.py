@@ -311,9 +311,11 @@ def test_damage_is_noticed_or_harmless(path, model):
         export.load(io.BytesIO(content[:-1000]))
     rng = np.random.default_rng(0)
     noticed = 0
-    for position in rng.integers(0, len(content), 30):
+    directory = range(content.rindex(b"PK\x01\x02"), len(content))  # of the last entry
+    anywhere = [(position, 0x10) for position in rng.integers(0, len(content), 30)]
+    for position, bits in anywhere + [(at, 1 << bit) for at in directory for bit in range(8)]:
         damaged = bytearray(content)
-        damaged[position] ^= 0x10
+        damaged[position] ^= bits
         try:
             assert export.load(io.BytesIO(damaged)).sha256 == model.sha256
         except ConfigError:

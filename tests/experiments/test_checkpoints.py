@@ -240,6 +240,7 @@ def test_tracebacks_that_orbax_logs_of_what_it_raises_are_left_out(caplog):
 KILLED = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from experiments.checkpoints import Checkpoints
 from tests.experiments.test_checkpoints import state, tiny
 folder = Path(sys.argv[1])
@@ -273,6 +274,7 @@ OTHER_DEVICES = """
 import sys, jax
 from jax.sharding import NamedSharding, PartitionSpec
 from pathlib import Path
+from types import SimpleNamespace
 from cmsad_jax.parallel import data_mesh
 from experiments.checkpoints import Checkpoints
 from tests.experiments.test_checkpoints import same, state, tiny
@@ -302,3 +304,18 @@ def test_another_device_count_reads_and_writes_the_same(tmp_path):
     resumed, record = Checkpoints(kept._directory, tiny(tmp_path, tmp_path)).resume(state())
     assert record["step"] == 6
     assert same(resumed, state(5))
+
+
+def test_only_late_answers_of_a_failed_write_are_passed_over(monkeypatch):
+    told = []
+    monkeypatch.setattr(checkpoints, "_report_unraisable", told.append)
+
+    def fault(text, of=None):
+        return SimpleNamespace(exc_value=RuntimeError(text), object=of)
+
+    checkpoints._without_late_answers(fault("Event loop is closed"))
+    assert told == []
+    others = [fault("Event loop is closed", of=print), fault("another")]
+    for other in others:
+        checkpoints._without_late_answers(other)
+    assert told == others

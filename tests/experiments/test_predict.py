@@ -320,6 +320,20 @@ def test_dicom_folders_and_the_gland_for_the_crop_are_read(tmp_path, config):
         predict.read_case(without, data)
 
 
+def test_a_threshold_is_refused_where_the_most_probable_class_is_taken(
+    artifact, tmp_path, monkeypatch
+):
+    model = cmsad_jax.export.load(artifact)
+    zones = dataclasses.replace(model.description, classes=("pz", "tz"))
+    monkeypatch.setattr(
+        predict.export, "load", lambda _: dataclasses.replace(model, description=zones)
+    )
+    with pytest.raises(ConfigError, match=r"goes with one class; got 0\.4 for pz, tz"):
+        predict.open_model(
+            predict.PredictCommand(model=artifact, input=tmp_path, output=tmp_path, threshold=0.4)
+        )
+
+
 def test_inputs_without_a_case_are_refused(tmp_path):
     touch(tmp_path, "lesion.nii.gz", "t2w.txt")
     with pytest.raises(
