@@ -41,6 +41,7 @@ from benchmarks import pytorch, pytorch_network, timing
 from cmsad_jax import export
 from cmsad_jax.inference import sliding_window
 from cmsad_jax.modules.network import CMSAD
+from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from cmsad_jax.training import init_state
 from data_pipelines import volume_io
 from data_pipelines.case import Volume
@@ -116,12 +117,12 @@ def random_artifact(config: Config, target: Path | io.BytesIO) -> None:
                 name: rng.normal(
                     scale=math.sqrt(2 / max(1, math.prod(leaf.shape[:-1]))), size=leaf.shape
                 ).astype(np.float32)
-                for name, leaf in export.flatten_weights(shapes).items()
+                for name, leaf in flatten_weights(shapes).items()
             }
         )
     function = predict_window(config)
     program = export.export_program(
-        lambda flat, windows, present: function(export.unflatten_weights(flat), windows, present),
+        lambda flat, windows, present: function(unflatten_weights(flat), windows, present),
         members[0],
         window=window(config),
         num_modalities=len(config.data.modalities),

@@ -37,6 +37,7 @@ from jax import export as jax_export
 from jaxtyping import Array, Bool, Float
 
 from cmsad_jax.inference import EnsemblePrediction, predict_ensemble
+from cmsad_jax.named_weights import Weights, first_line, from_safetensors, to_safetensors
 from cmsad_jax.types import ConfigError
 
 FORMAT = "cmsad-model"
@@ -45,9 +46,6 @@ VERSION = 1
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 """What programs are exported for."""
-
-Weights = Mapping[str, Float[Array | np.ndarray, "..."]]
-"""float32 arrays by their path in the network, joined by ``/``."""
 
 _ZIP_FAULTS = (zipfile.BadZipFile, NotImplementedError, RuntimeError)
 """What zipfile raises of a damaged archive; the last two where it seems encrypted or of a later
@@ -199,7 +197,7 @@ def load(source: Path | str | io.BytesIO) -> "Model":
         }
     except Exception as error:  # jax.export promises no type
         raise ConfigError(
-            f"{name} must hold programs that this JAX can read; got: {_first_line(error)} "
+            f"{name} must hold programs that this JAX can read; got: {first_line(error)} "
             f"(JAX {jax.__version__}). Install the JAX it was exported with, or export the run "
             "again."
         ) from error
@@ -352,71 +350,6 @@ class Model:
             )
 
 
-def to_safetensors(weights: Weights) -> bytes:
-    """float32 weights in the safetensors format, in the order of their names."""
-    arrays = {name: np.asarray(weights[name], "<f4", order="C") for name in sorted(weights)}
-    header, position = {}, 0
-    for name, array in arrays.items():
-        span = [position, position + array.nbytes]
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": span}
-        position += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join(
-        [len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())]
-    )
-
-
-def from_safetensors(content: bytes, name: str = "the file") -> dict[str, np.ndarray]:
-    """float32 arrays of a safetensors file, read-only.
-
-    Raises:
-        ConfigError: ``content`` is something else, or holds other types.
-    """
-    try:
-        length = int.from_bytes(content[:8], "little")
-        data = memoryview(content)[8 + length :]
-        header = json.loads(content[8 : 8 + length])
-        header.pop("__metadata__", None)
-        arrays = {}
-        for key, entry in header.items():
-            start, stop = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            if entry["dtype"] != "F32" or not 0 <= start <= stop <= len(data):
-                raise ValueError(
-                    f"{key} is {entry['dtype']} at {start}:{stop} of {len(data)} bytes"
-                )
-            arrays[key] = np.frombuffer(data[start:stop], "<f4").reshape(shape)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"weights must be float32 in the safetensors format; got {name} with: "
-            f"{_first_line(error)}. Copy or export it again."
-        ) from error
-    return arrays
-
-
-def flatten_weights(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested weights as one dictionary, keys joined by ``/`` and sorted."""
-    flat = {}
-    for key in sorted(tree):
-        path = f"{prefix}/{key}" if prefix else key
-        value = tree[key]
-        flat |= flatten_weights(value, path) if isinstance(value, Mapping) else {path: value}
-    return flat
-
-
-def unflatten_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested weights of a network; undoes :func:`flatten_weights`."""
-    tree: dict[str, Any] = {}
-    for path, value in weights.items():
-        *folders, leaf = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = value
-    return tree
-
-
 def _write_archive(file: io.BytesIO | io.BufferedWriter, files: Mapping[str, bytes]) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in files.items():
@@ -466,7 +399,7 @@ def _read_archive(
     except ConfigError:
         raise
     except (*_ZIP_FAULTS, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise refuse(_first_line(error)) from error
+        raise refuse(first_line(error)) from error
     return manifest, files
 
 
@@ -525,8 +458,3 @@ def _require_flatbuffers() -> None:
             "artifacts need the package flatbuffers, which jax.export reads and writes with; got "
             "none. pip install flatbuffers."
         )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

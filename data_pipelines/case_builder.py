@@ -20,10 +20,11 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
 from data_pipelines import beam, examination, staging, validation
-from data_pipelines.case import Case, DataConfig, DataError, MissingDataError, RawCase, raise_all
+from data_pipelines.case import DataConfig, DataError, MissingDataError, RawCase, raise_all
 from data_pipelines.examination import Examination
 from data_pipelines.files import whole_file
 from data_pipelines.preprocessing import check_preprocess
+from data_pipelines.records import decode, encode, features, text_of
 from data_pipelines.splits import CaseInfo
 from data_pipelines.volume_io import read_volume
 
@@ -37,6 +38,7 @@ _SOURCES = (
     "examination.py",
     "file_checks.py",
     "preprocessing.py",
+    "records.py",
     "tables.py",
     "volume_io.py",
 )
@@ -244,7 +246,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return json.loads((Path(self.data_dir) / _INFO_FILE).read_text("utf-8"))
 
     def _info(self) -> tfds.core.DatasetInfo:
-        info = self.dataset_info_from_configs(features=_features(), disable_shuffling=True)
+        info = self.dataset_info_from_configs(features=features(), disable_shuffling=True)
         info.initialize_from_bucket = lambda: None  # it would leave an empty folder in /tmp
         return info
 
@@ -283,7 +285,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     "case_id": case.case_id,
                     "patient_id": case.patient_id,
                     "positive": case.positive,
-                    "metadata": json.loads(_text(record["metadata"])),
+                    "metadata": json.loads(text_of(record["metadata"])),
                 }
             )
         content = {
@@ -404,61 +406,6 @@ class FileCaseBuilder(CaseBuilder, skip_registration=True):
         return raw
 
 
-def encode(case: Case) -> dict[str, Any]:
-    """The record of a case, as TFDS stores it."""
-    return {
-        "case_id": case.case_id,
-        "patient_id": case.patient_id,
-        "image": case.image,
-        "label": case.label,
-        "present": case.present,
-        "affine": case.affine,
-        "original_shape": np.asarray(case.original_shape, np.int32),
-        "original_affine": case.original_affine,
-        "truth": case.truth.ravel(),
-        "truth_shape": np.asarray(case.truth.shape, np.int32),
-        "truth_offset": np.asarray(case.truth_offset, np.int32),
-    }
-
-
-def decode(record: Mapping[str, Any]) -> Case:
-    """The case in a stored record. Its arrays are read-only."""
-    return Case(
-        case_id=_text(record["case_id"]),
-        patient_id=_text(record["patient_id"]),
-        image=record["image"],
-        label=record["label"],
-        present=record["present"],
-        affine=record["affine"],
-        original_shape=_triple(record["original_shape"]),
-        original_affine=record["original_affine"],
-        truth=record["truth"].reshape(_triple(record["truth_shape"])),
-        truth_offset=_triple(record["truth_offset"]),
-    )
-
-
-def _features() -> tfds.features.FeaturesDict:
-    def tensor(shape: tuple[int | None, ...], dtype: type) -> tfds.features.Tensor:
-        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
-
-    return tfds.features.FeaturesDict(
-        {
-            "case_id": tfds.features.Text(),
-            "patient_id": tfds.features.Text(),
-            "image": tensor((None, None, None, None), np.int16),
-            "label": tensor((None, None, None), np.uint8),
-            "present": tensor((None,), np.bool_),
-            "affine": tensor((4, 4), np.float64),
-            "original_shape": tensor((3,), np.int32),
-            "original_affine": tensor((4, 4), np.float64),
-            "truth": tensor((None,), np.uint8),  # TFDS 4.9 cannot read back an empty 3D one
-            "truth_shape": tensor((3,), np.int32),
-            "truth_offset": tensor((3,), np.int32),
-            "metadata": tfds.features.Text(),
-        }
-    )
-
-
 def _record(found: Examination) -> dict[str, Any]:
     """What is stored of an examined case."""
     if found.case is None:
@@ -515,12 +462,3 @@ def _bytes(value: str | np.ndarray) -> bytes:
     if isinstance(value, str):
         return value.encode()
     return str((value.shape, value.dtype.str)).encode() + value.tobytes()
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _triple(value: Sequence[int]) -> tuple[int, int, int]:
-    a, b, c = (int(v) for v in value)
-    return a, b, c

@@ -16,7 +16,8 @@ import grain
 import numpy as np
 
 from data_pipelines.case import STORED_UNIT, Case, DataConfig, DataError
-from data_pipelines.case_builder import CaseBuilder, decode
+from data_pipelines.case_builder import CaseBuilder
+from data_pipelines.records import decode
 from data_pipelines.sampling import SamplingPlan
 from data_pipelines.splits import CaseInfo
 

@@ -8,22 +8,17 @@ Further options are those of ``experiments.cv`` and hold for all rows, ``--sweep
     python -m experiments.ablation --rows full --sweep loss.attention.exponent=1,4 loss.stages="1 2"
 
 What is done is not done again: the same command continues, and further rows or seeds add to it.
-The table is written after each row. On a processor several runs are trained at a time, each on
-cores of its own: two networks on a core each take less time than one after the other on two.
+The table is written after each row. On a processor several runs are trained at a time
+(:mod:`experiments.jobs`).
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -34,17 +29,11 @@ from cmsad_jax.types import ConfigError
 from data_pipelines import loading, splits
 from data_pipelines.case import DataError, spacing_of
 from data_pipelines.volume_io import read_volume
-from experiments import cv, evaluate, lesions, report, statistics
+from experiments import cv, evaluate, jobs, lesions, report, statistics
 from experiments.config import PRESETS, Config, DistributedConfig, complete, parse, window
 from experiments.options import REGISTRY
-from experiments.runtime import (
-    RunError,
-    log,
-    progress,
-    run_main,
-    select_accelerator,
-)
-from experiments.train import compile_programs, to_mask
+from experiments.runtime import log, run_main, select_accelerator
+from experiments.train import to_mask
 
 FULL = "full"
 LATE = "late-fusion"
@@ -207,17 +196,22 @@ def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
     ]
     to_do = [config for config in configs if not is_done(config)]
     log(f"{len(rows)} rows, {len(seeds)} seeds: {len(configs)} runs, {len(to_do)} of them to do")
-    jobs = min(_jobs(command.jobs, devices[0].platform), max(len(to_do), 1))
-    update = functools.partial(write_table, command.output, rows, seeds)
-    if jobs == 1:
-        _run_here(to_do, update)
+
+    def done(folder: Path) -> str:
+        write_table(command.output, rows, seeds)
+        entry = summarise_row([evaluate.read_metrics(folder)])
+        return f"{folder}: Dice {_number(entry['dice']) or 'undefined'}, {entry['num_cases']} cases"
+
+    at_a_time = min(jobs.how_many(command.jobs, devices[0].platform), max(len(to_do), 1))
+    if at_a_time == 1:
+        jobs.run_here(to_do, done)
     else:
-        _run_in_processes(to_do, jobs, update)
+        jobs.run_in_processes(to_do, at_a_time, done)
     wanted = command.rows is None or LATE in command.rows
     if wanted and len(base.data.modalities) > 1:
         for seed in seeds:
             late_fusion(command.output, base, source, seed)
-    table = update()
+    table = write_table(command.output, rows, seeds)
     log(format_table(table))
     return table
 
@@ -238,107 +232,6 @@ def refuse_lacking_modalities(rows: Sequence[Variant], source: loading.CaseSourc
                 f"{len(lacking)} of {len(present)} cases, the first {lacking[0]}, without those of "
                 f"{row.name}. Leave this row out (and {LATE}) by naming others after --rows."
             )
-
-
-def _jobs(asked: int | None, platform: str) -> int:
-    """How many runs at a time."""
-    if asked is not None and asked < 1:
-        raise ConfigError(f"jobs must be at least 1; got {asked}. Use --jobs=1 or more.")
-    if platform != "cpu":
-        if asked not in (None, 1):
-            raise ConfigError(
-                f"runs take turns on an accelerator; got --jobs={asked} on {platform}. "
-                "Use --jobs=1, or --accelerator=cpu."
-            )
-        return 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return asked or max(1, min(len(_cores()), memory // (4 * 2**30)))
-
-
-def _cores() -> list[int]:
-    """The cores that this process may use."""
-    if sys.platform == "linux":
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _run_here(configs: Sequence[Config], update: Callable[[], Any]) -> None:
-    """One after another; runs that differ in their seed alone share compiled programs."""
-    shared: dict[Path, Any] = {}
-    for config in configs:
-        row = _folder(config).parent
-        if row not in shared:
-            shared = {row: compile_programs(config, select_accelerator(config.accelerator))}
-        cv.run(config, shared[row])
-        update()
-
-
-def _run_in_processes(configs: Sequence[Config], jobs: int, update: Callable[[], Any]) -> None:
-    """Several at a time, each a process with cores of its own, its account in a file.
-
-    Raises:
-        RunError: a run failed; the others were stopped, saved what they had, and can go on.
-    """
-    context = multiprocessing.get_context("spawn")
-    free = [_cores()[job::jobs] for job in range(jobs)]
-    waiting = list(configs)
-    running: dict[int, tuple[BaseProcess, Path, list[int]]] = {}
-    log(f"{jobs} at a time; the account of each is in the .log file beside its folder")
-    with progress([], description="runs", total=len(configs)) as bar:
-        try:
-            while waiting or running:
-                while waiting and free:
-                    config, cores = waiting.pop(0), free.pop()
-                    process = context.Process(target=_run_apart, args=(config, cores))
-                    process.start()
-                    running[process.sentinel] = (process, _folder(config), cores)
-                for sentinel in multiprocessing.connection.wait(list(running)):
-                    process, folder, cores = running.pop(cast(int, sentinel))
-                    process.join()
-                    free.append(cores)
-                    if process.exitcode:
-                        raise RunError(_failure(folder, process.exitcode))
-                    update()
-                    entry = summarise_row([evaluate.read_metrics(folder)])
-                    bar.write(
-                        f"{folder}: Dice {_number(entry['dice']) or 'undefined'} "
-                        f"over {entry['num_cases']} cases"
-                    )
-                    bar.update()
-        finally:
-            for process, _, _ in running.values():
-                process.terminate()
-            for process, _, _ in running.values():
-                process.join()
-
-
-def _run_apart(config: Config, cores: Sequence[int]) -> None:
-    """Run in a process of its own, which signals reach through its parent alone."""
-    os.setsid()
-    if sys.platform == "linux":
-        os.sched_setaffinity(0, cores)
-    account = _account(_folder(config))
-    account.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        account.open("a", encoding="utf-8") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        run_main(functools.partial(cv.run, config))
-
-
-def _account(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.log")
-
-
-def _failure(folder: Path, status: int) -> str:
-    account = _account(folder).read_text("utf-8")
-    said = account[max(account.rfind("\nerror: "), 0) :].strip().splitlines() or ["nothing"]
-    return (
-        f"every run must end well; {folder} ended with status {status} and said:\n"
-        + "\n".join(f"  {line}" for line in said[-10:])
-        + f"\nMend that (its whole account: {_account(folder)}) and run the same command again."
-    )
 
 
 def base_of(command: AblationConfig, options: Sequence[str]) -> tuple[Config, tuple[int, ...]]:
@@ -383,16 +276,11 @@ def is_done(config: Config) -> bool:
     Raises:
         ConfigError: it holds another one.
     """
-    cv.refuse_other_run(_folder(config), config)
+    cv.refuse_other_run(jobs.folder_of(config), config)
     asked = set(range(config.num_folds) if config.folds is None else config.folds)
-    return (_folder(config) / "metrics.json").exists() and asked <= set(
-        evaluate.read_metrics(_folder(config))["folds_done"]
+    return (jobs.folder_of(config) / "metrics.json").exists() and asked <= set(
+        evaluate.read_metrics(jobs.folder_of(config))["folds_done"]
     )
-
-
-def _folder(config: Config) -> Path:
-    assert config.output is not None, "complete() names the run folder"
-    return config.output
 
 
 def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: int) -> None:

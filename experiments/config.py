@@ -56,7 +56,7 @@ class TrainConfig:
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient is not finite."""
     steps_per_call: int | None = None
-    """Steps in one call of the device; losses stay the same. By default 1 on CPUs, else to 10."""
+    """Steps in a call of the device; losses stay the same. By default 1 on CPUs, else up to 10."""
     accumulation: int = 1
     """Parts of a batch that go through the network one after another, to save memory."""
 

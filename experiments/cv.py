@@ -7,7 +7,6 @@ their own T2W files, measures, and writes the report. Folds that are done are no
 import contextlib
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from cmsad_jax.types import ConfigError, Device
 from data_pipelines import loading, preprocessing, splits, validate, volume_io
 from data_pipelines.case import Case, DataError, spacing_of
-from experiments import evaluate, feed, hosts, lesions, report, tensorboard
+from experiments import evaluate, feed, hosts, lesions, mean_shape, report, tensorboard
 from experiments.checkpoints import file_sha256
 from experiments.config import Config, differences, flatten, from_json, parse, to_json
 from experiments.runtime import (
@@ -141,7 +140,7 @@ def run_folds(
         run_fold(config, programs, source, folds, fold, output / f"fold_{fold}")
     if not hosts.is_first():
         return {}
-    return finish(config, output, mean_shape_baseline(config, source, folds))
+    return finish(config, output, mean_shape.run(config, source, folds))
 
 
 def is_done(output: Path, fold: int) -> bool:
@@ -412,61 +411,6 @@ def mean_pool(image: np.ndarray, largest: int = 64) -> np.ndarray:
     total = np.add.reduceat(np.add.reduceat(image, rows, 0), columns, 1)
     counts = np.outer(np.diff([*rows, height]), np.diff([*columns, width]))
     return total / counts.reshape(*counts.shape, *(1,) * (image.ndim - 2))
-
-
-def mean_shape_baseline(
-    config: Config, source: loading.CaseSource, folds: splits.Folds
-) -> dict[str, Any]:
-    """What can be had without looking at the image: the training patients' mean label.
-
-    For each fold, voxels whose label frequency over the training cases exceeds the threshold that
-    gives the training cases the best mean Dice; measured like a prediction, in the T2W frame.
-    """
-    classes = config.data.classes
-    grid, voxels = (), {}
-    for case in loading.eval_cases(source, source.case_ids):
-        grid = case.label.shape
-        voxels[case.case_id] = [
-            np.flatnonzero(case.label == index) for index in range(1, len(classes) + 1)
-        ]
-    scores = []
-    for fold, validation in enumerate(folds.validation):
-        for index in range(len(classes)):
-            known = [voxels[case_id][index] for case_id in folds.training(fold)]
-            shape = mean_shape(known, math.prod(grid)).reshape(*grid, 1).astype(np.float32)
-            for case_id in validation:
-                case = source[case_id]
-                mask = preprocessing.to_original(shape, case)[..., 0] > 0.5
-                truth = case.original_truth == index + 1
-                if truth.any():
-                    scores.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
-    return {"mean_dice": float(np.mean(scores)) if scores else None, "num_cases": len(scores)}
-
-
-def mean_shape(known: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """Voxels that are foreground often enough, by the threshold that fits the cases best.
-
-    Args:
-        known: of each case, the flat indices of its foreground voxels.
-        size: number of voxels of a case.
-
-    Returns:
-        bool, flat: frequency over the cases of at least that of 34 candidates (quantiles of the
-        frequencies above 0) which gives the highest mean Dice over the cases with foreground;
-        nothing but voxels of every case where none has any.
-    """
-    frequency = np.bincount(np.concatenate(known), minlength=size) / len(known)
-    filled = [frequency[voxels] for voxels in known if voxels.size]
-    if not filled:
-        return frequency >= 1
-
-    def mean_dice(threshold: float) -> float:
-        marked = (frequency >= threshold).sum()
-        overlaps = [(2 * (values >= threshold).sum(), values.size) for values in filled]
-        return float(np.mean([twice / (volume + marked) for twice, volume in overlaps]))
-
-    candidates = np.unique(np.quantile(frequency[frequency > 0], np.linspace(0, 0.99, 34)))
-    return frequency >= max(candidates, key=mean_dice)
 
 
 def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from cmsad_jax import export
+from cmsad_jax.named_weights import flatten_weights, to_safetensors, unflatten_weights
 from cmsad_jax.types import ConfigError
 from experiments.checkpoints import load_params
 from experiments.config import Config, from_json, window
@@ -96,7 +97,7 @@ def write_artifact(
     """
     config, record = read_run(run)
     chosen = run_members(run, config, folds)
-    weights = [export.flatten_weights(load_params(run, fold)) for fold in chosen]
+    weights = [flatten_weights(load_params(run, fold)) for fold in chosen]
     programs = {}
     functions = {"predict": predict_window(config)}
     if config.network.fusion.kind != "early":
@@ -105,7 +106,7 @@ def write_artifact(
     for name, function in functions.items():
         programs[name] = export.export_program(
             lambda flat, windows, present, function=function: function(
-                export.unflatten_weights(flat), windows, present
+                unflatten_weights(flat), windows, present
             ),
             weights[0],
             window=window(config),
@@ -261,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config.safetensors.mkdir(parents=True, exist_ok=True)
         for member, weights in zip(description.members, model.weights, strict=True):
             file = config.safetensors / f"{member}.safetensors"
-            file.write_bytes(export.to_safetensors(weights))
+            file.write_bytes(to_safetensors(weights))
             log(f"{file}: {len(weights)} arrays")
 
 

@@ -477,8 +477,7 @@ def next_call(
             name: (jnp if isinstance(value, jax.Array) else np).stack([one[name] for one in group])
             for name, value in given.items()
         }
-    with memory.explained(config):
-        return Call(number + 1, case_ids, group, {}), program.place_batch(given), program
+    return Call(number + 1, case_ids, group, {}), program.place_batch(given), program
 
 
 def train_batches(

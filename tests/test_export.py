@@ -20,6 +20,12 @@ from cmsad_jax import export, kernels
 from cmsad_jax.inference import sliding_window
 from cmsad_jax.modules import CMSAD, EncoderConfig, FusionConfig, NetworkConfig
 from cmsad_jax.modules.network import apply, probabilities
+from cmsad_jax.named_weights import (
+    flatten_weights,
+    from_safetensors,
+    to_safetensors,
+    unflatten_weights,
+)
 from cmsad_jax.types import ConfigError
 from tests.networks import random_params
 
@@ -52,12 +58,12 @@ DESCRIPTION = export.Description(
 
 
 def predict(flat, windows, present):
-    output = apply(NETWORK, export.unflatten_weights(flat), windows, present)
+    output = apply(NETWORK, unflatten_weights(flat), windows, present)
     return probabilities(output.logits)
 
 
 def attention(flat, windows, present):
-    features = apply(NETWORK, export.unflatten_weights(flat), windows, present).features
+    features = apply(NETWORK, unflatten_weights(flat), windows, present).features
     maps = [kernels.attention_energy(features[name][1]) for name in DESCRIPTION.modalities]
     return jnp.stack([kernels.resize_map(q, WINDOW) for q in maps], -1)
 
@@ -70,7 +76,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory, params):
-    weights = [export.flatten_weights(tree) for tree in params]
+    weights = [flatten_weights(tree) for tree in params]
     programs = {
         function.__name__: export.export_program(
             function, weights[0], window=WINDOW, num_modalities=2
@@ -165,7 +171,7 @@ def test_program_takes_any_batch_size_and_is_for_every_platform(path, model):
 def test_weights_are_safetensors_for_others(path, params):
     with zipfile.ZipFile(path) as archive:
         weights = safetensors.numpy.load(archive.read("weights/fold_3.safetensors"))
-    flat = export.flatten_weights(params[1])
+    flat = flatten_weights(params[1])
     assert weights.keys() == flat.keys()
     for name, value in flat.items():
         np.testing.assert_array_equal(weights[name], value)
@@ -178,7 +184,7 @@ def test_safetensors_of_others_are_read():
         "none": np.zeros((0, 3), np.float32),
     }
     content = safetensors.numpy.save(arrays, metadata={"note": "x"})
-    read = export.from_safetensors(content)
+    read = from_safetensors(content)
     assert read.keys() == arrays.keys()
     for name, value in arrays.items():
         np.testing.assert_array_equal(read[name], value)
@@ -194,14 +200,14 @@ def test_names_of_the_weights_are_stable():
     }
     network = CMSAD(NetworkConfig(encoder=EncoderConfig(**stages)))
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 12, 48, 48, 3)))
-    names = export.flatten_weights(shapes["params"])
+    names = flatten_weights(shapes["params"])
     assert "encoder_t2w/stage1_block0/Conv_0/kernel" in names
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     assert (export.VERSION, len(names), digest[:16]) == (1, 149, "b7e686d49979c64f")
 
 
 def test_flattened_weights_become_the_tree_again(params):
-    again = export.unflatten_weights(export.flatten_weights(params[0]))
+    again = unflatten_weights(flatten_weights(params[0]))
     assert jax.tree.structure(again) == jax.tree.structure(params[0])
 
 
@@ -212,7 +218,7 @@ def test_equal_contents_give_equal_files(path, params, tmp_path):
         tmp_path / "again.cmsad",
         description=DESCRIPTION,
         programs=programs,
-        weights=[export.flatten_weights(tree) for tree in params],
+        weights=[flatten_weights(tree) for tree in params],
         card="# Card\n",
         license_text="Apache-2.0\n",
     )
@@ -280,7 +286,7 @@ def test_contents_that_do_not_fit_are_refused(path, tmp_path):
         ({"programs/predict.stablehlo": b"nonsense"}, "programs that this JAX can read"),
         ({weights: b"nonsense"}, "weights must be float32 in the safetensors format"),
         ({weights: half}, "weights must be float32 .* got .*fold_0.safetensors with: a is F16"),
-        ({weights: export.to_safetensors({"a": np.zeros(3)})}, "other names or shapes"),
+        ({weights: to_safetensors({"a": np.zeros(3)})}, "other names or shapes"),
     ):
         with pytest.raises(ConfigError, match=message):
             export.load(edit(path, tmp_path / "m", nothing, replace=replace))

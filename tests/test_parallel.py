@@ -6,7 +6,6 @@ steps of 1e-2, where a lost or doubled gradient changes the losses by tens of pe
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 
@@ -21,6 +20,7 @@ from cmsad_jax.modules.network import apply
 from cmsad_jax.training import LossConfig, train_steps
 from cmsad_jax.types import ConfigError
 from tests.networks import TINY_3D, random_params, tiny_batch, tiny_config
+from tests.processes import start_two
 from tests.test_training import make_step
 
 TWO_STAGES = dataclasses.replace(
@@ -186,19 +186,7 @@ def test_eight_devices_and_folds_on_halves_of_them():
 
 
 def test_two_processes_with_two_devices_each(alone):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(process), port],
-            env=environment(2),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
+    running = start_two(TWO_PROCESSES, environment=environment(2))
     for process in running:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from data_pipelines.case import Case, DataConfig, DataError, MissingDataError, PreprocessConfig
-from data_pipelines.case_builder import decode, encode
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder as FolderBuilder
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import modality_of
 from data_pipelines.picai.picai_dataset_builder import Builder as PicaiBuilder
 from data_pipelines.preprocessing import preprocess_case
+from data_pipelines.records import decode, encode
 from data_pipelines.splits import CaseInfo, group_folds
 from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_dicom, write_folder
 

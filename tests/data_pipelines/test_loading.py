@@ -11,7 +11,6 @@ import pytest
 
 from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT, Case, DataConfig, DataError
-from data_pipelines.case_builder import encode
 from data_pipelines.loading import (
     CaseSource,
     build,
@@ -20,6 +19,7 @@ from data_pipelines.loading import (
     train_batches,
     train_plans,
 )
+from data_pipelines.records import encode
 from data_pipelines.splits import CaseInfo
 
 SHAPE = (4, 12, 10)

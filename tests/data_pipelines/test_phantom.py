@@ -10,11 +10,11 @@ import pytest
 from scipy import ndimage
 
 from data_pipelines.case import DataConfig, DataError
-from data_pipelines.case_builder import decode
 from data_pipelines.phantom import phantom
 from data_pipelines.phantom.phantom import AFMS, OUTSIDE, PZ, TZ, make_anatomy, make_case
 from data_pipelines.phantom.phantom_dataset_builder import Builder
 from data_pipelines.preprocessing import preprocess_case, resample
+from data_pipelines.records import decode
 
 NUM_POSITIVE = 110
 QUANTILES = (5, 25, 50, 75, 95)

@@ -11,9 +11,9 @@ import pytest
 
 from data_pipelines import splits
 from data_pipelines.case import DataConfig, DataError, MissingDataError, Volume
-from data_pipelines.case_builder import decode
 from data_pipelines.loading import builder_names, open_builder
 from data_pipelines.picai.picai_dataset_builder import on_t2w_grid
+from data_pipelines.records import decode
 from data_pipelines.splits import CaseInfo
 from tests.data_pipelines.fabricate import SMALL, raw_case, save
 

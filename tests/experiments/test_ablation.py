@@ -14,8 +14,6 @@ from data_pipelines.volume_io import write_nifti
 from experiments import ablation
 from experiments.config import window
 from experiments.evaluate import METRICS, case_metrics, read_metrics, summarise, write_metrics
-from experiments.runtime import RunError
-from tests.faults.job import tiny
 
 TINY = [
     "--accelerator=cpu",
@@ -211,7 +209,7 @@ def test_rows_share_folds_and_what_is_done_is_not_done_again(
         (config.output / "config.json").write_text(json.dumps(record))
 
     monkeypatch.setattr(ablation.cv, "run", train)
-    monkeypatch.setattr(ablation, "compile_programs", lambda config, devices: None)
+    monkeypatch.setattr(ablation.jobs, "compile_programs", lambda config, devices: None)
     asked = command(tmp_path, rows=("scff",), seeds=(1, 2), jobs=1)
     ablation.run(asked, [*TINY, cache])
     assert [entry[:2] for entry in ran] == [("full", 1), ("full", 2), ("scff", 1), ("scff", 2)]
@@ -236,60 +234,6 @@ def test_other_folds_are_refused(tmp_path):
     assert ablation.keep_folds(tmp_path, Folds((("a",), ("b",)))) == tmp_path / "folds.json"
     with pytest.raises(ConfigError, match="compares rows on the same folds"):
         ablation.keep_folds(tmp_path, Folds((("b",), ("a",))))
-
-
-def test_jobs_that_cannot_be_are_refused():
-    assert ablation._jobs(3, "cpu") == 3
-    assert 1 <= ablation._jobs(None, "cpu") <= len(ablation._cores())
-    assert ablation._jobs(None, "gpu") == ablation._jobs(1, "gpu") == 1
-    with pytest.raises(ConfigError, match="take turns on an accelerator; got --jobs=2 on gpu"):
-        ablation._jobs(2, "gpu")
-    with pytest.raises(ConfigError, match="jobs must be at least 1; got 0"):
-        ablation._jobs(0, "cpu")
-
-
-def test_processes_give_what_one_gives_and_their_fault_ends_all(tmp_path, capsys):
-    def configs(folder):
-        return [
-            dataclasses.replace(
-                tiny(tmp_path / folder / "full" / f"seed_{seed}", tmp_path / "cache", steps=2),
-                folds=(0,),
-                seed=seed,
-                compilation_cache=True,
-                folds_file=folds_file,
-            )
-            for seed in (1, 2)
-        ]
-
-    config = tiny(tmp_path, tmp_path / "cache")
-    source = loading.build(config.data)
-    folds_file = ablation.keep_folds(tmp_path, ablation.cv.make_folds(config, source))
-    updates = []
-    ablation._run_here(configs("here"), lambda: updates.append("here"))
-    ablation._run_in_processes(configs("there"), 2, lambda: updates.append("there"))
-    assert updates == ["here"] * 2 + ["there"] * 2
-    losses = []
-    for config in (*configs("here"), *configs("there")):
-        assert ablation.is_done(config)
-        metrics = read_metrics(ablation._folder(config))
-        losses.append(metrics["fold_summaries"]["0"]["loss"])
-    # sums over voxels are split among another number of cores
-    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
-    assert abs(losses[0] - losses[1]) > 1e-3
-    account = (tmp_path / "there" / "full" / "seed_1.log").read_text("utf-8")
-    assert "fold 1/2: 2 steps in" in account
-    assert "lesions:" not in account  # it is the gland that is segmented
-    said = capsys.readouterr().out
-    assert f"{tmp_path}/there/full/seed_2: Dice 0." in said
-    endless = dataclasses.replace(
-        configs("later")[0], train=dataclasses.replace(config.train, steps=10**6)
-    )
-    other = dataclasses.replace(configs("there")[1], num_folds=3)
-    with pytest.raises(
-        RunError, match=r"ended with status 2 and said:\s+error: (?s:.*)folds: 2 -> 3"
-    ):
-        ablation._run_in_processes([endless, other], 2, lambda: None)
-    assert not ablation.is_done(endless)
 
 
 def test_a_row_whose_modality_some_cases_lack_is_refused_before_training(tmp_path, cache):

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from experiments.runtime import RunError, locked
 from experiments.train import compile_programs, to_mask
 from tests.data_pipelines.fabricate import raw_case, write_folder
 from tests.experiments.test_tensorboard import read_events
+from tests.processes import start_two
 
 ENCODER = EncoderConfig(
     channels=(4, 6),
@@ -219,19 +219,7 @@ assert bool(metrics) == (process == 0)
 
 
 def test_two_processes_train_as_one(alone, tmp_path, cache):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO, str(i), port, str(tmp_path / "run"), str(cache)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    running = start_two(ONE_OF_TWO, str(tmp_path / "run"), str(cache))
     said = []
     for process in running:
         out, err = process.communicate(timeout=300)
@@ -548,28 +536,6 @@ def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
     metrics = cv.run(complete(config))
     assert {row["class"] for row in metrics["metric_per_case"]} == {"pz", "tz"}
     assert metrics["baseline_mean_shape"]["mean_dice"] > 0.1
-
-
-def test_mean_shape_fits_the_cases_best():
-    # frequencies 1, 2/3, 1/3: mean Dice of the first voxel alone is (1 + 2/3 + 1/2) / 3, of two
-    # (2/3 + 1 + 4/5) / 3, of three (1/2 + 4/5 + 1) / 3
-    known = [np.array([0]), np.array([0, 1]), np.array([0, 1, 2]), np.array([], int)]
-    assert cv.mean_shape(known, 4).tolist() == [True, True, False, False]
-    assert not cv.mean_shape([np.array([], int)], 3).any()
-
-
-def test_mean_shape_is_that_of_whole_volumes():
-    rng = np.random.default_rng(0)
-    labels = rng.random((7, 60)) < rng.random(60)
-    frequency = labels.mean(0)
-
-    def mean_dice(threshold):
-        mask = frequency >= threshold
-        return np.mean(2 * (labels & mask).sum(1) / (labels.sum(1) + mask.sum()))
-
-    best = max(mean_dice(threshold) for threshold in np.unique(frequency[frequency > 0]))
-    found = cv.mean_shape([np.flatnonzero(label) for label in labels], 60)
-    assert mean_dice(frequency[found].min()) == pytest.approx(best)
 
 
 def test_mask_of_one_and_of_several_classes():

@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 import cmsad_jax.export
+from cmsad_jax.named_weights import flatten_weights
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataError
 from experiments import export
@@ -32,7 +33,7 @@ def exported(tmp_path_factory, run):
 
 def test_artifact_holds_the_averaged_weights_of_the_chosen_folds(exported, run):
     model = cmsad_jax.export.load(exported / "model.cmsad")
-    expected = cmsad_jax.export.flatten_weights(run[1][1])
+    expected = flatten_weights(run[1][1])
     (weights,) = model.weights
     also = safetensors.numpy.load_file(exported / "weights/fold_1.safetensors")
     assert weights.keys() == also.keys() == expected.keys()

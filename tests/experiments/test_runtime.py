@@ -2,7 +2,6 @@ import dataclasses
 import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 import types
@@ -27,6 +26,7 @@ from experiments.runtime import (
     run_main,
     whole_file,
 )
+from tests.processes import start_two
 
 HOLD = """
 import hashlib, sys
@@ -144,19 +144,7 @@ run_main(main)
 
 @pytest.mark.parametrize(("struck", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
 def test_processes_of_one_run_stop_at_the_same_step(struck, number):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(process), port],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
+    running = start_two(TWO_PROCESSES)
     stdout = running[struck].stdout
     assert stdout is not None
     assert stdout.readline() == "ready\n"
