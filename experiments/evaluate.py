@@ -469,7 +469,7 @@ class EvaluateConfig:
 def evaluate_folders(config: EvaluateConfig) -> dict[str, Any]:
     """Summary (without folds) of all files of ``config.predictions``, read one after the other."""
     names = _paired_names(config.predictions, config.labels)
-    patients = _patients_of(config.patients, [_case_id(name) for name in names])
+    patients = _read_patients(config.patients, [_case_id(name) for name in names])
     return summarise([row for name in names for row in _evaluate_file(config, name, patients)])
 
 
@@ -477,7 +477,7 @@ def _case_id(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".nii")
 
 
-def _patients_of(table: Path | None, cases: Sequence[str]) -> dict[str, str]:
+def _read_patients(table: Path | None, cases: Sequence[str]) -> dict[str, str]:
     """The patient of each case."""
     if table is None:
         return {case: case for case in cases}

@@ -123,7 +123,7 @@ def _account(folder: Path) -> Path:
 
 
 def _failure(folder: Path, status: int) -> str:
-    account = _account(folder).read_text("utf-8")
+    account = _account(folder).read_text("utf-8") if _account(folder).exists() else ""
     said = account[max(account.rfind("\nerror: "), 0) :].strip().splitlines() or ["nothing"]
     return (
         f"every run must end well; {folder} ended with status {status} and said:\n"
