@@ -92,6 +92,23 @@ def test_signal_is_raised_at_the_end_of_the_section():
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def test_peak_memory_is_that_of_this_process_alone():
+    program = """
+import jax, subprocess, sys
+from experiments.runtime import peak_memory_bytes
+if len(sys.argv) == 1:
+    held = bytearray(3 * 2**29)
+    for i in range(0, len(held), 4096):
+        held[i] = 1
+    assert peak_memory_bytes(jax.devices()[0]) > 3 * 2**29
+    subprocess.run([sys.executable, "-c", sys.orig_argv[2], "child"], check=True)
+else:
+    assert 2**26 < peak_memory_bytes(jax.devices()[0]) < 2**30
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
 @pytest.fixture
 def handlers():
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
