@@ -56,6 +56,8 @@ class LossConfig:
     """Encoder stages that are distilled, from 0; by default the three deepest."""
     pairs: Literal["mutual"] | tuple[str, ...] = "mutual"
     """Who teaches whom: mutual is every ordered pair; or a list such as 'adc->t2w'."""
+    teachers: Literal["all", "informed"] = "all"
+    """Which of them count; informed: those whose attention lies in the target more than theirs."""
     distance: Literal["l2", "kl"] = "l2"
     """Distance between maps; kl needs --loss.attention.normalization=softmax."""
     warmup_steps: int = 100
@@ -221,6 +223,7 @@ def loss_terms(
         "distance": config.distance,
         "present": present,
         "modalities": modalities,
+        "foreground": labels > 0 if config.teachers == "informed" else None,
     }
     if config.cross_modal_weight and len(output.features) > 1:
         value = distillation.cross_modal_distillation_loss(

@@ -61,6 +61,7 @@ settings=(
   --loss.attention.temperature 1.0
   --loss.stages None
   --loss.pairs mutual
+  --loss.teachers all
   --loss.distance l2
   --loss.warmup-steps 1000
   # Optimiser and schedule

@@ -65,8 +65,14 @@ def distance(teacher, student, name, temperature=1.0):
     return temperature**2 * (teacher * np.log(teacher / student)).sum()
 
 
-def cross_modal_distillation_loss(features, stages, pairs, name, present, **attention):
-    """Mean over the valid (stage, pair) terms of each example."""
+def cross_modal_distillation_loss(
+    features, stages, pairs, name, present, foreground=None, **attention
+):
+    """Mean over the valid (stage, pair) terms of each example.
+
+    ``foreground`` holds the target on the grid of each stage; then a term is valid where the
+    teacher has the larger share of its attention there.
+    """
     energy_options = {k: attention[k] for k in ("kind", "exponent")}
     norm_options = {k: attention[k] for k in ("normalization", "temperature")}
     names = list(features)
@@ -82,6 +88,10 @@ def cross_modal_distillation_loss(features, stages, pairs, name, present, **atte
                     )
                     for m in (teacher, student)
                 ]
+                if foreground is not None:
+                    shares = [(q * foreground[stage][b]).sum() / q.sum() for q in maps]
+                    if shares[0] <= shares[1]:
+                        continue
                 terms.append(distance(*maps, name, norm_options["temperature"]))
         result.append(np.mean(terms) if terms else 0.0)
     return np.array(result)

@@ -2,6 +2,10 @@
 
 In every term the teacher's map is under a stop-gradient. Each loss is a value per example: the mean
 over its valid (stage, pair) terms, so that a weight means the same for any number of modalities.
+
+Where everyone teaches everyone, the maps agree soonest by becoming flat: a modality that shows the
+target gives up its own to meet those that do not. With ``foreground`` a term counts only in the
+examples in which its teacher attends to the target more than its student does.
 """
 
 import dataclasses
@@ -12,12 +16,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Shaped
 
 from cmsad_jax import kernels
 from cmsad_jax.kernels.api import check_energy, check_normalization
 from cmsad_jax.types import AttentionMap, ConfigError, Features, PerExample, Present
+
+Foreground = Shaped[Array | np.ndarray, "b *grid"]
+"""Where the target is: booleans, or shares of voxels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,7 @@ def cross_modal_distillation_loss(
     distance: str = "l2",
     present: Present | None = None,
     modalities: Sequence[str] | None = None,
+    foreground: Foreground | None = None,
 ) -> PerExample:
     """Attention of one modality teaches that of another at the same stage, float32.
 
@@ -65,14 +74,19 @@ def cross_modal_distillation_loss(
         modalities: names of the columns of ``present``; by default the keys of ``features`` as
             they come. Name them where ``features`` went through a JAX transformation (the output
             of a jitted function, ``jax.tree.map``): JAX returns dictionaries sorted by key.
+        foreground: where the target is, on any grid over the same field of view. A term then counts
+            in the examples alone in which a larger share of the teacher's attention than of the
+            student's lies there; so in none without target. None: every term counts.
 
     Raises:
-        ConfigError: if stages, pairs, distance, or ``present`` and its columns do not fit.
+        ConfigError: if stages, pairs, distance, ``foreground``, or ``present`` and its columns do
+            not fit.
     """
     _check_distance(distance, attention)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
     parsed = parse_pairs(pairs, tuple(features))
+    _check_foreground(foreground, features)
 
     def loss(features: Features) -> PerExample:
         attention_of = _attention(features, attention, distance)
@@ -81,7 +95,8 @@ def cross_modal_distillation_loss(
             space = features[student][stage].shape[1:-1]
             target, q = (attention_of(name, stage, space) for name in (teacher, student))
             value = _distance(target, q, attention, distance)
-            terms.append((there[teacher] & there[student], value))
+            valid = there[teacher] & there[student] & _informed(target, q, foreground, distance)
+            terms.append((valid, value))
         return _mean_of_valid(terms, there)
 
     return _keeping_energies(loss)(dict(features))
@@ -95,6 +110,7 @@ def self_distillation_loss(
     distance: str = "l2",
     present: Present | None = None,
     modalities: Sequence[str] | None = None,
+    foreground: Foreground | None = None,
 ) -> PerExample:
     """Within each modality, the attention of a stage is taught by that of the next deeper one.
 
@@ -105,6 +121,7 @@ def self_distillation_loss(
     _check_distance(distance, attention)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
+    _check_foreground(foreground, features)
 
     def loss(features: Features) -> PerExample:
         attention_of = _attention(features, attention, distance)
@@ -113,7 +130,8 @@ def self_distillation_loss(
             if stage + 1 < len(features[name]):
                 space = features[name][stage].shape[1:-1]
                 target, q = (attention_of(name, s, space) for s in (stage + 1, stage))
-                terms.append((there[name], _distance(target, q, attention, distance)))
+                valid = there[name] & _informed(target, q, foreground, distance)
+                terms.append((valid, _distance(target, q, attention, distance)))
         return _mean_of_valid(terms, there)
 
     return _keeping_energies(loss)(dict(features))
@@ -195,6 +213,23 @@ def _distance(
     return jnp.square(teacher - student).sum(space)
 
 
+def _informed(
+    teacher: AttentionMap, student: AttentionMap, foreground: Foreground | None, distance: str
+) -> Bool[Array, " b"]:
+    """Whether more of the teacher's attention than of the student's lies in the foreground."""
+    if foreground is None:
+        return jnp.ones(student.shape[0], bool)
+    target = kernels.resize_map(jnp.asarray(foreground, jnp.float32), student.shape[1:])
+    space = tuple(range(1, student.ndim))
+
+    def share(q: AttentionMap) -> PerExample:
+        q = jnp.exp(q) if distance == "kl" else q
+        total = q.sum(space)
+        return (q * target).sum(space) / jnp.where(total > 0, total, 1.0)
+
+    return share(teacher) > share(student)
+
+
 def _mean_of_valid(
     terms: Sequence[tuple[Bool[Array, " b"], PerExample]], there: dict[str, Bool[Array, " b"]]
 ) -> PerExample:
@@ -226,6 +261,17 @@ def _presence(
             f"got shape {present.shape}. Use shape {shape}."
         )
     return {name: jnp.asarray(present[:, m]) for m, name in enumerate(names)}
+
+
+def _check_foreground(foreground: Foreground | None, features: Features) -> None:
+    feature = next(iter(features.values()))[0]
+    if foreground is not None and (
+        foreground.ndim != feature.ndim - 1 or foreground.shape[0] != feature.shape[0]
+    ):
+        raise ConfigError(
+            "foreground must have the features' examples and axes of space, without channels; got "
+            f"shape {foreground.shape} beside features {feature.shape}. Give labels > 0."
+        )
 
 
 def _check_distance(distance: str, attention: AttentionConfig) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cmsad_jax import kernels
 from cmsad_jax.losses import (
     AttentionConfig,
     cross_modal_distillation_loss,
@@ -126,6 +127,61 @@ def test_self_distillation_takes_the_stages_asked_for():
     np.testing.assert_allclose(both, (first + second) / 2, rtol=1e-5)
     np.testing.assert_allclose(all_three, both, rtol=1e-6)  # the deepest has no teacher
     np.testing.assert_array_equal(deepest, 0)
+
+
+@BOTH
+def test_who_attends_to_the_target_more_teaches_the_other(loss):
+    sees = jnp.array([3.0, 0.0, 0.0, 0.0]).reshape(1, 1, 4, 1)
+    blind = jnp.array([1.0, 1.0, 1.0, 1.0]).reshape(1, 1, 4, 1)
+    target = jnp.array([[[1, 0, 0, 0]]])
+    between = 2 - 2 * 0.5  # unit maps of cosine 1/2
+
+    def found(first, second, foreground):
+        if loss is CROSS:
+            x, settings = {"a": (first,), "b": (second,)}, {"pairs": ("a->b",)}
+        else:
+            x, settings = {"a": (second, first)}, {}
+        value = loss(x, stages=(0,), foreground=foreground, **settings)[0]
+        return pytest.approx(float(value), abs=1e-6)
+
+    assert found(sees, blind, target) == between
+    assert found(blind, sees, target) == 0
+    assert found(blind, sees, 1 - target) == between  # another target, another teacher
+    assert found(sees, blind, 0 * target) == 0  # no target: nobody is known to see it
+    assert found(sees, sees, target) == 0
+    assert found(blind, sees, None) == between
+
+
+@pytest.mark.parametrize(("distance", "attention"), DISTANCES)
+def test_informed_teachers_equal_the_oracle(distance, attention):
+    x = features()
+    target = np.zeros((3, 8, 8), bool)
+    target[0, 2:6, :4], target[1] = True, np.random.default_rng(1).random((8, 8)) < 0.3
+    stages = (0, 1)  # 8 x 8 and 4 x 4; the finer volume has one slice for each target here
+    x = {name: tuple(f[:, 0] for f in of_stage) for name, of_stage in x.items()}
+    pairs = ("t2w->adc", "adc->hbv", "hbv->t2w")
+    common = {"attention": attention, "stages": stages, "pairs": pairs, "distance": distance}
+    found = CROSS(x, foreground=target, **common)
+    on_stage = [target, np.asarray(kernels.resize_map(jnp.asarray(target, jnp.float32), (4, 4)))]
+    expected = oracles.cross_modal_distillation_loss(
+        x,
+        stages,
+        parse_pairs(pairs, MODALITIES),
+        distance,
+        np.ones((3, 3), bool),
+        on_stage,
+        **settings(attention),
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert found[2] == 0
+    assert np.all(np.asarray(found[:2]) > 0)
+    assert np.all(np.asarray(CROSS(x, **common)) != np.asarray(found))
+
+
+@BOTH
+def test_foreground_of_another_shape_is_refused(loss):
+    with pytest.raises(ConfigError, match=re.escape("foreground must have the features' examples")):
+        loss(features(), stages=(0,), foreground=jnp.ones((3, 8, 8, 4, 1)))
 
 
 @pytest.mark.parametrize(("distance", "attention"), DISTANCES)
