@@ -17,15 +17,15 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading, preprocessing, splits
+from data_pipelines import preprocessing
 from data_pipelines.case import Case, DataError, spacing_of
 from experiments import statistics
-from experiments.checkpoints import load_params
 from experiments.config import Accelerator
 from experiments.evaluate import case_metrics, write_text
-from experiments.export import read_run, run_members
+from experiments.export import read_run
 from experiments.options import REGISTRY
-from experiments.runtime import log, progress, run_main, select_accelerator
+from experiments.revisit import open_run
+from experiments.runtime import log, run_main, select_accelerator
 from experiments.train import compile_programs, predict_case, to_mask
 
 NOTHING = "nothing"
@@ -89,60 +89,38 @@ class LossDifference:
 
 def measure(
     run: Path, accelerator: Accelerator, folds: Sequence[int] | None = None
-) -> tuple[Dice, dict[str, str]]:
+) -> tuple[Dice, Mapping[str, str]]:
     """Dice of a run's positive cases with each modality withheld; the patient of each case.
 
     Raises:
         ConfigError: no run, a fold that is not done, or a single modality.
         DataError: no positive case, or the data are others than those of the run.
     """
-    config, record = read_run(run)
-    members = run_members(run, config, folds)
-    names = config.data.modalities
+    names = read_run(run)[0].data.modalities
     if len(names) < 2:
         raise ConfigError(
             f"a run must have two modalities or more to do without one; {run} has "
             f"{', '.join(names)}. Name another run."
         )
-    source = loading.build(config.data)
-    if source.fingerprint != record["data_fingerprint"]:
-        raise DataError(
-            f"the data must be those that {run} was trained on; got others from {config.data.name}."
-            " Restore the data, or run python -m experiments.cv again."
-        )
-    validation = splits.Folds.load(run / "folds.json").validation
-    positive = {info.case_id: info.patient_id for info in source.info if info.positive}
-    of_fold = {
-        fold: [case_id for case_id in validation[fold] if case_id in positive] for fold in members
-    }
-    if not any(of_fold.values()):
-        raise DataError(
-            f"at least one case must be positive, since Dice is undefined for others; {run} has "
-            "none. Name another run."
-        )
+    finished = open_run(run, folds)
+    config = finished.config
     program = compile_programs(config, select_accelerator(accelerator)[:1]).predict
     dice: dict[Key, dict[str, float]] = {}
-    for fold, case_ids in of_fold.items():
-        params = load_params(run, fold) if case_ids else None
-        for case in progress(
-            loading.eval_cases(source, case_ids),
-            description=f"{run.name} fold {fold + 1}/{config.num_folds}",
-            total=len(case_ids),
-        ):
-            for without, poorer in withheld(case, names):
-                probability = preprocessing.to_original(
-                    predict_case(program, params, poorer, config, config.network.num_classes), case
-                )
-                measured = case_metrics(
-                    to_mask(probability, config.predict.threshold),
-                    case.original_truth,
-                    spacing_of(case.original_affine),
-                    classes=config.data.classes,
-                )
-                for name, metrics in measured.items():
-                    if metrics["dice"] is not None:
-                        dice.setdefault((without, name), {})[case.case_id] = metrics["dice"]
-    return dice, positive
+    for params, case in finished.cases():
+        for without, poorer in withheld(case, names):
+            probability = preprocessing.to_original(
+                predict_case(program, params, poorer, config, config.network.num_classes), case
+            )
+            measured = case_metrics(
+                to_mask(probability, config.predict.threshold),
+                case.original_truth,
+                spacing_of(case.original_affine),
+                classes=config.data.classes,
+            )
+            for name, metrics in measured.items():
+                if metrics["dice"] is not None:
+                    dice.setdefault((without, name), {})[case.case_id] = metrics["dice"]
+    return dice, finished.patients
 
 
 def withheld(case: Case, modalities: Sequence[str]) -> Iterator[tuple[str, Case]]:

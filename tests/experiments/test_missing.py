@@ -13,7 +13,7 @@ from data_pipelines.case import DataError, spacing_of
 from experiments import evaluate, missing
 from experiments.checkpoints import load_params
 from experiments.train import compile_programs, predict_case, to_mask
-from tests.experiments.untrained_run import make_untrained_run, tiny_config
+from tests.experiments.untrained_run import make_untrained_run, revisitable, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,7 @@ def programs(config):
 
 def make_run(folder, config, source, **options):
     make_untrained_run(folder, config, **options)
-    record = json.loads((folder / "config.json").read_text("utf-8"))
-    record["data_fingerprint"] = source.fingerprint
-    (folder / "config.json").write_text(json.dumps(record))
-    splits.make_folds(source.info, num_folds=2).save(folder / "folds.json")
-    return folder
+    return revisitable(folder, source)
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,22 @@ import docstring_parser
 import pytest
 
 from data_pipelines import build, validate
-from experiments import ablation, compare, evaluate, export, missing, predict, report, reproduce
+from experiments import (
+    ablation,
+    attention,
+    compare,
+    evaluate,
+    export,
+    missing,
+    predict,
+    report,
+    reproduce,
+)
 from experiments.config import PRESETS, Config, parse
 
 COMMANDS = {
     "ablation": ablation.AblationConfig,
+    "attention": attention.AttentionCommand,
     "compare": compare.CompareConfig,
     "cv": Config,
     "evaluate": evaluate.EvaluateConfig,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cmsad_jax.modules import CMSAD, EncoderConfig, FusionConfig
 from cmsad_jax.training import TrainState
+from data_pipelines import loading, splits
 from data_pipelines.case import DataConfig, PreprocessConfig
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config, TrainConfig, complete, to_json
@@ -62,3 +63,12 @@ def make_untrained_run(folder: Path, config: Config, *, done: int = 2) -> list[d
     metrics = {"mean": mean, "sd": mean, "num_defined": {"lesion": {"dice": 3}}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return members
+
+
+def revisitable(folder: Path, source: loading.CaseSource) -> Path:
+    """Let the run be one on ``source``, with two folds of it; returns the folder."""
+    record = json.loads((folder / "config.json").read_text("utf-8"))
+    record["data_fingerprint"] = source.fingerprint
+    (folder / "config.json").write_text(json.dumps(record))
+    splits.make_folds(source.info, num_folds=2).save(folder / "folds.json")
+    return folder

@@ -1,0 +1,254 @@
+"""Where does the attention of each encoder lie, and do the modalities agree?
+
+``python -m experiments.attention RUN [RUN ...]`` takes finished runs of ``experiments.cv``. Each
+fold's own network looks again at the positive cases that it did not see, and the attention map of
+every modality and stage, on the whole reference grid, is held against the truth and against the
+maps of the other modalities. Distillation is to bring the maps together *on the target*: maps that
+agree because all have become flat teach nothing.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import scipy.stats
+import tyro
+
+from cmsad_jax.types import ConfigError
+from data_pipelines.case import DataError
+from experiments import statistics
+from experiments.config import Accelerator
+from experiments.evaluate import write_text
+from experiments.export import read_run
+from experiments.options import REGISTRY
+from experiments.revisit import open_run
+from experiments.runtime import log, run_main, select_accelerator
+from experiments.train import compile_programs, predict_case
+
+
+@dataclasses.dataclass(frozen=True)
+class Focus:
+    """Attention of one modality at one stage, means over the positive cases of a run.
+
+    Attributes:
+        run, modality, stage: whose; stage 0 is the shallowest.
+        num_cases, num_patients: positive cases that have the modality, and whose they are.
+        lift: mean attention in the target over that of the whole volume; 1 is no focus at all.
+        lift_interval: its 95 % bootstrap interval over patients; None below two.
+        auroc: how well attention tells voxels of the target from others; 0.5 is not at all.
+        variation: sd over mean of a map's voxels; 0 is a flat map.
+    """
+
+    run: str
+    modality: str
+    stage: int
+    num_cases: int
+    num_patients: int
+    lift: float
+    lift_interval: tuple[float, float] | None
+    auroc: float
+    variation: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Distance of the maps of two modalities at one stage, mean over the cases that have both.
+
+    Attributes:
+        run, modalities, stage, num_cases: of what.
+        distance: squared differences of the maps of unit norm, summed over the voxels: 0 is equal,
+            2 nothing in common.
+    """
+
+    run: str
+    modalities: tuple[str, str]
+    stage: int
+    num_cases: int
+    distance: float
+
+
+def lift(attention: np.ndarray, target: np.ndarray) -> float:
+    """Mean of ``attention`` within ``target`` over its mean; 1 where there is no attention."""
+    mean = float(attention.mean())
+    return float(attention[target].mean()) / mean if mean > 0 else 1.0
+
+
+def auroc(attention: np.ndarray, target: np.ndarray) -> float:
+    """Chance that a voxel of ``target`` has more attention than another one; ties count half."""
+    ranks = scipy.stats.rankdata(attention)
+    num, others = int(target.sum()), int((~target).sum())
+    return float((ranks[target.ravel()].sum() - num * (num + 1) / 2) / (num * others))
+
+
+def variation(attention: np.ndarray) -> float:
+    """Standard deviation over mean; 0 where there is no attention."""
+    mean = float(attention.mean())
+    return float(attention.std()) / mean if mean > 0 else 0.0
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared differences of two maps of unit norm, summed."""
+    unit = [q / max(float(np.linalg.norm(q)), 1e-12) for q in (a, b)]
+    return float(np.square(unit[0] - unit[1]).sum())
+
+
+def measure(
+    folder: Path, accelerator: Accelerator, folds: Sequence[int] | None = None
+) -> tuple[list[Focus], list[Agreement]]:
+    """The attention of one run.
+
+    Raises:
+        ConfigError: no run, a fold that is not done, or early fusion, which has no such maps.
+        DataError: no positive case with target and background on the reference grid, or the data
+            are others than those of the run.
+    """
+    fusion = read_run(folder)[0].network.fusion.kind
+    if fusion == "early":
+        raise ConfigError(
+            f"a run must have an encoder for each modality; {folder} has fusion {fusion}, which "
+            "stacks them. Name another run."
+        )
+    run = open_run(folder, folds)
+    config, names = run.config, run.config.data.modalities
+    num_stages = config.network.encoder.num_stages
+    program = compile_programs(config, select_accelerator(accelerator)[:1]).attention
+    of_map: dict[tuple[str, int], dict[str, tuple[float, float, float]]] = {}
+    of_pair: dict[tuple[tuple[str, str], int], list[float]] = {}
+    for params, case in run.cases():
+        target = case.label > 0
+        if not target.any() or target.all():  # too small or too large for the reference grid
+            continue
+        maps = predict_case(program, params, case, config, len(names) * num_stages)
+        maps = maps.reshape(*target.shape, len(names), num_stages).astype(np.float64)
+        there = [m for m in range(len(names)) if case.present[m]]
+        for stage in range(num_stages):
+            for m in there:
+                q = maps[..., m, stage]
+                found = (lift(q, target), auroc(q, target), variation(q))
+                of_map.setdefault((names[m], stage), {})[case.case_id] = found
+            for m, n in itertools.combinations(there, 2):
+                found = distance(maps[..., m, stage], maps[..., n, stage])
+                of_pair.setdefault(((names[m], names[n]), stage), []).append(found)
+    if not of_map:
+        raise DataError(
+            "on the reference grid a positive case must have both target and background; of "
+            f"{folder} none has. Name a run with another --data.preprocess.spacing-mm or size."
+        )
+    focus = [
+        _focus(str(folder), name, stage, of_map[name, stage], run.patients)
+        for name, stage in itertools.product(names, range(num_stages))
+        if (name, stage) in of_map
+    ]
+    agreement = [
+        Agreement(
+            str(folder),
+            pair,
+            stage,
+            len(of_pair[pair, stage]),
+            float(np.mean(of_pair[pair, stage])),
+        )
+        for pair, stage in itertools.product(itertools.combinations(names, 2), range(num_stages))
+        if (pair, stage) in of_pair
+    ]
+    return focus, agreement
+
+
+def _focus(
+    run: str,
+    modality: str,
+    stage: int,
+    of_case: Mapping[str, tuple[float, float, float]],
+    patients: Mapping[str, str],
+) -> Focus:
+    owners = [patients[case_id] for case_id in of_case]
+    found = np.array([*of_case.values()])
+    means = found.mean(0)
+    return Focus(
+        run=run,
+        modality=modality,
+        stage=stage,
+        num_cases=len(owners),
+        num_patients=len(set(owners)),
+        lift=float(means[0]),
+        lift_interval=statistics.bootstrap_interval(found[:, 0], owners),
+        auroc=float(means[1]),
+        variation=float(means[2]),
+    )
+
+
+def format_table(focus: Sequence[Focus], agreement: Sequence[Agreement]) -> str:
+    """Both tables in Markdown, and what their columns mean."""
+    lines = [
+        "| run | modality | stage | cases | lift | 95 % interval | AUROC | variation |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in focus:
+        ends = "" if row.lift_interval is None else "{:.2f} to {:.2f}".format(*row.lift_interval)
+        lines.append(
+            f"| {row.run} | {row.modality} | {row.stage} | {row.num_cases} | {row.lift:.2f} "
+            f"| {ends} | {row.auroc:.3f} | {row.variation:.2f} |"
+        )
+    lines += ["", "| run | modalities | stage | cases | distance |", "|---|---|---:|---:|---:|"]
+    lines += [
+        f"| {row.run} | {' and '.join(row.modalities)} | {row.stage} | {row.num_cases} "
+        f"| {row.distance:.3f} |"
+        for row in agreement
+    ]
+    lines += [
+        "",
+        "Positive cases, each looked at by the network that had not seen it. Lift: mean attention "
+        "in the target over that of the whole volume (1: no focus); BCa bootstrap over patients. "
+        "AUROC of attention for voxels of the target. Variation: sd over mean of a map (0: flat). "
+        "Distance of two maps of unit norm: 0 equal, 2 nothing in common.",
+    ]
+    few = min(row.num_patients for row in focus)
+    if few < statistics.FEW_PATIENTS:
+        lines.append(f"Warning: {statistics.few_patients_warning(few)}")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCommand:
+    """Where the attention of finished runs lies, and how far their modalities agree."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folders of python -m experiments.cv."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+    accelerator: Accelerator = "auto"
+    """Where to compute; auto takes the best there is."""
+    folds: tuple[int, ...] | None = None
+    """Folds to look at. All by default."""
+
+
+def run(command: AttentionCommand) -> tuple[list[Focus], list[Agreement]]:
+    """Measure the runs; prints the tables."""
+    if not command.runs:
+        raise ConfigError("at least one run must be given; got none. Name a run folder.")
+    focus, agreement = [], []
+    for folder in command.runs:
+        of_maps, of_pairs = measure(folder, command.accelerator, command.folds)
+        focus += of_maps
+        agreement += of_pairs
+    log(format_table(focus, agreement))
+    if command.json is not None:
+        record = {
+            "focus": [dataclasses.asdict(row) for row in focus],
+            "agreement": [dataclasses.asdict(row) for row in agreement],
+        }
+        write_text(command.json, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return focus, agreement
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    prog = "python -m experiments.attention"
+    run(tyro.cli(AttentionCommand, prog=prog, args=arguments, registry=REGISTRY))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,75 @@
+"""The positive cases of a finished run once more, each with the network that had not seen it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines import loading, splits
+from data_pipelines.case import Case, DataError
+from experiments.checkpoints import load_params
+from experiments.config import Config
+from experiments.export import read_run, run_members
+from experiments.runtime import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A run of ``experiments.cv`` and the positive cases of its validation folds.
+
+    Attributes:
+        folder: the run folder.
+        config: its configuration.
+        source: its data, checked to be those that it was trained on.
+        patients: the patient of each positive case.
+        of_fold: positive cases of each fold.
+    """
+
+    folder: Path
+    config: Config
+    source: loading.CaseSource
+    patients: Mapping[str, str]
+    of_fold: Mapping[int, Sequence[str]]
+
+    def cases(self) -> Iterator[tuple[Any, Case]]:
+        """Each positive case, after the weights of the fold that validates on it."""
+        for fold, case_ids in self.of_fold.items():
+            params = load_params(self.folder, fold) if case_ids else None
+            for case in progress(
+                loading.eval_cases(self.source, case_ids),
+                description=f"{self.folder.name} fold {fold + 1}/{self.config.num_folds}",
+                total=len(case_ids),
+            ):
+                yield params, case
+
+
+def open_run(folder: Path, folds: Sequence[int] | None = None) -> FinishedRun:
+    """Read a run and find its data again.
+
+    Args:
+        folder: a run folder.
+        folds: which of its folds; None is all.
+
+    Raises:
+        ConfigError: no run, or a fold that is not done.
+        DataError: no positive case, or the data are others than those of the run.
+    """
+    config, record = read_run(folder)
+    members = run_members(folder, config, folds)
+    source = loading.build(config.data)
+    if source.fingerprint != record["data_fingerprint"]:
+        raise DataError(
+            f"the data must be those that {folder} was trained on; got others from "
+            f"{config.data.name}. Restore the data, or run python -m experiments.cv again."
+        )
+    validation = splits.Folds.load(folder / "folds.json").validation
+    patients = {info.case_id: info.patient_id for info in source.info if info.positive}
+    of_fold = {
+        fold: [case_id for case_id in validation[fold] if case_id in patients] for fold in members
+    }
+    if not any(of_fold.values()):
+        raise DataError(
+            f"at least one case must be positive: what is measured lies in the target; {folder} "
+            "has none. Name another run."
+        )
+    return FinishedRun(folder, config, source, patients, of_fold)

@@ -1,0 +1,115 @@
+"""Where attention lies: by hand, and of runs with random weights against the network itself."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cmsad_jax.modules import CMSAD
+from cmsad_jax.modules.network import apply
+from cmsad_jax.types import ConfigError
+from data_pipelines import loading, splits
+from data_pipelines.case import DataError
+from experiments import attention, revisit
+from experiments.checkpoints import load_params
+from experiments.train import scaled_image
+from tests import oracles
+from tests.experiments.untrained_run import make_untrained_run, revisitable, tiny_config
+
+QUARTERS = np.array([[[4.0, 2.0], [1.0, 1.0]]])
+FIRST = np.array([[[True, False], [False, False]]])
+
+
+def test_measures_by_hand():
+    assert attention.lift(QUARTERS, FIRST) == 2
+    assert attention.lift(QUARTERS, ~FIRST) == pytest.approx(2 / 3)
+    assert attention.auroc(QUARTERS, FIRST) == 1
+    assert attention.auroc(QUARTERS, ~FIRST) == 0
+    assert attention.auroc(QUARTERS, np.array([[[False, True], [True, False]]])) == 3 / 8
+    assert attention.variation(QUARTERS) == pytest.approx(np.sqrt(1.5) / 2)
+    assert attention.distance(QUARTERS, QUARTERS) == 0
+    assert attention.distance(QUARTERS, 7 * QUARTERS) == pytest.approx(0)
+    assert attention.distance(1.0 * FIRST, 1.0 * ~FIRST) == pytest.approx(2)
+
+
+def test_no_attention_is_no_focus():
+    nothing = np.zeros((1, 2, 2))
+    assert attention.lift(nothing, FIRST) == 1
+    assert attention.auroc(nothing, FIRST) == 0.5
+    assert attention.variation(nothing) == 0
+    assert attention.distance(nothing, nothing) == 0
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """One window covers the grid, so that the network itself gives the whole map."""
+    config = tiny_config()
+    preprocess = dataclasses.replace(config.data.preprocess, spacing_mm=(6.0, 6.0, 6.0))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data,
+            target="gland",
+            num_cases=4,
+            preprocess=preprocess,
+            cache=tmp_path_factory.mktemp("cache"),
+        ),
+        train=dataclasses.replace(config.train, crop=config.data.preprocess.size),
+        predict=dataclasses.replace(config.predict, flip=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, config):
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    make_untrained_run(folder, config)
+    return revisitable(folder, loading.build(config.data))
+
+
+def test_command_measures_every_modality_and_stage(run, config, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    attention.main([str(run), "--accelerator=cpu", "--json", str(file)])
+    printed = capsys.readouterr().out
+    assert "only 4 positive patients" in printed
+    record = json.loads(file.read_text("utf-8"))
+    assert [(row["modality"], row["stage"]) for row in record["focus"]] == [
+        ("t2w", 0),
+        ("t2w", 1),
+        ("adc", 0),
+        ("adc", 1),
+    ]
+    source, network = loading.build(config.data), CMSAD(config.network)
+    features = jax.jit(lambda params, x: apply(network, params, x).features)
+    lifts, distances = [], []
+    for fold, case_ids in enumerate(splits.Folds.load(run / "folds.json").validation):
+        params = load_params(run, fold)
+        for case_id in case_ids:
+            case = source[case_id]
+            found = features(params, jnp.asarray(scaled_image(case))[None])
+            t2w, adc = (oracles.attention_energy(found[name][0])[0] for name in ("t2w", "adc"))
+            target = case.label > 0
+            lifts.append(t2w[target].mean() / t2w.mean())
+            unit = [q / np.linalg.norm(q) for q in (t2w, adc)]
+            distances.append(2 - 2 * (unit[0] * unit[1]).sum())
+    assert len(lifts) == record["focus"][0]["num_cases"] == 4
+    assert record["focus"][0]["lift"] == pytest.approx(np.mean(lifts), rel=1e-4)
+    (of_stage_0, of_stage_1) = record["agreement"]
+    assert of_stage_0["modalities"] == ["t2w", "adc"]
+    assert of_stage_0["distance"] == pytest.approx(np.mean(distances), rel=1e-4)
+    assert f"| {run} | t2w and adc | 1 | 4 | {of_stage_1['distance']:.3f} |" in printed
+
+
+def test_what_has_no_attention_is_refused(run, config, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="at least one run must be given"):
+        attention.main([])
+    fusion = dataclasses.replace(config.network.fusion, kind="early")
+    network = dataclasses.replace(config.network, fusion=fusion)
+    make_untrained_run(tmp_path / "early", dataclasses.replace(config, network=network))
+    with pytest.raises(ConfigError, match=r"an encoder for each modality; .* has fusion early"):
+        attention.main([str(tmp_path / "early")])
+    monkeypatch.setattr(revisit.FinishedRun, "cases", lambda run: iter(()))
+    with pytest.raises(DataError, match=r"must have both target and background; of .* none has"):
+        attention.main([str(run), "--accelerator=cpu"])
