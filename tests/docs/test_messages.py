@@ -13,7 +13,7 @@ import tyro
 from cmsad_jax.types import ConfigError
 from data_pipelines import build, validate
 from data_pipelines.case import DataError
-from experiments import ablation, compare, config, evaluate, export, predict
+from experiments import ablation, compare, config, evaluate, export, fit, predict
 
 ROOT = Path(__file__).parents[2]
 FIELD = "\0"
@@ -40,6 +40,7 @@ def programs() -> dict[str, Callable[[list[str]], object]]:
         "experiments.compare": of(compare.CompareConfig, []),
         "experiments.evaluate": of(evaluate.EvaluateConfig, []),
         "experiments.export": of(export.ExportConfig, ["--run", "r", *paths]),
+        "experiments.fit": of(fit.FitCommand, []),
         "experiments.predict": of(predict.PredictCommand, ["--model", "m", "--input", "i", *paths]),
         "data_pipelines.build": of(build.Arguments, [], **strict),
         "experiments.cv": config.parse,
