@@ -151,7 +151,9 @@ def run(command: FitCommand, options: Sequence[str]) -> list[Fit]:
         needed = step_bytes(_with_batch(config, asked.batch_size), devices)
         if needed <= allowed:
             break
-        asked = asked._replace(batch_size=asked.batch_size - len(devices))  # the line was too low
+        each = asked.batch_size // len(devices)  # the line was too low
+        each = min(each - 1, int(each * allowed / needed))
+        asked = asked._replace(batch_size=each * len(devices))
     log(format_table(rows))
     crop = " ".join(map(str, asked.crop))
     if needed is None or not asked.batch_size:

@@ -53,7 +53,7 @@ def test_where_no_example_fits_it_is_said(account, capsys):
 
 
 def test_batch_that_compiles_to_more_than_the_line_told_is_reduced(monkeypatch, capsys):
-    account = {1: 2 * GIB, 2: 3 * GIB, 9: 12 * GIB, 8: 11 * GIB, 7: 9 * GIB}
+    account = {1: 2 * GIB, 2: 3 * GIB, 9: 12 * GIB, 7: 9 * GIB}
     monkeypatch.setattr(fit, "step_bytes", lambda config, devices: account[config.train.batch_size])
     rows = fit.run(fit.FitCommand(memory_gib=10, share=1.0), ["--accelerator=cpu"])
     assert rows[-1].batch_size == 7
