@@ -57,7 +57,7 @@ class LossConfig:
     pairs: Literal["mutual"] | tuple[str, ...] = "mutual"
     """Who teaches whom: mutual is every ordered pair; or a list such as 'adc->t2w'."""
     teachers: Literal["all", "informed"] = "all"
-    """Which of them count; informed: those whose attention lies in the target more than theirs."""
+    """Whose teaching counts; informed: only theirs who attend to the target more than the pupil."""
     distance: Literal["l2", "kl"] = "l2"
     """Distance between maps; kl needs --loss.attention.normalization=softmax."""
     warmup_steps: int = 100

@@ -9,10 +9,8 @@ agree because all have become flat teach nothing.
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import scipy.stats
@@ -22,10 +20,9 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataError
 from experiments import statistics
 from experiments.config import Accelerator
-from experiments.evaluate import write_text
 from experiments.export import read_run
 from experiments.options import REGISTRY
-from experiments.revisit import open_run
+from experiments.revisit import RevisitCommand, open_run
 from experiments.runtime import log, run_main, select_accelerator
 from experiments.train import compile_programs, predict_case
 
@@ -212,35 +209,20 @@ def format_table(focus: Sequence[Focus], agreement: Sequence[Agreement]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionCommand:
+class AttentionCommand(RevisitCommand):
     """Where the attention of finished runs lies, and how far their modalities agree."""
-
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folders of python -m experiments.cv."""
-    json: Path | None = None
-    """Also write the rows to this file."""
-    accelerator: Accelerator = "auto"
-    """Where to compute; auto takes the best there is."""
-    folds: tuple[int, ...] | None = None
-    """Folds to look at. All by default."""
 
 
 def run(command: AttentionCommand) -> tuple[list[Focus], list[Agreement]]:
     """Measure the runs; prints the tables."""
-    if not command.runs:
-        raise ConfigError("at least one run must be given; got none. Name a run folder.")
+    command.refuse_nothing()
     focus, agreement = [], []
     for folder in command.runs:
         of_maps, of_pairs = measure(folder, command.accelerator, command.folds)
         focus += of_maps
         agreement += of_pairs
     log(format_table(focus, agreement))
-    if command.json is not None:
-        record = {
-            "focus": [dataclasses.asdict(row) for row in focus],
-            "agreement": [dataclasses.asdict(row) for row in agreement],
-        }
-        write_text(command.json, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    command.write(focus=focus, agreement=agreement)
     return focus, agreement
 
 

@@ -47,8 +47,8 @@ class Fit(NamedTuple):
 
     Attributes:
         crop: ``d h w``.
-        batch_size: over all devices; 0 if no example fits.
-        bytes: what it takes on each device; of one example where none fits.
+        batch_size: over all devices; 0 if none fits.
+        bytes: what it takes on each device; that of the smallest batch where none fits.
     """
 
     crop: tuple[int, int, int]
@@ -86,16 +86,16 @@ def step_bytes(config: Config, devices: Sequence[Any]) -> int:
 
 def table(config: Config, devices: Sequence[Any], limit: float) -> list[Fit]:
     """The largest batch for crops around the one asked for, by a line through two compilations."""
-    num = len(devices)
-    one, two = (step_bytes(_with_batch(config, n * num), devices) for n in (1, 2))
+    unit = _unit(config, devices)
+    one, two = (step_bytes(_with_batch(config, n * unit), devices) for n in (1, 2))
     voxels = int(np.prod(window(config)))
     slope = max((two - one) / voxels, 1e-9)
     fixed = one - slope * voxels
     rows = []
     for crop in crops(config):
         of_crop = int(np.prod(crop[-len(window(config)) :]))
-        each = max(int((limit - fixed) / (slope * of_crop)), 0)
-        rows.append(Fit(crop, each * num, round(fixed + slope * of_crop * max(each, 1))))
+        units = max(int((limit - fixed) / (slope * of_crop)), 0)
+        rows.append(Fit(crop, units * unit, round(fixed + slope * of_crop * max(units, 1))))
     return rows
 
 
@@ -114,9 +114,15 @@ def crops(config: Config) -> list[tuple[int, int, int]]:
     return sorted(found)
 
 
+def _unit(config: Config, devices: Sequence[Any]) -> int:
+    """The smallest batch: an example for each device and each part of an accumulated step."""
+    return len(devices) * config.train.accumulation
+
+
 def _with_batch(config: Config, batch_size: int) -> Config:
-    train = dataclasses.replace(config.train, batch_size=batch_size, accumulation=1)
-    return dataclasses.replace(config, train=train)
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, batch_size=batch_size)
+    )
 
 
 def run(command: FitCommand, options: Sequence[str]) -> list[Fit]:
@@ -151,9 +157,9 @@ def run(command: FitCommand, options: Sequence[str]) -> list[Fit]:
         needed = step_bytes(_with_batch(config, asked.batch_size), devices)
         if needed <= allowed:
             break
-        each = asked.batch_size // len(devices)  # the line was too low
-        each = min(each - 1, int(each * allowed / needed))
-        asked = asked._replace(batch_size=each * len(devices))
+        units = asked.batch_size // _unit(config, devices)  # the line was too low
+        units = min(units - 1, int(units * allowed / needed))
+        asked = asked._replace(batch_size=units * _unit(config, devices))
     log(format_table(rows))
     crop = " ".join(map(str, asked.crop))
     if needed is None or not asked.batch_size:

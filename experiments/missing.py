@@ -8,10 +8,8 @@ with ``--train.modality-dropout`` is held against one without.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tyro
@@ -21,10 +19,10 @@ from data_pipelines import preprocessing
 from data_pipelines.case import Case, DataError, spacing_of
 from experiments import statistics
 from experiments.config import Accelerator
-from experiments.evaluate import case_metrics, write_text
+from experiments.evaluate import case_metrics
 from experiments.export import read_run
 from experiments.options import REGISTRY
-from experiments.revisit import open_run
+from experiments.revisit import RevisitCommand, open_run
 from experiments.runtime import log, run_main, select_accelerator
 from experiments.train import compile_programs, predict_case, to_mask
 
@@ -248,25 +246,15 @@ def _interval(ends: Sequence[float] | None, form: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class MissingConfig:
-    """Dice of finished runs while each modality is withheld, and which run loses less by it."""
-
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folders of python -m experiments.cv; the first is compared with each other one."""
-    json: Path | None = None
-    """Also write the rows to this file."""
-    accelerator: Accelerator = "auto"
-    """Where to compute; auto takes the best there is."""
-    folds: tuple[int, ...] | None = None
-    """Folds to evaluate. All by default."""
+class MissingConfig(RevisitCommand):
+    """Dice of finished runs with each modality withheld; the first is held against the others."""
 
 
 def run(config: MissingConfig) -> tuple[list[Withheld], list[LossDifference]]:
     """Measure and compare the runs; prints the tables."""
-    if not config.runs:
-        raise ConfigError("at least one run must be given; got none. Name a run folder.")
+    config.refuse_nothing()
     measured = [
-        (folder.name, *measure(folder, config.accelerator, config.folds)) for folder in config.runs
+        (str(folder), *measure(folder, config.accelerator, config.folds)) for folder in config.runs
     ]
     rows = [row for name, dice, patients in measured for row in summarise(name, dice, patients)]
     (first, dice, patients), *others = measured
@@ -282,12 +270,7 @@ def run(config: MissingConfig) -> tuple[list[Withheld], list[LossDifference]]:
         for row in differences
     ]
     log(format_table(rows, differences))
-    if config.json is not None:
-        record = {
-            "dice": [dataclasses.asdict(row) for row in rows],
-            "differences": [dataclasses.asdict(row) for row in differences],
-        }
-        write_text(config.json, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    config.write(dice=rows, differences=differences)
     return rows, differences
 
 

@@ -1,16 +1,46 @@
 """The positive cases of a finished run once more, each with the network that had not seen it."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
+
+from cmsad_jax.types import ConfigError
 from data_pipelines import loading, splits
 from data_pipelines.case import Case, DataError
 from experiments.checkpoints import load_params
-from experiments.config import Config
+from experiments.config import Accelerator, Config
+from experiments.evaluate import write_text
 from experiments.export import read_run, run_members
 from experiments.runtime import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class RevisitCommand:
+    """What the commands that look at finished runs again are asked."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folders of python -m experiments.cv."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+    accelerator: Accelerator = "auto"
+    """Where to compute; auto takes the best there is."""
+    folds: tuple[int, ...] | None = None
+    """Folds to look at. All by default."""
+
+    def refuse_nothing(self) -> None:
+        """Raise ``ConfigError`` if no run is named."""
+        if not self.runs:
+            raise ConfigError("at least one run must be given; got none. Name a run folder.")
+
+    def write(self, **rows: Sequence[Any]) -> None:
+        """Write rows, which are dataclasses, by the name of their table, if it is asked for."""
+        if self.json is not None:
+            record = {name: [dataclasses.asdict(row) for row in of] for name, of in rows.items()}
+            write_text(self.json, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,17 @@ def test_several_devices_share_a_batch(account):
     assert account == [4, 8]
 
 
+def test_accumulated_steps_take_batches_in_whole_parts(monkeypatch):
+    def step_bytes(config, devices):
+        assert config.train.batch_size % config.train.accumulation == 0
+        return GIB * (1 + config.train.batch_size // config.train.accumulation)
+
+    monkeypatch.setattr(fit, "step_bytes", step_bytes)
+    config = complete(PRESETS["small"])
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
+    assert fit.table(config, jax.devices("cpu")[:1], 4.5 * GIB)[-1].batch_size == 6
+
+
 def test_where_no_example_fits_it_is_said(account, capsys):
     rows = fit.run(fit.FitCommand(memory_gib=1.5, share=1.0), ["--accelerator=cpu"])
     assert [row.batch_size for row in rows] == [2, 1, 0]

@@ -93,8 +93,8 @@ def test_command_compares_two_runs_and_writes_json(run, config, source, tmp_path
     file = tmp_path / "out.json"
     missing.main([str(run), str(other), "--accelerator=cpu", "--json", str(file)])
     printed = capsys.readouterr().out
-    assert "| a | nothing | gland | 4 |" in printed
-    assert "| a - b | adc | gland | 4 | +0.000 | +0.000 to +0.000 | 1 | 1 |" in printed
+    assert f"| {run} | nothing | gland | 4 |" in printed
+    assert f"| {run} - {other} | adc | gland | 4 | +0.000 | +0.000 to +0.000 | 1 | 1 |" in printed
     assert "only 4 positive patients" in printed
     record = json.loads(file.read_text("utf-8"))
     assert [row["without"] for row in record["dice"]] == ["nothing", "t2w", "adc"] * 2
