@@ -94,8 +94,12 @@ def test_meanings_are_one_line():
     """A line that is continued would be broken there in the help, whatever the terminal's width."""
 
     def check(kind):
-        parameters = docstring_parser.parse_from_object(kind).params
-        meanings = {parameter.arg_name: parameter.description for parameter in parameters}
+        meanings = {
+            parameter.arg_name: parameter.description
+            for own in reversed(kind.__mro__)
+            if dataclasses.is_dataclass(own)
+            for parameter in docstring_parser.parse_from_object(own).params
+        }
         for field in dataclasses.fields(kind):
             meaning = meanings.get(field.name) or ""
             assert "\n" not in meaning, f"{kind}.{field.name}"
