@@ -109,7 +109,7 @@ def test_commands_run_with_a_tiny_network(tmp_path, monkeypatch, capsys):
         importlib.import_module(module).main()
     printed = capsys.readouterr().out
     assert "voxel-wise logistic regression" in printed
-    assert "| dropout - no-dropout | adc | lesion |" in printed
+    assert "| runs/dropout - runs/no-dropout | adc | lesion |" in printed
     t2w = nib.load(tmp_path / f"patients/{case_id_of(0)}/t2w.nii.gz")
     for folder in ("predictions/masks", "predictions/fold_0/entropy"):
         assert nib.load(tmp_path / folder / f"{case_id_of(0)}.nii.gz").shape == t2w.shape
