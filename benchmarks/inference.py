@@ -49,6 +49,7 @@ from data_pipelines.phantom.phantom import case_id_of, make_case
 from experiments import predict
 from experiments.config import PRESETS, Config, complete, window
 from experiments.export import describe, model_card
+from experiments.runtime import select_accelerator
 from experiments.train import predict_window
 
 VOLUMES = ((24, 320, 320), (60, 640, 640))
@@ -381,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["small"])
     parser.add_argument("--volume", type=int, nargs=3, help="measure memory for one size, as JSON")
     options = parser.parse_args(arguments)
+    select_accelerator("auto")
     if options.volume:
         print(json.dumps(measure_volume(options.presets[0], tuple(options.volume))))
         return

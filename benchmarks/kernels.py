@@ -25,6 +25,7 @@ from benchmarks.timing import Foreign, Operation
 from cmsad_jax import kernels
 from cmsad_jax.losses.distillation import AttentionConfig, cross_modal_distillation_loss
 from experiments.config import PRESETS
+from experiments.runtime import select_accelerator
 
 MODALITIES = ("t2w", "adc", "hbv")
 NUM_STAGES = 3
@@ -202,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="which; all by default")
     options = parser.parse_args(arguments)
+    select_accelerator("auto")
     presets = options.presets or (["small"] if options.quick else list(PRESETS))
     effort = timing.QUICK if options.quick else timing.Effort()
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -26,6 +26,7 @@ from cmsad_jax.modules.fusion import FusionConfig
 from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.training import init_state, train_step
 from experiments.config import PRESETS, Config, window
+from experiments.runtime import select_accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["small"])
     parser.add_argument("--variants", nargs="+", help="which; all by default")
     options = parser.parse_args(arguments)
+    select_accelerator("auto")
     effort = timing.QUICK if options.quick else timing.Effort()
     arguments = sys.argv[1:] if arguments is None else arguments
     command = f"python -m benchmarks.train_step {shlex.join(arguments)}".strip()

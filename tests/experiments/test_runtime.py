@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -312,3 +313,42 @@ def test_memory_that_runs_out_is_explained_and_other_errors_pass():
         raise error
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explained(config):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+MANY_CALLS = """
+import resource, sys
+from experiments.runtime import select_accelerator
+if sys.argv[1] == "kept":
+    select_accelerator("cpu")
+import jax, jax.numpy as jnp
+x = jnp.zeros(2**24)
+double = jax.jit(lambda x: 2 * x).lower(x).compile()
+for _ in range(40):
+    double(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    double(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
+def test_memory_of_one_call_serves_the_next():
+    """64 MiB a call are 16,384 pages of 4 KiB, which the system would have to fill anew."""
+
+    def page_faults(how: str, **environment: str) -> int:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+        shown = subprocess.run(
+            [sys.executable, "-c", MANY_CALLS, how],
+            cwd=Path(__file__).parents[2],
+            env=inherited | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(shown.stdout)
+
+    few = page_faults("kept")
+    assert few < 2 * 16_384, "small blocks may still settle in between"
+    # As the user's own setting has it: large blocks go back at once.
+    assert page_faults("kept", MALLOC_MMAP_THRESHOLD_="1000000") > 9 * 16_384
