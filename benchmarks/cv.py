@@ -188,8 +188,8 @@ def _in_process(
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     header = (
-        "preset", "batch", "crop", "cases", "folds at once", "steps/call", "steps/s", "waiting", "peak GB",
-        "first step s", "second start", "s/case", "whole run h",
+        "preset", "batch", "crop", "cases", "folds at once", "steps/call", "steps/s", "waiting",
+        "peak GB", "first step s", "second start", "s/case", "whole run h",
     )  # fmt: skip
     cells = [
         (
