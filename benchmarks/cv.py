@@ -6,12 +6,16 @@ one case as ``experiments.cv`` does, and computes what ``--cases`` cases take in
 and steps. A second process then makes the first step again, with the programs that the first
 process left in JAX's compilation cache.
 
+``--folds-at-once 1 5`` measures folds in turn and five side by side; steps/s are then those of all
+folds together, so that the rows compare.
+
 The first step is left out of steps/s and of the share of time spent waiting for input. Not in the
 extrapolation: the report, and drawing or reading the cases into the built data set.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shlex
 import subprocess
@@ -40,6 +44,7 @@ class Row:
     batch: int
     crop: str
     residency: str
+    folds_at_once: int
     steps_per_call: int
     steps_per_s: float
     waiting_share: float
@@ -57,45 +62,58 @@ class Row:
     versions: str
 
 
-def measured_config(preset: str, folder: Path, num_cases: int, residency: str) -> Config:
+def measured_config(
+    preset: str, folder: Path, num_cases: int, residency: str, folds_at_once: int = 1
+) -> Config:
     """The preset on phantom cases under ``folder``."""
     base = PRESETS[preset]
     data = dataclasses.replace(
         base.data, name="phantom", num_cases=num_cases, cache=folder, residency=residency
     )
-    return complete(dataclasses.replace(base, data=data, output=folder / "run"))
+    return complete(
+        dataclasses.replace(base, data=data, output=folder / "run", folds_at_once=folds_at_once)
+    )
 
 
 def stretch(config: Config, num_steps: int) -> dict[str, float]:
-    """Train one fold for some steps, predict a case, and say what that took."""
+    """Train the folds of one program for some steps, predict a case, and say what that took."""
     keep_compiled(config.data.cache / "compiled")
     programs = train.compile_programs(config, jax.devices())
     source = loading.build(config.data)
-    training = cv.make_folds(config, source).training(0)
-    batches = train.train_batches(config, source, training, fold=0)
-    state = programs.step.place_state(programs.init(jax.random.key(0)))
+    folds, count = cv.make_folds(config, source), train.folds_at_once(config, jax.devices())
+    training = [folds.training(fold) for fold in range(count)]
+    feeds = [
+        train.train_batches(config, source, training[fold], fold=fold, num_folds=count)
+        for fold in range(count)
+    ]
+    place, _ = programs.of_folds(count)
+    state = place.place_state([programs.init(jax.random.key(fold)) for fold in range(count)])
+
+    def waited_s() -> float:
+        return sum(feed.waited_s for feed in feeds)
+
     number, first_s, first_steps, waited, started = 0, 0.0, 0, 0.0, time.perf_counter()
     while number < num_steps:
-        call, placed, program = train.next_call(
-            config, programs, batches, number, lambda _: False, training
+        calls, placed, program = train.next_call(
+            config, programs, feeds, number, lambda _: False, training
         )
         state, _ = program.step(state, placed)
-        number += len(call.batches)
+        number += len(calls[0].batches)
         if not first_steps:
             jax.block_until_ready(state)
             first_steps, first_s = number, time.perf_counter() - started
-            waited, started = batches.waited_s, time.perf_counter()
+            waited, started = waited_s(), time.perf_counter()
     jax.block_until_ready(state)
     seconds, steps = time.perf_counter() - started, number - first_steps
     found = {
-        "steps_per_s": steps / seconds,
-        "waiting_share": (batches.waited_s - waited) / seconds,
+        "steps_per_s": count * steps / seconds,
+        "waiting_share": (waited_s() - waited) / seconds,
         "first_step_s": first_s,
         "compile_s": first_s - first_steps * seconds / steps,
         "steps_per_call": programs.steps_per_call,
         "peak_memory_gb": peak_memory_bytes(jax.devices()[0]) / 1e9,
     }
-    params, case = programs.step.fetch_state(state).average, source[training[0]]
+    params, case = place.fetch_state(state)[0].average, source[training[0][0]]
     for name in ("predict", "measure"):
         directory = config.data.cache / "predicted"
         for _ in range(2):  # the first compiles
@@ -118,23 +136,26 @@ def extrapolated_hours(config: Config, found: dict[str, float], num_cases: int) 
     return (steps + looks + num_cases * found["measure_s"] + found["first_step_s"]) / 3600
 
 
-def rows_of(preset: str, *, num_built: int, num_steps: int, num_cases: int) -> list[Row]:
-    """One row for each residency, each measured in processes of its own."""
+def rows_of(
+    preset: str, *, num_built: int, num_steps: int, num_cases: int, folds_at_once: Sequence[int]
+) -> list[Row]:
+    """One row for each residency and number of folds, each measured in processes of its own."""
     rows = []
-    for residency in RESIDENCIES:
+    for residency, folds in itertools.product(RESIDENCIES, folds_at_once):
         with tempfile.TemporaryDirectory() as folder:
-            config = measured_config(preset, Path(folder), num_built, residency)
+            config = measured_config(preset, Path(folder), num_built, residency, folds)
             loading.build(config.data)
-            first = _in_process(preset, Path(folder), num_built, residency, num_steps)
+            first = _in_process(preset, Path(folder), num_built, residency, folds, num_steps)
             second = None
             if residency == "host":
-                second = _in_process(preset, Path(folder), num_built, residency, 4)
+                second = _in_process(preset, Path(folder), num_built, residency, folds, 4)
         rows.append(
             Row(
                 preset=preset,
                 batch=config.train.batch_size,
                 crop="x".join(map(str, config.train.crop)),
                 residency=residency,
+                folds_at_once=folds,
                 steps_per_call=int(first["steps_per_call"]),
                 steps_per_s=first["steps_per_s"],
                 waiting_share=first["waiting_share"],
@@ -154,10 +175,10 @@ def rows_of(preset: str, *, num_built: int, num_steps: int, num_cases: int) -> l
 
 
 def _in_process(
-    preset: str, folder: Path, num_built: int, residency: str, num_steps: int
+    preset: str, folder: Path, num_built: int, residency: str, folds: int, num_steps: int
 ) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.cv", "--presets", preset, "--built", num_built]
-    command += ["--steps", num_steps, "--stretch", folder, residency]
+    command += ["--steps", num_steps, "--stretch", folder, residency, folds]
     done = subprocess.run(
         [str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True
     )
@@ -167,8 +188,8 @@ def _in_process(
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     header = (
-        "preset", "batch", "crop", "cases", "steps/call", "steps/s", "waiting", "peak GB",
-        "first step s", "second start", "s/case", "whole run h",
+        "preset", "batch", "crop", "cases", "folds at once", "steps/call", "steps/s", "waiting",
+        "peak GB", "first step s", "second start", "s/case", "whole run h",
     )  # fmt: skip
     cells = [
         (
@@ -176,6 +197,7 @@ def table(rows: Sequence[Row]) -> str:
             str(row.batch),
             row.crop,
             row.residency,
+            str(row.folds_at_once),
             str(row.steps_per_call),
             f"{row.steps_per_s:.3g}",
             f"{row.waiting_share:.2%}",
@@ -200,14 +222,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--built", type=int, help="phantom cases that are drawn and trained on")
     parser.add_argument("--steps", type=int, help="that are measured")
     parser.add_argument("--cases", type=int, default=358, help="of the run that is extrapolated")
+    parser.add_argument(
+        "--folds-at-once", nargs="+", type=int, default=[1], help="numbers of folds side by side"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
-    parser.add_argument("--stretch", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--stretch", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     built = options.built or (10 if options.quick else 40)
     steps = options.steps or (20 if options.quick else 100)
     if options.stretch:
-        folder, residency = options.stretch
-        config = measured_config(options.presets[0], Path(folder), built, residency)
+        folder, residency, folds = options.stretch
+        config = measured_config(options.presets[0], Path(folder), built, residency, int(folds))
         print(json.dumps(stretch(config, steps)))
         return
     presets = options.presets or (
@@ -219,7 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [
         row
         for preset in presets
-        for row in rows_of(preset, num_built=built, num_steps=steps, num_cases=options.cases)
+        for row in rows_of(
+            preset,
+            num_built=built,
+            num_steps=steps,
+            num_cases=options.cases,
+            folds_at_once=options.folds_at_once,
+        )
     ]
     print(table(rows))
     if options.json:

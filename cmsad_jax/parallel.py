@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -166,23 +167,28 @@ def parallelize_folds(
     *,
     num_folds: int,
     devices: Sequence[Device] | None = None,
+    stacked: bool = False,
+    compiler_options: dict[str, Any] | None = None,
 ) -> ParallelStep:
     """Compile ``step`` for several folds trained side by side, each as if alone.
 
-    States and batches have a first axis of folds. The folds lie on slices of the mesh of
-    :func:`fold_mesh`, and those that share a slice are stacked there by ``vmap``. On a CPU, whose
-    convolutions with stacked weights are slow, train folds one after another instead.
+    The folds lie on slices of the mesh of :func:`fold_mesh`, and those that share a slice are
+    stacked there by ``vmap``. On a CPU, whose convolutions with stacked weights are slow, train
+    folds one after another instead. ``stacked`` and ``compiler_options`` as for
+    :func:`parallelize`.
 
     Returns:
-        As :func:`parallelize`, with a first axis of folds throughout: ``place_state`` takes a list
-        of states, ``fetch_state`` gives one.
+        As :func:`parallelize`, of all folds at once: ``place_state`` and ``place_batch`` take a
+        list with one entry for each fold, ``fetch_state`` gives one, and the metrics of ``step``
+        have a first axis of folds.
 
     Raises:
         ConfigError: from ``place_batch``, if a fold's batch does not divide by its devices.
     """
     mesh = fold_mesh(num_folds, list(jax.devices() if devices is None else devices))
+    axis = 1 if stacked else 0
     states = NamedSharding(mesh, PartitionSpec(FOLD_AXIS))
-    batches = NamedSharding(mesh, PartitionSpec(FOLD_AXIS, DATA_AXIS))
+    batches = NamedSharding(mesh, PartitionSpec(FOLD_AXIS, *[None] * axis, DATA_AXIS))
 
     def of_slice(state, batch):
         return jax.vmap(partial(step, axis_name=DATA_AXIS))(state, batch)
@@ -195,19 +201,40 @@ def parallelize_folds(
         check_vma=False,  # the step itself averages its gradients over the data axis
     )
 
-    def place_batch(batch):
-        check_batch_size(jax.tree.leaves(batch)[0].shape[1], mesh.shape[DATA_AXIS])
-        return jax.device_put(batch, batches)
+    def place_batch(of_folds):
+        size = jax.tree.leaves(of_folds[0])[0].shape[axis]
+        check_batch_size(size, mesh.shape[DATA_AXIS])
+        return jax.device_put(stack(of_folds), batches)
 
     def place_state(of_folds):
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *of_folds)
-        return jax.device_put(stacked, states)
+        return jax.device_put(stack(jax.device_get(of_folds)), states)
+
+    def fetch_state(state):
+        first = mesh.devices.flat[0]
+        return [
+            jax.tree.map(lambda x, i=i: jax.device_put(_entry(x, i), first), state)
+            for i in range(num_folds)
+        ]
 
     return ParallelStep(
         place_state=place_state,
         place_batch=place_batch,
-        step=jax.jit(sliced, donate_argnums=0),
-        fetch_state=lambda state: [
-            jax.tree.map(lambda x, i=i: x[i], state) for i in range(num_folds)
-        ],
+        step=jax.jit(sliced, donate_argnums=0, compiler_options=compiler_options),
+        fetch_state=fetch_state,
     )
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Equal trees of arrays as one, along a new first axis; on the device where they lie there."""
+    return jax.tree.map(
+        lambda *leaves: (jnp if isinstance(leaves[0], jax.Array) else np).stack(leaves), *trees
+    )
+
+
+def _entry(x: jax.Array, index: int) -> jax.Array:
+    """``x[index]`` of an array that is split along its first axis, on one of its devices."""
+    for shard in x.addressable_shards:
+        start, stop, _ = shard.index[0].indices(x.shape[0])
+        if start <= index < stop:
+            return shard.data[index - start]
+    raise AssertionError(f"no device of this process holds entry {index}")

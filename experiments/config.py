@@ -110,6 +110,8 @@ class Config:
     """Folds over patients, stratified by presence of the target."""
     folds: tuple[int, ...] | None = None
     """Folds to run now; a later run completes the rest. All by default."""
+    folds_at_once: Literal["auto"] | int = "auto"
+    """How many folds train side by side; auto: one on each equal part of several accelerators."""
     folds_file: Path | None = None
     """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
     group_by: str | None = None
@@ -183,6 +185,7 @@ _NOT_IDENTITY = (
     "deterministic",
     "output",
     "folds",
+    "folds_at_once",
     "parallel",
     "profile",
     "compilation_cache",
@@ -315,6 +318,16 @@ def complete(config: Config) -> Config:
         raise ConfigError(
             "a deterministic run needs compiler options, which pmap does not take; "
             "got --deterministic=True and --parallel=pmap. Use --parallel=jit."
+        )
+    at_once = config.folds_at_once
+    if at_once != "auto" and at_once < 1:
+        raise ConfigError(
+            f"folds-at-once must be auto or at least 1; got {at_once}. Use --folds-at-once=auto."
+        )
+    if at_once != "auto" and at_once > 1 and config.parallel == "pmap":
+        raise ConfigError(
+            "folds side by side share a mesh, which pmap does not know; "
+            f"got --folds-at-once={at_once} and --parallel=pmap. Use --parallel=jit."
         )
     folds = config.folds
     if folds is not None and any(not 0 <= fold < config.num_folds for fold in folds):

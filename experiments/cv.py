@@ -22,6 +22,7 @@ from data_pipelines.case import Case, DataError, spacing_of
 from experiments import evaluate, feed, hosts, lesions, mean_shape, report, tensorboard
 from experiments.checkpoints import file_sha256
 from experiments.config import Config, differences, flatten, from_json, parse, to_json
+from experiments.fold import Fold
 from experiments.runtime import (
     LOCK,
     TEMPORARY,
@@ -29,6 +30,7 @@ from experiments.runtime import (
     environment,
     keep_compiled,
     locked,
+    log,
     naming_path,
     peak_memory_bytes,
     profiled,
@@ -42,11 +44,12 @@ from experiments.runtime import (
 from experiments.train import (
     Programs,
     compile_programs,
-    log,
+    folds_at_once,
+    groups,
     predict_case,
     scaled_image,
     to_mask,
-    train_fold,
+    train_folds,
 )
 
 
@@ -125,19 +128,25 @@ def run_folds(
         f"{config.num_folds} folds over patients; {devices[0].device_kind} x {len(devices)}; "
         f"run folder {output}"
     )
-    where, why = feed.residency(config, source)
+    at_once = folds_at_once(config, devices)
+    where, why = feed.residency(config, source, num_folds=at_once)
     log(
         ("batches from the host" if where == "host" else "cases resident on the device")
         + f": {why}"
         + ("" if programs.several is None else f"; {programs.steps_per_call} steps in each call")
+        + ("" if at_once == 1 else f"; up to {at_once} folds side by side")
     )
     selected = range(config.num_folds) if config.folds is None else config.folds
-    todo = np.array([not is_done(output, fold) for fold in selected])
-    for fold, wanted in zip(selected, hosts.of_first(todo), strict=True):
-        if not wanted:
+    todo = hosts.of_first(np.array([not is_done(output, fold) for fold in selected]))
+    left = []
+    for fold, wanted in zip(selected, todo, strict=True):
+        if wanted:
+            directory = output / f"fold_{fold}"
+            left.append(Fold(fold, folds.training(fold), folds.validation[fold], directory))
+        else:
             log(f"fold {fold + 1}/{config.num_folds}: done before")
-            continue
-        run_fold(config, programs, source, folds, fold, output / f"fold_{fold}")
+    for group in groups(left, at_once):
+        run_group(config, programs, source, group)
     if not hosts.is_first():
         return {}
     return finish(config, output, mean_shape.run(config, source, folds))
@@ -220,36 +229,35 @@ def open_run(output: Path, config: Config, source: loading.CaseSource, folds: sp
     write_json(output / "config.json", record)
 
 
-def run_fold(
-    config: Config,
-    programs: Programs,
-    source: loading.CaseSource,
-    folds: splits.Folds,
-    fold: int,
-    directory: Path,
+def run_group(
+    config: Config, programs: Programs, source: loading.CaseSource, group: Sequence[Fold]
 ) -> None:
-    """Train, predict and measure what is not done yet; ``metrics.json``, written last, ends it.
+    """Train the folds of a group side by side, and predict and measure them one after another.
 
     Of several processes, all train and the first does the rest.
     """
-    if hosts.is_first():
-        with naming_path(directory):
-            directory.mkdir(exist_ok=True)
-    title = f"fold {fold + 1}/{config.num_folds}"
-    validation = folds.validation[fold]
-    first = fold == (config.folds or [0])[0]
+    for fold in group if hosts.is_first() else ():
+        with naming_path(fold.directory):
+            fold.directory.mkdir(exist_ok=True)
+    first = any(fold.number == (config.folds or [0])[0] for fold in group)
     with profiled(config.profile if first and hosts.is_first() else None):
-        params, summary = train_fold(
-            config,
-            programs,
-            source,
-            fold=fold,
-            training=folds.training(fold),
-            validation=validation,
-            directory=directory,
-        )
-    if not hosts.is_first():
-        return
+        trained = train_folds(config, programs, source, group)
+    if hosts.is_first():
+        for fold, (params, summary) in zip(group, trained, strict=True):
+            measure_fold(config, programs, source, fold, params, summary)
+
+
+def measure_fold(
+    config: Config,
+    programs: Programs,
+    source: loading.CaseSource,
+    fold: Fold,
+    params: Any,
+    summary: dict[str, Any],
+) -> None:
+    """Predict and measure what is not done yet; ``metrics.json``, written last, ends the fold."""
+    directory, validation = fold.directory, fold.validation
+    title = f"fold {fold.number + 1}/{config.num_folds}"
     tensorboard.write_events(directory / "history.csv", directory / "tensorboard")
     started = time.perf_counter()
     weights = weights_sha256(params)
@@ -267,7 +275,7 @@ def run_fold(
         ):
             if stop.number is not None:
                 break
-            rows = predict_and_measure(config, programs, params, case, fold, directory)
+            rows = predict_and_measure(config, programs, params, case, fold.number, directory)
             store_rows(directory, case.case_id, weights, rows, config.data.classes)
             found[case.case_id] = rows
     rows = [row for rows in found.values() for row in rows or ()]
@@ -277,15 +285,27 @@ def run_fold(
     summary["predict_s"] = round(time.perf_counter() - started, 2)
     summary["peak_memory_gb"] = round(peak_memory_bytes(jax.local_devices()[0]) / 1e9, 2)
     write_json(directory / "metrics.json", {"metric_per_case": rows, "summary": summary})
-    dice = [row["dice"] for row in rows if row["dice"] is not None]
-    result = f"Dice {np.mean(dice):.3f} over {len(dice)}" if dice else "no positive case, no Dice"
     log(
         f"{title}: {config.train.steps} steps in {summary['train_s']:.0f} s "
         f"({summary['steps_per_s']:.2f} steps/s, first step {summary['first_step_s']:.0f} s, "
         f"{summary['input_wait_share']:.1%} of the time waiting for input, "
         f"peak memory {summary['peak_memory_gb']:.1f} GB)"
         f", loss {summary['loss'] or np.nan:.3f}; {len(validation)} cases predicted in "
-        f"{summary['predict_s']:.0f} s; {result}"
+        f"{summary['predict_s']:.0f} s; {outcome(rows)}"
+    )
+
+
+def outcome(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean Dice of a fold's positive cases in words, and what to do where nothing is ever found."""
+    dice = [row["dice"] for row in rows if row["dice"] is not None]
+    if not dice:
+        return "no positive case, no Dice"
+    words = f"Dice {np.mean(dice):.3f} over {len(dice)}"
+    if any(row["volume_predicted_ml"] for row in rows):
+        return words
+    return (
+        f"{words}; no voxel of any case is found. The network may have learnt that nothing is "
+        "right for most crops: use --loss.smooth=0.01 or a lower --train.optimizer.learning-rate"
     )
 
 

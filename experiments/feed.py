@@ -44,14 +44,14 @@ def choose_residency(requested: str, num_bytes: int, device_bytes: int | None) -
     return "host", f"{size} exceed a quarter of {device_bytes / 1e9:.0f} GB"
 
 
-def residency(config: Config, source: loading.CaseSource) -> tuple[str, str]:
-    """``choose_residency`` for a run: all its folds are fed in the same way.
+def residency(config: Config, source: loading.CaseSource, *, num_folds: int = 1) -> tuple[str, str]:
+    """``choose_residency`` for ``num_folds`` side by side, each with cases of its own.
 
     It goes by the size of all cases, a little more than those of a fold's training.
     """
     return choose_residency(
         config.data.residency,
-        loading.resident_bytes(source, source.case_ids),
+        num_folds * loading.resident_bytes(source, source.case_ids),
         memory.limit_bytes(jax.local_devices()[0]),
     )
 
@@ -87,6 +87,7 @@ def training_feed(
     foreground_share: float,
     start_step: int = 0,
     part: tuple[int, int] = (0, 1),
+    num_folds: int = 1,
 ) -> Feed:
     """The batches of one fold from ``start_step`` on, the same from the host and on the device.
 
@@ -98,6 +99,7 @@ def training_feed(
         foreground_share: of the crops.
         start_step: steps made before.
         part: which of how many equal parts of each batch; see ``loading.train_batches``.
+        num_folds: fed at a time.
     """
     train = config.train
     sampling: dict[str, Any] = {
@@ -110,7 +112,7 @@ def training_feed(
         "num_threads": train.read_threads,
         "part": part,
     }
-    if residency(config, source)[0] == "host":
+    if residency(config, source, num_folds=num_folds)[0] == "host":
         return Feed(loading.train_batches(source, case_ids, **sampling))
     plans = loading.train_plans(source, case_ids, **sampling)
     cases = jax.device_put(loading.resident_arrays(source, case_ids), jax.local_devices()[0])

@@ -90,11 +90,17 @@ def explained(config: Config, needed: Estimate | None = None) -> Iterator[None]:
 
 def _asked(config: Config) -> str:
     train = config.train
+    folds = f"{config.folds_at_once} folds at once, " if _asks_for_folds(config) else ""
     return (
-        f"asked for: batches of {train.batch_size} crops {train.crop}, "
+        f"asked for: {folds}batches of {train.batch_size} crops {train.crop}, "
         f"{len(config.data.modalities)} modalities, channels {config.network.encoder.channels}, "
         f"{config.network.dtype}"
     )
+
+
+def _asks_for_folds(config: Config) -> bool:
+    """Whether several folds were to be trained side by side, whatever the devices."""
+    return config.folds_at_once not in ("auto", 1)
 
 
 def _remedy(config: Config, share: float = 0.5) -> str:
@@ -105,7 +111,8 @@ def _remedy(config: Config, share: float = 0.5) -> str:
     if share <= 0:
         options = ["a device with more memory", f"--network.encoder.channels {channels}{_NEW}"]
         return f"Use {' or '.join(options)}."
-    options = [
+    options = ["--folds-at-once=1"] if _asks_for_folds(config) else []
+    options += [
         f"--train.accumulation={parts}"
         for parts in range(train.accumulation + 1, examples + 1)
         if examples % parts == 0 and train.accumulation / parts <= share

@@ -19,13 +19,14 @@ import tyro
 from cmsad_jax.training import TrainState
 from data_pipelines.case import DataError, MissingDataError
 from experiments.config import Config, from_json
+from experiments.fold import state_arrays
 from experiments.runtime import run_main
-from experiments.train import compile_programs, state_arrays
+from experiments.train import compile_programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """One step, as ``experiments.train`` kept it.
+    """One step, as ``experiments.fold`` kept it.
 
     Attributes:
         config: of its run.

@@ -1,16 +1,16 @@
-"""One fold: compiled programs, the training loop, checkpoints. ``cv`` runs it for every fold."""
+"""Folds, alone or side by side: compiled programs, and the loop that makes their steps.
+
+``cv`` runs it for every fold.
+"""
 
 import contextlib
-import csv
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from functools import cache, partial
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,14 @@ from cmsad_jax import kernels, parallel
 from cmsad_jax.inference import sliding_window
 from cmsad_jax.modules.network import CMSAD, apply, probabilities
 from cmsad_jax.training import TrainState, init_state, train_step, train_steps
-from cmsad_jax.types import Device
+from cmsad_jax.types import ConfigError, Device
 from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT, Case
 from experiments import hosts, memory
-from experiments.checkpoints import Checkpoints
-from experiments.config import Config, to_json, window
-from experiments.feed import Feed, training_feed
-from experiments.runtime import (
-    RunError,
-    deferred_signals,
-    log,
-    progress,
-    whole_file,
-)
-
-LOG_POINTS = 100
-"""Rows of ``history.csv`` that a run's training losses are averaged into."""
+from experiments.config import Config, window
+from experiments.feed import Feed
+from experiments.fold import Call, Fold, FoldInTraining, train_batches
+from experiments.runtime import deferred_signals, progress
 
 MOST_STEPS_PER_CALL = 10
 """On accelerators, without being asked; signals are heeded between calls."""
@@ -54,6 +45,8 @@ class Programs:
         predict: ``(params, windows, present) -> b *window k`` probabilities.
         attention: ``(params, windows, present) -> b *window a`` attention energy of each modality
             and, within it, of each encoder stage, resized to the window; none for early fusion.
+        side_by_side: ``step`` and ``several`` of a number of folds above 1, of which they take
+            lists.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -62,11 +55,34 @@ class Programs:
     steps_per_call: int
     predict: Callable[..., jax.Array]
     attention: Callable[..., jax.Array]
+    side_by_side: Callable[[int], tuple[parallel.ParallelStep, parallel.ParallelStep | None]]
+
+    def of_folds(self, count: int) -> tuple[parallel.ParallelStep, parallel.ParallelStep | None]:
+        """``step`` and ``several`` of so many folds, of which they take lists, also of one."""
+        if count > 1:
+            return self.side_by_side(count)
+        return of_list(self.step), None if self.several is None else of_list(self.several)
+
+
+def of_list(program: parallel.ParallelStep) -> parallel.ParallelStep:
+    """The program of a fold, placing and fetching lists that hold this fold alone."""
+    return dataclasses.replace(
+        program,
+        place_state=lambda states: program.place_state(*states),
+        place_batch=lambda batches: program.place_batch(*batches),
+        fetch_state=lambda state: [program.fetch_state(state)],
+    )
 
 
 def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
-    """The jitted functions of a run; XLA compiles each at its first call."""
-    parallel.check_batch_size(config.train.batch_size, len(devices))
+    """The jitted functions of a run; XLA compiles each at its first call.
+
+    Raises:
+        ConfigError: for folds side by side where they cannot be, or a batch that the devices of a
+            fold cannot share.
+    """
+    slices = math.gcd(folds_at_once(config, devices), len(devices))
+    parallel.check_batch_size(config.train.batch_size, len(devices) // slices)
     network = CMSAD(config.network)
     optimizer = config.train.optimizer.optimizer(config.train.steps)
     step = partial(
@@ -84,18 +100,63 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
 
     options = compiler_options(devices[0].platform, deterministic=config.deterministic)
     stages = range(config.network.encoder.num_stages)
-    placed: Any = {"mode": config.parallel, "devices": devices, "compiler_options": options}
     per_call = steps_per_call(config, devices[0].platform)
+
+    @cache
+    def of_folds(count: int) -> tuple[parallel.ParallelStep, parallel.ParallelStep | None]:
+        placed: Any = {
+            "devices": devices_of(count, config.train.batch_size, devices),
+            "compiler_options": options,
+        }
+        parallelize = partial(parallel.parallelize, mode=config.parallel)
+        if count > 1:
+            parallelize = partial(parallel.parallelize_folds, num_folds=count)
+        several = partial(train_steps, step=step)
+        return (
+            parallelize(step, **placed),
+            None if per_call == 1 else parallelize(several, stacked=True, **placed),
+        )
+
+    one, several = of_folds(1)
     return Programs(
         init=lambda key: init_state(network, optimizer, image_shape, key=key),
-        step=parallel.parallelize(step, **placed),
-        several=None
-        if per_call == 1
-        else parallel.parallelize(partial(train_steps, step=step), stacked=True, **placed),
+        step=one,
+        several=several,
         steps_per_call=per_call,
         predict=jax.jit(predict_window(config), compiler_options=options),
         attention=jax.jit(attention_window(config, stages), compiler_options=options),
+        side_by_side=of_folds,
     )
+
+
+def folds_at_once(config: Config, devices: Sequence[Device]) -> int:
+    """As asked for; else one on each equal part of several accelerators, and otherwise 1.
+
+    Raises:
+        ConfigError: several are asked for in a run of several processes.
+    """
+    asked, processes = config.folds_at_once, jax.process_count()
+    if asked == "auto":
+        if processes > 1 or config.parallel == "pmap" or devices[0].platform == "cpu":
+            return 1
+        count = config.num_folds if config.folds is None else len(config.folds)
+        return max(1, math.gcd(count, len(devices)))
+    if asked > 1 and processes > 1:
+        raise ConfigError(
+            "folds are trained side by side in one process; "
+            f"got --folds-at-once={asked} and {processes} processes. Use --folds-at-once=1."
+        )
+    return asked
+
+
+def devices_of(num_folds: int, batch_size: int, devices: Sequence[Device]) -> Sequence[Device]:
+    """Those that folds of a run share: one equal part for each, as far as numbers allow.
+
+    All of them, unless a batch does not divide by a part, which can come of the last folds of a
+    run, fewer than the others before.
+    """
+    parts = math.gcd(num_folds, len(devices))
+    return devices[: parts * math.gcd(batch_size, len(devices) // parts)]
 
 
 def steps_per_call(config: Config, platform: str) -> int:
@@ -205,167 +266,74 @@ def to_mask(probability: np.ndarray, threshold: float) -> np.ndarray:
     return probability.argmax(-1).astype(np.uint8)
 
 
-class Step(NamedTuple):
-    """One step that was made: its number from 1, the cases of its batch, the batch, its metrics."""
-
-    number: int
-    case_ids: Sequence[str]
-    batch: dict[str, Any]
-    metrics: dict[str, float]
-
-
-class Call(NamedTuple):
-    """One call of a program, perhaps still running: what ``Step`` holds, for each of its steps."""
-
-    first: int
-    case_ids: list[list[str]]
-    batches: list[dict[str, Any]]
-    metrics: dict[str, jax.Array]
-
-    def steps(self) -> list[Step]:
-        """Its steps, once they are made."""
-        metrics = {name: np.atleast_1d(np.asarray(v)) for name, v in self.metrics.items()}
-        return [
-            Step(self.first + i, ids, batch, {name: float(v[i]) for name, v in metrics.items()})
-            for i, (ids, batch) in enumerate(zip(self.case_ids, self.batches, strict=True))
-        ]
+def groups(folds: Sequence[Fold], at_once: int) -> list[list[Fold]]:
+    """Folds that are trained side by side, at most ``at_once``: such as stand at the same step."""
+    if at_once == 1:
+        return [[fold] for fold in folds]
+    standing: dict[int, list[Fold]] = {}
+    for fold in folds:
+        standing.setdefault(fold.standing(), []).append(fold)
+    return [
+        same[i : i + at_once] for same in standing.values() for i in range(0, len(same), at_once)
+    ]
 
 
-@dataclasses.dataclass
-class Progress:
-    """What a fold has measured so far: JSON values, saved with every checkpoint.
+def train_folds(
+    config: Config, programs: Programs, source: loading.CaseSource, folds: Sequence[Fold]
+) -> list[tuple[Any, dict[str, Any]]]:
+    """Train a fold, or several that stand at the same step side by side, or what is left of them.
 
-    Attributes:
-        history: rows of ``history.csv``.
-        pending: metrics of the counted steps since the last row.
-        best: step and score of the best look at the validation fold.
-        skipped, skipped_in_a_row: updates left out because something was not finite.
-        first_step_s: of the first step, most of it to compile.
-        train_s: all time spent, over all starts.
-        steady_s, steady_steps: the same without the first step after each start, and its steps.
-    """
+    Writes ``history.csv`` and the checkpoints ``last`` and ``best`` into the folder of each, and
+    goes on from the newest intact ``last`` there: in the same groups on the same devices, the
+    result is bit for bit that of a run never interrupted. Of several processes, the first alone
+    reads and writes there.
 
-    history: list[dict[str, float | None]] = dataclasses.field(default_factory=list)
-    pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    best: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"step": None, "validation_dice": None}
-    )
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    first_step_s: float = 0.0
-    train_s: float = 0.0
-    steady_s: float = 0.0
-    steady_steps: int = 0
-
-    def add_row(self, **facts: float | None) -> dict[str, float | None]:
-        """Turn the pending metrics into a row: their means over the steps that made an update."""
-        made = [row for row in self.pending if not row["skipped"]]
-        row = {
-            name: float(np.mean([row[name] for row in made])) if made else None
-            for name in self.pending[0]
-            if name != "skipped"
-        }
-        self.pending = []
-        self.history.append(row | facts)
-        return self.history[-1]
-
-    def count(self, step: Step, title: str) -> None:
-        """Keep the metrics of a step, and note whether it made its update."""
-        self.pending.append(step.metrics)
-        if not step.metrics["skipped"]:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        log(
-            f"{title}: step {step.number}: loss or gradient not finite, update skipped; cases "
-            + ", ".join(step.case_ids)
-        )
-
-    def time(self, seconds: float, steps: int, *, first: bool) -> None:
-        """Add the time of a call of some steps, the ``first`` of its program or not."""
-        self.train_s += seconds
-        if first:
-            self.first_step_s = self.first_step_s or seconds
-        else:
-            self.steady_s += seconds
-            self.steady_steps += steps
-
-
-def train_fold(
-    config: Config,
-    programs: Programs,
-    source: loading.CaseSource,
-    *,
-    fold: int,
-    training: Sequence[str],
-    validation: Sequence[str],
-    directory: Path,
-) -> tuple[Any, dict[str, Any]]:
-    """Train one fold, or what is left of it; returns the weights to evaluate and a summary.
-
-    Writes ``history.csv`` and the checkpoints ``last`` and ``best`` into ``directory``, and goes on
-    from the newest intact ``last`` there: on the same devices, the result is bit for bit that of a
-    run never interrupted. The weights returned are the last ones (their moving average if
-    configured), never ``best``. Of several processes, the first alone reads and writes there.
+    Returns:
+        For each fold the weights to evaluate, and a summary. The weights are the last ones (their
+        moving average if configured), never ``best``.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
         RunError: too many updates in a row were not finite, or a step needs too much memory.
         OSError: a checkpoint cannot be written; it names the path.
     """
-    train, title = config.train, f"fold {fold + 1}/{config.num_folds}"
-    state = programs.init(jax.random.fold_in(jax.random.key(config.seed), fold))
-    checkpoints = Checkpoints(
-        directory / "checkpoints", config, fold=fold, data_fingerprint=source.fingerprint
-    )
-    with contextlib.closing(checkpoints), deferred_signals() as stop:
-        state, done, start = _resume(checkpoints, state)
-        if start:
-            log(f"{title}: going on after step {start} of {train.steps}")
-        state = programs.step.place_state(state)
-        schedule = train.optimizer.schedule(train.steps)
-        log_every = max(1, train.steps // LOG_POINTS)
-        check_at = validation_steps(config)
+    train, check_at = config.train, validation_steps(config)
+    place, _ = programs.of_folds(len(folds))
 
-        def saves(number: int) -> bool:
-            due = number in check_at or number == train.steps
-            return due or number % train.checkpoint_every == 0
+    def saves(number: int) -> bool:
+        due = number in check_at or number == train.steps
+        return due or number % train.checkpoint_every == 0
 
-        def count(calls: Sequence[Call]) -> Step | None:
-            """Account for their steps; that by which too many were skipped in a row, if any."""
-            nonlocal row_from
-            too_many = None
-            for step in itertools.chain.from_iterable(call.steps() for call in calls):
-                done.count(step, title)
-                if done.skipped_in_a_row >= train.max_skipped:
-                    too_many = too_many or step
-                if step.number % log_every == 0 or step.number == train.steps:
-                    made, seconds = done.steady_steps - row_from[0], done.steady_s - row_from[1]
-                    row = done.add_row(
-                        step=step.number,
-                        learning_rate=float(jnp.asarray(schedule(step.number - 1))),
-                        examples_per_s=made * train.batch_size / seconds if seconds else None,
-                        validation_dice=None,
-                    )
-                    bar.set_postfix(loss=row["loss"], examples_per_s=row["examples_per_s"])
-                    row_from = done.steady_steps, done.steady_s
-            return too_many
-
-        batches = train_batches(config, source, training, fold=fold, start=start)
+    with contextlib.ExitStack() as closing, deferred_signals() as stop:
+        members = [FoldInTraining(config, fold, source.fingerprint) for fold in folds]
+        for member in members:
+            closing.callback(member.close)
+        seed = jax.random.key(config.seed)
+        state = place.place_state(
+            [
+                member.resume(programs.init(jax.random.fold_in(seed, member.fold.number)))
+                for member in members
+            ]
+        )
+        (start,) = {member.start for member in members}  # see ``groups``
+        shared = {"start": start, "num_folds": len(folds)}
+        feeds = [
+            train_batches(config, source, fold.training, fold=fold.number, **shared)
+            for fold in folds
+        ]
         opened = time.perf_counter()
+        title = ", ".join(member.title for member in members)
         bar = progress((), description=f"{title} training", total=train.steps, initial=start)
-        uncounted: list[Call] = []
+        uncounted: list[tuple[list[Call], dict[str, jax.Array]]] = []
         compiled: set[int] = set()
         needed: memory.Estimate | None = None
-        row_from = done.steady_steps, done.steady_s
         mark, number = time.perf_counter(), start
         while number < train.steps:
             with memory.explained(config):
-                call, placed, program = next_call(
-                    config, programs, batches, number, saves, training
+                calls, placed, program = next_call(
+                    config, programs, feeds, number, saves, [fold.training for fold in folds]
                 )
-                size = len(call.batches)
+                size = len(calls[0].batches)
                 if size not in compiled:
                     needed = memory.check(config, program.step, state, placed)
             with memory.explained(config, needed):
@@ -373,190 +341,132 @@ def train_fold(
                 if size not in compiled:
                     jax.block_until_ready(state)
             number += size
-            uncounted.append(call._replace(metrics=metrics))
+            uncounted.append((calls, metrics))
             stopping = stop.after_step()
             saving = stopping or saves(number)
             # Looking at a call waits for it; one call behind, the device is kept busy.
             cut = len(uncounted) - (0 if saving or train.max_skipped == 1 else 1)
             counted, uncounted = uncounted[:cut], uncounted[cut:]
-            jax.block_until_ready([one.metrics for one in counted])
-            done.time(time.perf_counter() - mark, size, first=size not in compiled)
+            jax.block_until_ready([metrics for _, metrics in counted])
+            each_s = (time.perf_counter() - mark) / len(members)
+            for member in members:
+                member.done.time(each_s, size, first=size not in compiled)
             compiled.add(size)
             mark = time.perf_counter()
-            too_many = count(counted)
-            if done.skipped_in_a_row:  # nothing is started before it is known what came of the last
-                too_many = too_many or count(uncounted)
+            count(members, counted)
+            if any(member.done.skipped_in_a_row for member in members):
+                # Nothing is started before it is known what came of the last.
+                count(members, uncounted)
                 uncounted = []
+            bar.set_postfix(shown(members), refresh=False)
             bar.update(size)
-            if too_many is not None:
-                fetched = programs.step.fetch_state(state)
-                _give_up(config, checkpoints, fetched, too_many, number, done, fold, directory)
-            if not saving:
+            stuck = any(member.too_many for member in members)
+            if not (saving or stuck):
                 continue
-            fetched = programs.step.fetch_state(state)
+            fetched = list(zip(members, place.fetch_state(state), strict=True))
+            if stuck:
+                give_up(fetched, number)
             if number in check_at and hosts.is_first():
-                score = reference_dice(
-                    programs, fetched.average, loading.eval_cases(source, validation), config
-                )
-                if done.history:
-                    done.history[-1]["validation_dice"] = score
-                best = done.best["validation_dice"]
-                if score is not None and (best is None or score > best):
-                    done.best = {"step": number, "validation_dice": score}
-                    checkpoints.save("best", fetched, step=number)
-            done.train_s += time.perf_counter() - mark
+                for member, of_fold in fetched:
+                    cases = loading.eval_cases(source, member.fold.validation)
+                    score = reference_dice(programs, of_fold.average, cases, config)
+                    member.look(number, score, of_fold)
+            for member in members:
+                member.done.train_s += (time.perf_counter() - mark) / len(members)
             mark = time.perf_counter()
             if hosts.is_first():
-                checkpoints.save("last", fetched, step=number, progress=dataclasses.asdict(done))
+                for member, of_fold in fetched:
+                    member.save(number, of_fold)
             hosts.wait()
             if stopping:
-                checkpoints.wait()
-                log(f"{title}: saved after step {number} of {train.steps}")
+                for member in members:
+                    member.saved(number)
                 break
-    trained = time.perf_counter()
+    elapsed = time.perf_counter() - opened
     bar.close()
-    if hosts.is_first():
-        write_history(directory / "history.csv", done.history)
-    return programs.step.fetch_state(state).average, {
-        "first_step_s": round(done.first_step_s, 2),
-        "train_s": round(done.train_s, 2),
-        "examples_per_s": round(done.steady_steps * train.batch_size / max(done.steady_s, 1e-9), 2),
-        "steps_per_s": round(done.steady_steps / max(done.steady_s, 1e-9), 3),
+    facts = {
         "steps_per_call": programs.steps_per_call,
-        "input_wait_share": round(batches.waited_s / max(trained - opened, 1e-9), 4),
-        "loss": done.history[-1]["loss"] if done.history else None,
-        "skipped_updates": done.skipped,
-        "best": done.best,
+        "folds_side_by_side": len(folds),
+        "input_wait_share": round(sum(feed.waited_s for feed in feeds) / max(elapsed, 1e-9), 4),
     }
-
-
-def _resume(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, Progress, int]:
-    """State, progress and step to go on from, as process 0 finds them; the given state at first."""
-    done, start = Progress(), 0
-    with hosts.first_alone("read its checkpoints"):
-        resumed = checkpoints.resume(state) if hosts.is_first() else None
-        if resumed is not None:
-            state, record = resumed
-            done, start = Progress(**record["progress"]), record["step"]
-    start, done.skipped_in_a_row = map(
-        int, hosts.of_first(np.array([start, done.skipped_in_a_row], np.int32))
-    )
-    return hosts.of_first(state) if start else state, done, start
+    return [
+        (of_fold.average, member.summary() | facts)
+        for member, of_fold in zip(members, place.fetch_state(state), strict=True)
+    ]
 
 
 def next_call(
     config: Config,
     programs: Programs,
-    batches: Feed,
+    feeds: Sequence[Feed],
     number: int,
     saves: Callable[[int], bool],
-    training: Sequence[str],
-) -> tuple[Call, Any, parallel.ParallelStep]:
+    training: Sequence[Sequence[str]],
+) -> tuple[list[Call], Any, parallel.ParallelStep]:
     """What to call after step ``number``: several steps if none but the last saves, else one.
 
+    Args:
+        config: of the run.
+        programs: of the run.
+        feeds: the batches of each fold.
+        number: of steps made before.
+        saves: whether something is saved after a step.
+        training: the training cases of each fold.
+
     Returns:
-        The call, its batches as its program wants them, and the program.
+        What each fold gives to the call, their batches as its program wants them, and the program.
     """
-    program, size = programs.step, 1
+    (program, several), size = programs.of_folds(len(feeds)), 1
     most = programs.steps_per_call
     if (
-        programs.several is not None
+        several is not None
         and number + most <= config.train.steps
         and not any(saves(number + i) for i in range(1, most))
     ):
-        program, size = programs.several, most
-    case_ids, group = [], []
-    for batch in itertools.islice(batches, size):
-        case_ids.append([training[int(i)] for i in batch.pop("case_index")])
-        if config.network.encoder.rank == 2:
-            batch |= {name: batch[name][:, 0] for name in ("image", "label")}
-        group.append(batch)
-    given = group[0]
-    if size > 1:
-        given = {
-            name: (jnp if isinstance(value, jax.Array) else np).stack([one[name] for one in group])
-            for name, value in given.items()
-        }
-    return Call(number + 1, case_ids, group, {}), program.place_batch(given), program
+        program, size = several, most
+    calls = []
+    for feed, names in zip(feeds, training, strict=True):
+        case_ids, group = [], []
+        for batch in itertools.islice(feed, size):
+            case_ids.append([names[int(i)] for i in batch.pop("case_index")])
+            if config.network.encoder.rank == 2:
+                batch |= {name: batch[name][:, 0] for name in ("image", "label")}
+            group.append(batch)
+        calls.append(Call(number + 1, case_ids, group))
+    given = [parallel.stack(call.batches) if size > 1 else call.batches[0] for call in calls]
+    return calls, program.place_batch(given), program
 
 
-def train_batches(
-    config: Config,
-    source: loading.CaseSource,
-    training: Sequence[str],
-    *,
-    fold: int,
-    start: int = 0,
-) -> Feed:
-    """Batches for the steps of a fold after ``start``; the same however often it was resumed."""
-    train = config.train
-    if start == train.steps:
-        return Feed(iter(()))
-    share = train.foreground_share
-    if share and not any(source.foreground(case_id).size for case_id in training):
-        share = 0.0
-        log(f"fold {fold + 1}: no training case holds the target; crops are drawn at random")
-    return training_feed(
-        config,
-        source,
-        training,
-        seed=config.seed * 1000 + fold,
-        foreground_share=share,
-        start_step=start,
-        part=hosts.part(),
-    )
+def count(
+    members: Sequence[FoldInTraining],
+    called: Sequence[tuple[Sequence[Call], dict[str, jax.Array]]],
+) -> None:
+    """Let each fold account for the steps of calls that were made, by what they gave and came to.
 
-
-def _give_up(
-    config: Config,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    step: Step,
-    number: int,
-    done: Progress,
-    fold: int,
-    directory: Path,
-) -> NoReturn:
-    """Save, keep what is needed to repeat ``step``, and raise.
-
-    ``state`` is that after step ``number``. Skipped steps leave it as it was, so that it is also
-    that before ``step``, unless a finite step followed in the same call of several. Of several
-    processes the first writes, with its part of the batch.
+    Metrics are numbers, with an axis of folds if there are several, and then one of steps likewise.
     """
-    file = directory / f"not_finite_{step.number:08d}.npz"
-    facts = {
-        "config": to_json(config),
-        "fold": fold,
-        "step": step.number,
-        "case_ids": step.case_ids,
-    }
-    message = (
-        f"loss and gradient must be finite; got {config.train.max_skipped} steps in a row of fold "
-        f"{fold + 1} that are not, up to step {step.number}. See python -m experiments.reproduce "
-        f"{file}; use a lower --train.optimizer.learning-rate, or run again to go on regardless."
-    )
-    if not hosts.is_first():
-        raise RunError(message)
-    arrays = {f"state/{name}": value for name, value in state_arrays(state).items()}
-    arrays |= {f"batch/{name}": np.asarray(value) for name, value in step.batch.items()}
-    with whole_file(file) as partial:
-        np.savez_compressed(partial, allow_pickle=False, facts=json.dumps(facts), **arrays)
-    again = dataclasses.replace(done, skipped_in_a_row=0)
-    checkpoints.save("last", state, step=number, progress=dataclasses.asdict(again))
-    checkpoints.wait()
-    raise RunError(message)
+    for calls, metrics in called:
+        values = {name: np.asarray(v).reshape(len(members), -1) for name, v in metrics.items()}
+        for i, (member, call) in enumerate(zip(members, calls, strict=True)):
+            member.count(call.steps({name: of_folds[i] for name, of_folds in values.items()}))
 
 
-def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
-    """Every array of a state by the path of its leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+def shown(members: Sequence[FoldInTraining]) -> dict[str, float | None]:
+    """What the progress bar says of the last rows of their histories: means over the folds."""
+    rows = [member.done.history[-1] for member in members if member.done.history]
+    found = {}
+    for name in ("loss", "examples_per_s"):
+        values = [value for row in rows if (value := row[name]) is not None]
+        found |= {name: float(np.mean(values))} if values else {}
+    return found
 
 
-def write_history(path: Path, history: Sequence[dict[str, float | None]]) -> None:
-    """Training curves as CSV; empty cells where nothing was measured."""
-    names = ["step", *(name for name in history[0] if name != "step")]
-    with whole_file(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(history)
+def give_up(fetched: Sequence[tuple[FoldInTraining, TrainState]], number: int) -> NoReturn:
+    """Save every fold with its state after step ``number``, and raise for one that is stuck."""
+    errors = []
+    for member, state in fetched:
+        if member.too_many is not None:
+            errors.append(member.give_up(number, state))
+        elif hosts.is_first():
+            member.save(number, state)
+    raise errors[0]

@@ -124,8 +124,7 @@ def test_one_device_takes_several_folds_stacked(alone):
     folds = parallel.parallelize_folds(step, num_folds=2, devices=jax.devices()[:1])
     other = jax.tree.map(lambda x: x * (1.1 if x.dtype == jnp.float32 else 1), state)
     placed = folds.place_state([state, other])
-    stacked = [folds.place_batch(jax.tree.map(lambda x: np.stack([x, x]), b)) for b in batches()]
-    losses, placed = losses_of(folds.step, placed, stacked)
+    losses, placed = losses_of(folds.step, placed, [folds.place_batch([b, b]) for b in batches()])
     np.testing.assert_allclose(losses[:, 0], alone, **TOLERANCE)
     in_turn, _ = losses_of(jax.jit(step), other, batches())
     np.testing.assert_allclose(losses[:, 1], in_turn, **TOLERANCE)
@@ -147,9 +146,13 @@ for mode in ("jit", "pmap"):
     losses, _ = losses_of(program.step, program.place_state(small_step()[0]), placed)
     np.testing.assert_allclose(losses, one, **TOLERANCE)
 folds = parallel.parallelize_folds(step, num_folds=2)
-placed = [folds.place_batch(jax.tree.map(lambda x: np.stack([x, x[::-1]]), b)) for b in given]
-losses, _ = losses_of(folds.step, folds.place_state([small_step()[0]] * 2), placed)
+both = [[b, jax.tree.map(lambda x: x[::-1], b)] for b in given]
+placed = map(folds.place_batch, both)
+losses, state = losses_of(folds.step, folds.place_state([small_step()[0]] * 2), placed)
 np.testing.assert_allclose(losses, np.stack([one, one], 1), **TOLERANCE)
+for fold in folds.fetch_state(state):
+    assert int(fold.step) == 2
+    assert {d for x in jax.tree.leaves(fold) for d in x.devices()} == {jax.devices()[0]}
 print("EQUAL")
 """
 

@@ -46,6 +46,7 @@ NOT_OF_THE_METHOD = {
     "distributed.num_processes",
     "distributed.process_id",
     "folds",
+    "folds_at_once",
     "group_by",
     "network.dtype",
     "network.modalities",  # follow from the data

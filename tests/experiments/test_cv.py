@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from data_pipelines.case import DataConfig, DataError, PreprocessConfig
 from experiments import cv, reproduce, train
 from experiments.checkpoints import Checkpoints, load_params
 from experiments.config import Config, PredictConfig, TrainConfig, complete
-from experiments.runtime import RunError, locked
+from experiments.runtime import Interrupted, RunError, Stop, locked
 from experiments.train import compile_programs, to_mask
 from tests.data_pipelines.fabricate import raw_case, write_folder
 from tests.experiments.test_tensorboard import read_events
@@ -204,6 +205,107 @@ def test_several_steps_in_a_call_give_the_same_losses(alone, tmp_path, cache, ca
             assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3, abs=1e-5)
 
 
+def both(output: Path, cache: Path, **options) -> Config:
+    """The folds 0 and 1 of ``plain``, side by side where nothing else is said."""
+    config = plain(output, cache)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
+    return dataclasses.replace(config, folds=(0, 1), folds_at_once=2)
+
+
+@pytest.fixture(scope="module")
+def side_by_side(tmp_path_factory, cache):
+    """Folds 0 and 1 of ``plain`` in one program, with a checkpoint after each step."""
+    config = both(tmp_path_factory.mktemp("runs") / "side_by_side", cache, checkpoint_every=1)
+    cv.run(config)
+    return config
+
+
+def weights(config: Config, fold: int):
+    """What a fold is evaluated with, as one array."""
+    leaves = jax.tree.leaves(load_params(config.output, fold))
+    return np.concatenate([np.ravel(leaf) for leaf in leaves])
+
+
+def assert_same_folds(one: Config, other: Config) -> None:
+    """Equal but for the order of float32 sums.
+
+    Losses and norms as in tests/test_parallel.py; AdamW divides by small moments, so that a weight
+    with next to no gradient may go another way: together they differ by little of their move.
+    """
+    fresh = compile_programs(one, jax.devices()[:1]).init
+    for fold in (0, 1):
+        for row, same in zip(history(one.output, fold), history(other.output, fold), strict=True):
+            for name in row.keys() - {"validation_dice"}:
+                assert float(same[name]) == pytest.approx(float(row[name]), rel=1e-3, abs=1e-5)
+        key = jax.random.fold_in(jax.random.key(one.seed), fold)
+        before = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(fresh(key).params)])
+        move = np.linalg.norm(weights(one, fold) - before)
+        difference = np.linalg.norm(weights(one, fold) - weights(other, fold))
+        assert difference < 1e-3 * move  # 1e-6 was found
+        names = [
+            sorted(path.name for path in (config.output / f"fold_{fold}").glob("[!t]*/**/*"))
+            for config in (one, other)
+        ]
+        assert names[0] == names[1]
+
+
+def test_folds_side_by_side_are_those_in_turn(alone, side_by_side):
+    in_turn = dataclasses.replace(alone, folds=(0, 1))
+    metrics = cv.run(in_turn)
+    assert_same_folds(in_turn, side_by_side)
+    found = json.loads((side_by_side.output / "metrics.json").read_text("utf-8"))
+    assert found["folds_done"] == metrics["folds_done"] == [0, 1]
+    for fold in ("0", "1"):
+        assert found["fold_summaries"][fold]["folds_side_by_side"] == 2
+    for row, same in zip(metrics["metric_per_case"], found["metric_per_case"], strict=True):
+        assert (row["case_id"], row["fold"]) == (same["case_id"], same["fold"])
+        assert same["dice"] == pytest.approx(row["dice"], abs=1e-3)
+        assert same["volume_predicted_ml"] == pytest.approx(row["volume_predicted_ml"], rel=1e-3)
+
+
+def test_folds_stopped_side_by_side_go_on_side_by_side_or_in_turn(
+    side_by_side, tmp_path, cache, monkeypatch, capsys
+):
+    def told(stop):
+        stop.number = signal.SIGTERM
+        return True
+
+    config = both(tmp_path / "run", cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "after_step", told)
+        with pytest.raises(Interrupted):
+            cv.run(config)
+    said = capsys.readouterr().out
+    for fold in ("fold 1/3", "fold 2/3"):
+        assert f"{fold}: saved after step 1 of 2" in said
+    in_turn = dataclasses.replace(config, output=tmp_path / "in_turn", folds_at_once=1)
+    shutil.copytree(config.output, in_turn.output)
+    for again in (config, in_turn):
+        again = dataclasses.replace(
+            again, train=dataclasses.replace(again.train, checkpoint_every=1)
+        )
+        cv.run(again)
+    assert capsys.readouterr().out.count("going on after step 1 of 2") == 4
+    for fold in (0, 1):
+        np.testing.assert_array_equal(weights(config, fold), weights(side_by_side, fold))
+        assert history(config.output, fold) == history(side_by_side.output, fold)
+    assert_same_folds(side_by_side, in_turn)
+
+
+def test_a_fold_that_is_stuck_leaves_those_beside_it_as_they_were(
+    side_by_side, tmp_path, cache, monkeypatch
+):
+    config = both(tmp_path / "run", cache, max_skipped=2)
+    with monkeypatch.context() as patch:
+        poisoned(patch, 1, 2, calls=1)
+        with pytest.raises(RunError, match="got 2 steps in a row of fold 1 that"):
+            cv.run(config)
+    assert (config.output / "fold_0" / "not_finite_00000002.npz").exists()
+    assert not (config.output / "fold_1" / "not_finite_00000002.npz").exists()
+    np.testing.assert_array_equal(weights(config, 1), weights(side_by_side, 1))
+    assert cv.run(config)["folds_done"] == [0, 1]
+
+
 ONE_OF_TWO = """
 import sys
 from pathlib import Path
@@ -281,9 +383,9 @@ def test_run_that_was_cut_off_ends_like_one_that_was_not(
     assert history(config.output) == history(reference.output)
 
 
-def history(output: Path) -> list[dict[str, str]]:
-    """Curves of the first fold, but for the speed."""
-    with (output / "fold_0" / "history.csv").open() as file:
+def history(output: Path, fold: int = 0) -> list[dict[str, str]]:
+    """Curves of a fold, but for the speed."""
+    with (output / f"fold_{fold}" / "history.csv").open() as file:
         return [row for row in csv.DictReader(file) if row.pop("examples_per_s") is not None]
 
 
@@ -313,15 +415,16 @@ def test_masks_of_other_weights_are_made_again(tmp_path):
     assert cv.stored_rows(tmp_path, "a", "weights") is None
 
 
-def poisoned(monkeypatch, *steps: int) -> None:
-    """Let the batches of these steps hold a value that is not a number."""
-    original = loading.train_batches
+def poisoned(monkeypatch, *steps: int, calls: int | None = None) -> None:
+    """Let the batches of these steps hold a value that is not a number, in the first ``calls``."""
+    original, number = loading.train_batches, itertools.count(1)
 
     def batches(*args, start_step=0, **kwargs):
+        spoilt = calls is None or next(number) <= calls
         for step, batch in enumerate(
             original(*args, start_step=start_step, **kwargs), start_step + 1
         ):
-            if step in steps:
+            if step in steps and spoilt:
                 batch["image"][0] = np.nan
             yield batch
 
@@ -536,6 +639,21 @@ def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
     metrics = cv.run(complete(config))
     assert {row["class"] for row in metrics["metric_per_case"]} == {"pz", "tz"}
     assert metrics["baseline_mean_shape"]["mean_dice"] > 0.1
+
+
+def test_fold_that_finds_nothing_anywhere_is_told_with_a_remedy():
+    def rows(*found):
+        return [
+            {"dice": 0.5 if positive else None, "volume_predicted_ml": volume}
+            for positive, volume in found
+        ]
+
+    assert cv.outcome(rows((True, 1.0), (False, 0.0))) == "Dice 0.500 over 1"
+    assert cv.outcome(rows((True, 0.0), (False, 0.2))) == "Dice 0.500 over 1"
+    assert cv.outcome(rows((False, 0.0))) == "no positive case, no Dice"
+    said = cv.outcome(rows((True, 0.0), (True, 0.0)))
+    assert "no voxel of any case is found" in said
+    assert "--loss.smooth=0.01" in said
 
 
 def test_mask_of_one_and_of_several_classes():

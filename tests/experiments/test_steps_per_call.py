@@ -40,12 +40,12 @@ def test_less_than_one_is_refused():
 def test_calls_end_where_something_is_saved():
     config = configured(steps=11, validations=1, steps_per_call=4)
     fake: Any = ParallelStep(*[lambda given: given] * 4)
-    programs = Programs(fake, fake, fake, 4, fake, fake)
+    programs = Programs(fake, fake, fake, 4, fake, fake, fake)
     given = ({"case_index": np.array([i]), "image": np.full((1, 2, 3, 4, 1), i)} for i in range(11))
     feed, number, sizes, images = Feed(given), 0, [], []
     while number < 11:
-        call, batch, _ = next_call(
-            config, programs, feed, number, lambda n: n in (6, 11), ["a"] * 11
+        (call,), batch, _ = next_call(
+            config, programs, [feed], number, lambda n: n in (6, 11), [["a"] * 11]
         )
         sizes.append(len(call.batches))
         assert call.first == number + 1

@@ -19,13 +19,13 @@ from pathlib import Path
 from cmsad_jax.modules import EncoderConfig, FusionConfig, NetworkConfig
 from data_pipelines import loading
 from data_pipelines.case import DataConfig, PreprocessConfig
-from experiments import checkpoints, cv, train
+from experiments import checkpoints, cv, fold, train
 from experiments.config import Config, PredictConfig, TrainConfig, complete
 from experiments.runtime import run_main
 
 PHASES = {
     "building": (loading, "build"),
-    "training": (cv, "train_fold"),
+    "training": (cv, "train_folds"),
     "validating": (train, "reference_dice"),
     "saving": (checkpoints.Checkpoints, "_write"),
     "predicting": (cv, "predict_and_measure"),
@@ -100,7 +100,7 @@ def mark_phases(struck: str, call: int, fault: str) -> None:
 def mark_units() -> None:
     """Mark the end of each unit of work that a SIGTERM lets finish: a step or a case."""
     for owner, name in (
-        (train.Progress, "time"),
+        (fold.Progress, "time"),
         (train, "predict_case"),
         (cv, "predict_case"),
     ):

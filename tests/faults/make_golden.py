@@ -14,7 +14,8 @@ import jax
 from data_pipelines import loading
 from experiments.checkpoints import load_params
 from experiments.cv import weights_sha256
-from experiments.train import compile_programs, train_fold
+from experiments.fold import Fold
+from experiments.train import compile_programs, train_folds
 from tests.faults.job import tiny
 
 GOLDEN = Path(__file__).with_name("golden.tar.xz")
@@ -27,15 +28,8 @@ def main() -> None:
         config = tiny(run, Path(name) / "cache", steps=2, checkpoint_every=1)
         source = loading.build(config.data)
         ids = source.case_ids
-        train_fold(
-            config,
-            compile_programs(config, jax.devices()[:1]),
-            source,
-            fold=0,
-            training=ids[2:],
-            validation=ids[:2],
-            directory=run / "fold_0",
-        )
+        programs = compile_programs(config, jax.devices()[:1])
+        train_folds(config, programs, source, [Fold(0, ids[2:], ids[:2], run / "fold_0")])
         facts = {"weights": weights_sha256(load_params(run, 0)), "data": source.fingerprint}
         (run / "facts.json").write_text(json.dumps(facts))
         with tarfile.open(GOLDEN, "w:xz") as archive:

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 
 from data_pipelines import loading
-from experiments.train import compile_programs, train_fold
+from experiments.fold import Fold
+from experiments.train import compile_programs, train_folds
 from tests.faults.job import tiny
 
 STEPS, WARM_STEPS = 2000, 200
@@ -45,16 +46,9 @@ def soak(cache: Path, folder: Path) -> tuple[str, str]:
     object.__setattr__(programs.step, "step", sampled)
     ids = source.case_ids
 
-    def train(fold: int) -> None:
-        train_fold(
-            config,
-            programs,
-            source,
-            fold=fold,
-            training=ids[2:],
-            validation=ids[:2],
-            directory=folder / "soak" / f"fold_{fold}",
-        )
+    def train(number: int) -> None:
+        fold = Fold(number, ids[2:], ids[:2], folder / "soak" / f"fold_{number}")
+        train_folds(config, programs, source, [fold])
 
     try:
         train(0)

@@ -21,7 +21,7 @@ from data_pipelines.splits import make_folds
 from data_pipelines.validation import check_ids
 from experiments import cv
 from experiments.checkpoints import Checkpoints
-from experiments.train import write_history
+from experiments.fold import Fold, write_history
 from tests.faults import hostile
 from tests.faults.digest import digest
 from tests.faults.job import tiny
@@ -87,14 +87,17 @@ def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
     monkeypatch.setattr(
         cv.loading, "eval_cases", lambda source, ids: original(source, ids, num_threads=8)
     )
-    monkeypatch.setattr(cv, "train_fold", trained)
+    monkeypatch.setattr(cv, "train_folds", trained)
     folds = make_folds(source.info, num_folds=2)
     together = {}
-    for fold in range(2):
-        directory = tmp_path / f"fold_{fold}"
-        cv.run_fold(config, PROGRAMS, source, folds, fold, directory)
+    group = [
+        Fold(i, folds.training(i), folds.validation[i], tmp_path / f"fold_{i}") for i in range(2)
+    ]
+    cv.run_group(config, PROGRAMS, source, group)
+    for fold in group:
+        directory = fold.directory
         found = read_masks(directory)
-        assert sorted(found) == sorted(folds.validation[fold])
+        assert sorted(found) == sorted(fold.validation)
         together |= found
         for row in json.loads((directory / "metrics.json").read_text("utf-8"))["metric_per_case"]:
             volume_ml = found[row["case_id"]].sum() * voxel_ml(source[row["case_id"]])
@@ -115,11 +118,12 @@ def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
             np.testing.assert_array_equal(mask, alone[case_id])
 
 
-def trained(*_, directory: Path, **__):
-    """What ``train_fold`` leaves and returns, without training."""
-    write_history(directory / "history.csv", [{"step": 1.0, "loss": 1.0}])
+def trained(config, programs, source, folds):
+    """What ``train_folds`` leaves and returns, without training."""
+    for fold in folds:
+        write_history(fold.directory / "history.csv", [{"step": 1.0, "loss": 1.0}])
     names = ("train_s", "first_step_s", "steps_per_s", "input_wait_share", "loss")
-    return {}, dict.fromkeys(names, 1.0)
+    return [({}, dict.fromkeys(names, 1.0)) for _ in folds]
 
 
 def voxel_ml(case) -> float:

@@ -1,0 +1,322 @@
+"""One fold in training: what it is trained on, what it has measured so far, and what it keeps.
+
+``train`` makes the steps, of one fold or of several side by side; each fold accounts for its own.
+"""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cmsad_jax.training import TrainState
+from data_pipelines import loading
+from experiments import hosts
+from experiments.checkpoints import Checkpoints, newest_intact
+from experiments.config import Config, to_json
+from experiments.feed import Feed, training_feed
+from experiments.runtime import RunError, log, whole_file
+
+LOG_POINTS = 100
+"""Rows of ``history.csv`` that a run's training losses are averaged into."""
+
+
+class Fold(NamedTuple):
+    """What a fold is: its number from 0, the ids of its cases, and its part of the run folder."""
+
+    number: int
+    training: Sequence[str]
+    validation: Sequence[str]
+    directory: Path
+
+    def standing(self) -> int:
+        """Step of its newest intact checkpoint ``last``; 0 if there is none."""
+        found = newest_intact(self.checkpoints / "last")
+        return 0 if found is None else found[1]["step"]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of its checkpoints."""
+        return self.directory / "checkpoints"
+
+
+class Step(NamedTuple):
+    """One step that was made: its number from 1, the cases of its batch, the batch, its metrics."""
+
+    number: int
+    case_ids: Sequence[str]
+    batch: dict[str, Any]
+    metrics: dict[str, float]
+
+
+class Call(NamedTuple):
+    """What a fold gave to one call of a program: the first of its steps, and of each the batch."""
+
+    first: int
+    case_ids: list[list[str]]
+    batches: list[dict[str, Any]]
+
+    def steps(self, metrics: dict[str, np.ndarray]) -> Iterator[Step]:
+        """Its steps, with their metrics, once they are made."""
+        for i, (case_ids, batch) in enumerate(zip(self.case_ids, self.batches, strict=True)):
+            values = {name: float(value[i]) for name, value in metrics.items()}
+            yield Step(self.first + i, case_ids, batch, values)
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a fold has measured so far: JSON values, saved with every checkpoint.
+
+    Folds side by side share their time: each has an equal part of it, so that their times add up
+    and their speeds compare with those of folds in turn.
+
+    Attributes:
+        history: rows of ``history.csv``.
+        pending: metrics of the counted steps since the last row.
+        best: step and score of the best look at the validation fold.
+        skipped, skipped_in_a_row: updates left out because something was not finite.
+        first_step_s: of the first step, most of it to compile.
+        train_s: all time spent, over all starts.
+        steady_s, steady_steps: the same without the first step after each start, and its steps.
+    """
+
+    history: list[dict[str, float | None]] = dataclasses.field(default_factory=list)
+    pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    best: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"step": None, "validation_dice": None}
+    )
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    first_step_s: float = 0.0
+    train_s: float = 0.0
+    steady_s: float = 0.0
+    steady_steps: int = 0
+
+    def add_row(self, **facts: float | None) -> dict[str, float | None]:
+        """Turn the pending metrics into a row: their means over the steps that made an update."""
+        made = [row for row in self.pending if not row["skipped"]]
+        row = {
+            name: float(np.mean([row[name] for row in made])) if made else None
+            for name in self.pending[0]
+            if name != "skipped"
+        }
+        self.pending = []
+        self.history.append(row | facts)
+        return self.history[-1]
+
+    def count(self, step: Step, title: str) -> None:
+        """Keep the metrics of a step, and note whether it made its update."""
+        self.pending.append(step.metrics)
+        if not step.metrics["skipped"]:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        log(
+            f"{title}: step {step.number}: loss or gradient not finite, update skipped; cases "
+            + ", ".join(step.case_ids)
+        )
+
+    def time(self, seconds: float, steps: int, *, first: bool) -> None:
+        """Add the time of a call of some steps, the ``first`` of its program or not."""
+        self.train_s += seconds
+        if first:
+            self.first_step_s = self.first_step_s or seconds
+        else:
+            self.steady_s += seconds
+            self.steady_steps += steps
+
+
+class FoldInTraining:
+    """A fold with its checkpoints and its account; of several processes, the first writes.
+
+    Args:
+        config: of the run.
+        fold: which one, and where.
+        data_fingerprint: of the data set.
+
+    Attributes:
+        fold: as given.
+        title: for the run's account.
+        done: what it has measured.
+        start: step after which it goes on.
+        too_many: the step by which too many updates in a row were skipped; None as long as there
+            is none.
+    """
+
+    def __init__(self, config: Config, fold: Fold, data_fingerprint: str):
+        self.fold, self.title = fold, f"fold {fold.number + 1}/{config.num_folds}"
+        self.done, self.start = Progress(), 0
+        self.too_many: Step | None = None
+        self._config = config
+        self._schedule = config.train.optimizer.schedule(config.train.steps)
+        self._log_every = max(1, config.train.steps // LOG_POINTS)
+        self._row_from = 0, 0.0
+        self._checkpoints = Checkpoints(
+            fold.checkpoints, config, fold=fold.number, data_fingerprint=data_fingerprint
+        )
+
+    def close(self) -> None:
+        """Wait until all checkpoints are written."""
+        self._checkpoints.close()
+
+    def resume(self, fresh: TrainState) -> TrainState:
+        """The state to go on from, as process 0 finds it; ``fresh`` if nothing was saved yet."""
+        state, done, start = fresh, Progress(), 0
+        with hosts.first_alone("read its checkpoints"):
+            resumed = self._checkpoints.resume(fresh) if hosts.is_first() else None
+            if resumed is not None:
+                state, record = resumed
+                done, start = Progress(**record["progress"]), record["step"]
+        start, done.skipped_in_a_row = map(
+            int, hosts.of_first(np.array([start, done.skipped_in_a_row], np.int32))
+        )
+        self.done, self.start = done, start
+        self._row_from = done.steady_steps, done.steady_s
+        if not start:
+            return fresh
+        log(f"{self.title}: going on after step {start} of {self._config.train.steps}")
+        return hosts.of_first(state)
+
+    def count(self, steps: Iterator[Step]) -> None:
+        """Account for steps that were made: rows of the history, and whether it can go on."""
+        train, done = self._config.train, self.done
+        for step in steps:
+            done.count(step, self.title)
+            if done.skipped_in_a_row >= train.max_skipped:
+                self.too_many = self.too_many or step
+            if step.number % self._log_every and step.number != train.steps:
+                continue
+            made = done.steady_steps - self._row_from[0]
+            seconds = done.steady_s - self._row_from[1]
+            done.add_row(
+                step=step.number,
+                learning_rate=float(jnp.asarray(self._schedule(step.number - 1))),
+                examples_per_s=made * train.batch_size / seconds if seconds else None,
+                validation_dice=None,
+            )
+            self._row_from = done.steady_steps, done.steady_s
+
+    def look(self, number: int, score: float | None, state: TrainState) -> None:
+        """Note the validation Dice after step ``number``, and keep the state if it is the best."""
+        if self.done.history:
+            self.done.history[-1]["validation_dice"] = score
+        best = self.done.best["validation_dice"]
+        if score is not None and (best is None or score > best):
+            self.done.best = {"step": number, "validation_dice": score}
+            self._checkpoints.save("best", state, step=number)
+
+    def save(self, number: int, state: TrainState) -> None:
+        """Begin to write the checkpoint ``last``, of the state after step ``number``."""
+        self._checkpoints.save("last", state, step=number, progress=dataclasses.asdict(self.done))
+
+    def saved(self, number: int) -> None:
+        """Return, and say so, once the state after step ``number`` is written."""
+        self._checkpoints.wait()
+        log(f"{self.title}: saved after step {number} of {self._config.train.steps}")
+
+    def give_up(self, number: int, state: TrainState) -> RunError:
+        """Save the state after step ``number``, and what is needed to repeat ``too_many``.
+
+        Skipped steps leave the state as it was, so that it is also that before the step, unless a
+        finite step followed in the same call of several. Of several processes the first writes,
+        with its part of the batch.
+
+        Returns:
+            The error that ends the run.
+        """
+        step = self.too_many
+        assert step is not None, "a fold that can go on is saved"
+        file = self.fold.directory / f"not_finite_{step.number:08d}.npz"
+        error = RunError(
+            f"loss and gradient must be finite; got {self._config.train.max_skipped} steps in a "
+            f"row of fold {self.fold.number + 1} that are not, up to step {step.number}. See "
+            f"python -m experiments.reproduce {file}; use a lower "
+            "--train.optimizer.learning-rate, or run again to go on regardless."
+        )
+        if not hosts.is_first():
+            return error
+        facts = {
+            "config": to_json(self._config),
+            "fold": self.fold.number,
+            "step": step.number,
+            "case_ids": step.case_ids,
+        }
+        arrays = {f"state/{name}": value for name, value in state_arrays(state).items()}
+        arrays |= {f"batch/{name}": np.asarray(value) for name, value in step.batch.items()}
+        with whole_file(file) as partial:
+            np.savez_compressed(partial, allow_pickle=False, facts=json.dumps(facts), **arrays)
+        self.done.skipped_in_a_row = 0
+        self.save(number, state)
+        self._checkpoints.wait()
+        return error
+
+    def summary(self) -> dict[str, Any]:
+        """What its training took and came to, after ``history.csv`` is written."""
+        done = self.done
+        if hosts.is_first():
+            write_history(self.fold.directory / "history.csv", done.history)
+        steady_s = max(done.steady_s, 1e-9)
+        return {
+            "first_step_s": round(done.first_step_s, 2),
+            "train_s": round(done.train_s, 2),
+            "examples_per_s": round(
+                done.steady_steps * self._config.train.batch_size / steady_s, 2
+            ),
+            "steps_per_s": round(done.steady_steps / steady_s, 3),
+            "loss": done.history[-1]["loss"] if done.history else None,
+            "skipped_updates": done.skipped,
+            "best": done.best,
+        }
+
+
+def train_batches(
+    config: Config,
+    source: loading.CaseSource,
+    training: Sequence[str],
+    *,
+    fold: int,
+    start: int = 0,
+    num_folds: int = 1,
+) -> Feed:
+    """Batches for the steps of a fold after ``start``; the same however often it was resumed.
+
+    ``num_folds`` are fed at a time, which is a matter of memory alone.
+    """
+    train = config.train
+    if start == train.steps:
+        return Feed(iter(()))
+    share = train.foreground_share
+    if share and not any(source.foreground(case_id).size for case_id in training):
+        share = 0.0
+        log(f"fold {fold + 1}: no training case holds the target; crops are drawn at random")
+    return training_feed(
+        config,
+        source,
+        training,
+        seed=config.seed * 1000 + fold,
+        foreground_share=share,
+        start_step=start,
+        part=hosts.part(),
+        num_folds=num_folds,
+    )
+
+
+def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """Every array of a state by the path of its leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def write_history(path: Path, history: Sequence[dict[str, float | None]]) -> None:
+    """Training curves as CSV; empty cells where nothing was measured."""
+    names = ["step", *(name for name in history[0] if name != "step")]
+    with whole_file(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(history)
