@@ -243,7 +243,11 @@ def assert_same_folds(one: Config, other: Config) -> None:
         difference = np.linalg.norm(weights(one, fold) - weights(other, fold))
         assert difference < 1e-3 * move  # 1e-6 was found
         names = [
-            sorted(path.name for path in (config.output / f"fold_{fold}").glob("[!t]*/**/*"))
+            sorted(
+                str(path.relative_to(config.output))
+                for kind in (".", "cases", "masks", "probabilities", "checkpoints")
+                for path in (config.output / f"fold_{fold}" / kind).iterdir()
+            )
             for config in (one, other)
         ]
         assert names[0] == names[1]
