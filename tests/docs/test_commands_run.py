@@ -38,7 +38,7 @@ STORY = [
     "--output predictions/fold_0 --folds 0 --uncertainty --attention",
     "python -m experiments.cv --output runs/dropout --loss.smooth=0.01 "
     "--train.modality-dropout=0.2",
-    "python -m experiments.cv --output runs/no-dropout --loss.smooth=0.01",
+    "python -m experiments.cv --output runs/no-dropout",
     "python -m experiments.missing runs/dropout runs/no-dropout",
 ]
 """Commands of README.md and docs/predict.md, in an order in which each finds what it needs."""
