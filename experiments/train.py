@@ -27,7 +27,7 @@ from experiments import hosts, memory
 from experiments.config import Config, window
 from experiments.feed import Feed
 from experiments.fold import Call, Fold, FoldInTraining, train_batches
-from experiments.runtime import deferred_signals, progress
+from experiments.runtime import deferred_signals, progress, uncollected
 
 MOST_STEPS_PER_CALL = 10
 """On accelerators, without being asked; signals are heeded between calls."""
@@ -86,7 +86,7 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
     network = CMSAD(config.network)
     optimizer = config.train.optimizer.optimizer(config.train.steps)
     step = partial(
-        train_step,
+        uncollected(train_step),
         network=network,
         optimizer=optimizer,
         loss=config.loss,

@@ -185,6 +185,8 @@ def convolution(
     known = {"native": functools.partial(reference.convolution, strides=strides)}
     if rank == 3:
         known["folded"] = functools.partial(folded_convolution, strides=strides)
+    # Not within a jit of its own, which would trace equal layers once: on a CPU a train step of the
+    # small preset then took six times as long.
     if implementation is None and rank == 3:
         return jax.lax.platform_dependent(x, kernel, cpu=known["folded"], default=known["native"])
     return _choose(implementation or "native", known)(x, kernel)

@@ -105,6 +105,9 @@ def _matrix_backward(over, residuals, cotangent):
 _matrix.defvjp(_matrix_forward, _matrix_backward)
 
 
+# Jitted, as is the block below, so that the value, its derivative and the branches of each platform
+# share what was traced; XLA inlines the calls.
+@functools.partial(jax.jit, static_argnums=0)
 def _over_blocks(block: Callable, voxelwise: tuple[Array, ...], coefficients: Array) -> Any:
     """Blocks one after another on a CPU; on accelerators one block of everything."""
     return jax.lax.platform_dependent(
@@ -120,7 +123,7 @@ def _loop(
 ) -> tuple[Array, ...]:
     """``block`` over parts of the axis ``n``; results without that axis are summed over them."""
     voxels = voxelwise[0].shape[1]
-    each = jax.vmap(functools.partial(block, sums=_sums_at_once))
+    each = functools.partial(_of_each_example, block)
     if limit is None or voxels <= limit:
         of_voxels, totals = each(voxelwise, coefficients, jnp.ones((coefficients.shape[0], voxels)))
         return (*of_voxels, *totals)
@@ -160,6 +163,14 @@ def _loop(
     of_voxels, totals = jax.lax.fori_loop(0, count, step, (of_voxels, totals))
     of_voxels = [_from_bits(x, like.dtype) for x, like in zip(of_voxels, shapes[0], strict=True)]
     return (*of_voxels, *totals)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_each_example(
+    block: Callable, voxelwise: tuple[Array, ...], coefficients: Array, fresh: Float[Array, "b n"]
+) -> Any:
+    """``block`` of every example, sums taken at once."""
+    return jax.vmap(functools.partial(block, sums=_sums_at_once))(voxelwise, coefficients, fresh)
 
 
 def _to_bits(x: Array) -> Array:

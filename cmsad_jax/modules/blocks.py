@@ -1,5 +1,6 @@
 """Convolution, normalisation and the residual block, on volumes and slices alike."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -87,16 +88,29 @@ class Normalization(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        space = tuple(range(1, x.ndim - 1))
-        values = x.astype(jnp.float32)
-        mean = values.mean(space, keepdims=True)
-        square = jnp.square(values).mean(space, keepdims=True)
-        if self.kind == "group":
-            mean, square = (_mean_of_groups(moment) for moment in (mean, square))
-        variance = jnp.maximum(square - jnp.square(mean), 0)
-        varies = variance > _CONSTANT * square
-        inverse = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, variance, 1.0) + 1e-6), 0.0)
-        return ((values - mean) * (inverse * scale) + bias).astype(self.dtype)
+        return _normalize(x, scale, bias, kind=self.kind, dtype=self.dtype)
+
+
+# Jitted, so that layers of one shape are traced and differentiated once; XLA inlines the calls.
+@functools.partial(jax.jit, static_argnames=("kind", "dtype"))
+def _normalize(
+    x: Float[Array, "b *space c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    *,
+    kind: Norm,
+    dtype: DTypeLike,
+) -> Float[Array, "b *space c"]:
+    space = tuple(range(1, x.ndim - 1))
+    values = x.astype(jnp.float32)
+    mean = values.mean(space, keepdims=True)
+    square = jnp.square(values).mean(space, keepdims=True)
+    if kind == "group":
+        mean, square = (_mean_of_groups(moment) for moment in (mean, square))
+    variance = jnp.maximum(square - jnp.square(mean), 0)
+    varies = variance > _CONSTANT * square
+    inverse = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, variance, 1.0) + 1e-6), 0.0)
+    return ((values - mean) * (inverse * scale) + bias).astype(dtype)
 
 
 def _mean_of_groups(moment: Float[Array, "b *ones c"]) -> Float[Array, "b *ones c"]:

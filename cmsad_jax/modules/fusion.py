@@ -168,11 +168,8 @@ class Fusion(nn.Module):
 
         loss = jnp.zeros(r.shape[0], jnp.float32)
         for pair, (i, j) in enumerate(pairs):
-            g = projected[j].astype(jnp.float32)
-            a, b, c = (x[:, i, j].reshape(-1, *ones, self.channels) for x in (alpha, beta, gamma))
-            target = jax.nn.log_softmax(jax.lax.stop_gradient(projected[i]).astype(jnp.float32))
-            expressed = jax.nn.log_softmax((a * g + b) * g + c)
-            divergence = (jnp.exp(target) * (target - expressed)).sum(-1).mean(axes)
+            of_pair = (x[:, i, j].reshape(-1, *ones, self.channels) for x in (alpha, beta, gamma))
+            divergence = _divergence(projected[i], projected[j], *of_pair)
             loss += jnp.where(both[:, pair], divergence, 0)
         return gates, loss / jnp.maximum(both.sum(-1), 1)
 
@@ -208,3 +205,19 @@ class Fusion(nn.Module):
         if self.config.expression == "linear":
             square = jnp.zeros_like(square)
         return square, 1 + slope, offset  # the expression starts near the identity
+
+
+# Jitted, so that all pairs of a stage are traced and differentiated once; XLA inlines the calls.
+@jax.jit
+def _divergence(
+    own: Feature,
+    other: Feature,
+    a: Float[Array, "b *ones c"],
+    b: Float[Array, "b *ones c"],
+    c: Float[Array, "b *ones c"],
+) -> Float[Array, " b"]:
+    """How far the expression of ``own`` by ``other`` is from it; see ``FusionOutput``."""
+    g = other.astype(jnp.float32)
+    target = jax.nn.log_softmax(jax.lax.stop_gradient(own).astype(jnp.float32))
+    expressed = jax.nn.log_softmax((a * g + b) * g + c)
+    return (jnp.exp(target) * (target - expressed)).sum(-1).mean(tuple(range(1, g.ndim - 1)))

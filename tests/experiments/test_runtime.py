@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import gc
 import os
 import platform
 import signal
@@ -25,6 +26,7 @@ from experiments.runtime import (
     naming_path,
     remove_temporary_files,
     run_main,
+    uncollected,
     whole_file,
 )
 from tests.processes import start_two
@@ -108,6 +110,20 @@ else:
 """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_again_after_a_function_that_is_traced(enabled):
+    def fails(value):
+        raise ValueError(f"{value} {gc.isenabled()}")
+
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ValueError, match="7 False"):
+            uncollected(fails)(value=7)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 @pytest.fixture
