@@ -98,9 +98,13 @@ class OptimizerConfig:
 
     def optimizer(self, num_steps: int) -> optax.GradientTransformation:
         """The Optax transformation for a run of ``num_steps`` steps."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(self.schedule(num_steps), weight_decay=self.weight_decay),
+        # Flat: all weights are one array. A kernel for each of hundreds takes longer to compile, to
+        # load and to launch than it runs.
+        return optax.flatten(
+            optax.chain(
+                optax.clip_by_global_norm(self.clip_norm),
+                optax.adamw(self.schedule(num_steps), weight_decay=self.weight_decay),
+            )
         )
 
 
@@ -146,9 +150,13 @@ def init_state(
 ) -> TrainState:
     """Fresh state for images of ``image_shape`` (``b *space m``); equal keys give equal weights.
 
-    Call it outside ``jit``: it compiles a program of its own, once for each network and shape.
+    Call it outside ``jit``: it compiles programs of its own, once for each network and shape.
     """
-    params = _draw_params(network, tuple(image_shape), key)
+    return _first_state(optimizer, _draw_params(network, tuple(image_shape), key))
+
+
+@partial(jax.jit, static_argnums=0)
+def _first_state(optimizer: optax.GradientTransformation, params: PyTree) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

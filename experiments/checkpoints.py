@@ -12,6 +12,7 @@ It is written in a thread under a temporary name, the manifest last, and renamed
 verifies the manifest first, because Orbax restores flipped bytes without noticing.
 """
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -35,10 +36,13 @@ from data_pipelines.case import DataError, MissingDataError
 from experiments.config import Config, differences, from_json, to_json
 from experiments.runtime import log, naming_path
 
-SCHEMA = 1
-"""Version of the layout above. Raise it with any change of it, and add to ``MIGRATIONS``."""
+SCHEMA = 2
+"""Version of the layout above. Raise it with any change of it, and add to ``MIGRATIONS``.
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+1: the optimizer's moments were trees as the weights are; 2: they are one array for all weights.
+"""
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict}
 """From version ``n`` to ``n + 1``: what turns a record of the one into a record of the other."""
 
 KEEP = {"last": 2, "best": 1}
@@ -247,6 +251,8 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def read_record(path: Path) -> dict[str, Any]:
     """The record of the checkpoint ``path``, in today's schema, after verifying every file.
 
+    Where it was written in an older one, ``written_schema`` says which.
+
     Raises:
         CorruptCheckpointError: a file is missing, added or changed.
         DataError: it was written by a later version.
@@ -275,7 +281,9 @@ def read_record(path: Path) -> dict[str, Any]:
             f"{record['schema']}. Use the version that wrote it, or a later one."
         )
     while record["schema"] < SCHEMA:
-        record = MIGRATIONS[record["schema"]](record) | {"schema": record["schema"] + 1}
+        written = record.get("written_schema", record["schema"])
+        record = MIGRATIONS[record["schema"]](record)
+        record |= {"schema": record["schema"] + 1, "written_schema": written}
     return record
 
 
@@ -325,14 +333,19 @@ def load_params(run: Path, fold: int, *, checkpoint: str = "last") -> Any:
 
 def _restore_state(path: Path, record: Mapping[str, Any], like: TrainState) -> TrainState:
     """The state of a verified checkpoint, placed as ``like`` is."""
+    separate = record.get("written_schema", SCHEMA) < 2
+    stored = _with_separate_moments(like) if separate else like
     with _checkpointer() as checkpointer:
         try:
             state = checkpointer.restore(
                 path / _STATE,
-                args=ocp.args.PyTreeRestore(item=like, restore_args=_as_arrays(like)),
+                args=ocp.args.PyTreeRestore(item=stored, restore_args=_as_arrays(stored)),
             )
         except (KeyError, ValueError) as error:
             raise ConfigError(_other_network(path, record, str(error).splitlines()[0])) from error
+
+    if separate:
+        state = _with_joined_moments(state, like)
 
     def place(key_path, value, target):
         if value.shape != target.shape or value.dtype != target.dtype:
@@ -342,6 +355,30 @@ def _restore_state(path: Path, record: Mapping[str, Any], like: TrainState) -> T
         return jax.device_put(value, target.sharding)
 
     return jax.tree_util.tree_map_with_path(place, state, like)
+
+
+def _with_separate_moments(state: TrainState) -> TrainState:
+    """As schema 1 has it: moments are trees as the weights are."""
+    opt_state = jax.tree.map(
+        lambda leaf: state.params if _is_moment(leaf, state) else leaf, state.opt_state
+    )
+    return dataclasses.replace(state, opt_state=opt_state)
+
+
+def _with_joined_moments(state: TrainState, like: TrainState) -> TrainState:
+    """``state`` of schema 1 with each moment as one array, where ``like`` has one."""
+
+    def joined(target, value):
+        if not _is_moment(target, like):
+            return value
+        return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(value)])
+
+    opt_state = jax.tree.map(joined, like.opt_state, state.opt_state)
+    return dataclasses.replace(state, opt_state=opt_state)
+
+
+def _is_moment(leaf: Any, state: TrainState) -> bool:
+    return leaf.shape == (sum(weight.size for weight in jax.tree.leaves(state.params)),)
 
 
 def _checkpointer() -> ocp.Checkpointer:

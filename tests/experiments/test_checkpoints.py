@@ -25,7 +25,7 @@ from experiments.cv import weights_sha256
 from tests.faults.corruption import DAMAGES, filled, survives
 from tests.faults.job import tiny
 
-GOLDEN = Path(__file__).parents[1] / "faults" / "golden.tar.xz"
+FAULTS = Path(__file__).parents[1] / "faults"
 
 
 def state(value: float = 0.0) -> TrainState:
@@ -162,15 +162,17 @@ def test_params_to_predict_with_are_the_average_of_a_fold_that_ended(config):
 def test_older_schema_is_migrated_and_a_newer_one_refused(config, monkeypatch):
     saved(config, 1).close()
     path = config.output / "fold_0" / "checkpoints" / "last" / "00000001"
-    monkeypatch.setattr(checkpoints, "SCHEMA", 3)
-    monkeypatch.setitem(checkpoints.MIGRATIONS, 1, lambda record: record | {"added": [1]})
+    now = checkpoints.SCHEMA
+    monkeypatch.setattr(checkpoints, "SCHEMA", now + 2)
+    monkeypatch.setitem(checkpoints.MIGRATIONS, now, lambda record: record | {"added": [1]})
     monkeypatch.setitem(
-        checkpoints.MIGRATIONS, 2, lambda record: record | {"added": [*record["added"], 2]}
+        checkpoints.MIGRATIONS, now + 1, lambda record: record | {"added": [*record["added"], 2]}
     )
     record = read_record(path)
-    assert (record["schema"], record["added"]) == (3, [1, 2])
-    monkeypatch.setattr(checkpoints, "SCHEMA", 0)
-    with pytest.raises(DataError, match="checkpoints of schema 0 and before can be read"):
+    assert (record["schema"], record["added"]) == (now + 2, [1, 2])
+    assert record["written_schema"] == now
+    monkeypatch.setattr(checkpoints, "SCHEMA", now - 1)
+    with pytest.raises(DataError, match=f"checkpoints of schema {now - 1} and before can be read"):
         read_record(path)
 
 
@@ -178,16 +180,19 @@ def test_every_schema_before_this_one_has_a_migration():
     assert sorted(checkpoints.MIGRATIONS) == list(range(1, checkpoints.SCHEMA))
 
 
-def test_golden_checkpoint_is_read(tmp_path):
-    assert GOLDEN.stat().st_size < 100_000
-    with tarfile.open(GOLDEN) as archive:
-        archive.extractall(tmp_path, filter="data")
-    facts = json.loads((tmp_path / "run" / "facts.json").read_text("utf-8"))
-    params = load_params(tmp_path / "run", 0)
+def golden(schema, tmp_path):
+    """The state of the golden checkpoint of a schema, resumed, and its record."""
+    packed = FAULTS / f"golden_{schema}.tar.xz"
+    assert packed.stat().st_size < 100_000
+    run = tmp_path / str(schema) / "run"
+    with tarfile.open(packed) as archive:
+        archive.extractall(run.parent, filter="data")
+    facts = json.loads((run / "facts.json").read_text("utf-8"))
+    params = load_params(run, 0)
     assert weights_sha256(params) == facts["weights"]
-    checkpoints = tmp_path / "run/fold_0/checkpoints"
-    config = from_json(Config, read_record(checkpoints / "last/00000002")["config"])
-    kept = Checkpoints(checkpoints, config, data_fingerprint=facts["data"])
+    folder = run / "fold_0/checkpoints"
+    config = from_json(Config, read_record(folder / "last/00000002")["config"])
+    kept = Checkpoints(folder, config, data_fingerprint=facts["data"])
     optimizer = config.train.optimizer.optimizer(2)
     like = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -197,8 +202,24 @@ def test_golden_checkpoint_is_read(tmp_path):
     )
     resumed, record = kept.resume(like)
     assert same(resumed.average, params)
+    return resumed, record
+
+
+@pytest.mark.parametrize("schema", range(1, checkpoints.SCHEMA + 1))
+def test_golden_checkpoint_is_read(tmp_path, schema):
+    resumed, record = golden(schema, tmp_path)
     assert int(resumed.step) == record["step"] == 2
     assert len(record["progress"]["history"]) == 2
+
+
+def test_golden_moments_of_separate_weights_are_those_of_all_in_one_array(tmp_path):
+    # Both versions trained the same two steps, up to the order of sums. Were the weights in another
+    # order, nothing would correlate.
+    old, new = (jax.tree.leaves(golden(schema, tmp_path)[0].opt_state) for schema in (1, 2))
+    moments = [pair for pair in zip(old, new, strict=True) if pair[1].size > 1]
+    assert len(moments) == 2
+    for pair in moments:
+        assert np.corrcoef(*map(np.asarray, pair))[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("where", ["folder", "file", "room"])

@@ -1,7 +1,7 @@
-"""Write ``golden.tar.xz``: checkpoints as this version writes them, for later ones to read.
+"""Write ``golden_<schema>.tar.xz``: a checkpoint as this version writes it, for later ones to read.
 
 ``python -m tests.faults.make_golden`` trains a fold of ``tests.faults.job.tiny`` for 2 steps. Make
-a new one only together with a new schema, and keep the old one beside it.
+a new one only together with a new schema; the older ones stay beside it.
 """
 
 import json
@@ -12,13 +12,13 @@ from pathlib import Path
 import jax
 
 from data_pipelines import loading
-from experiments.checkpoints import load_params
+from experiments.checkpoints import SCHEMA, load_params
 from experiments.cv import weights_sha256
 from experiments.fold import Fold
 from experiments.train import compile_programs, train_folds
 from tests.faults.job import tiny
 
-GOLDEN = Path(__file__).with_name("golden.tar.xz")
+GOLDEN = Path(__file__).with_name(f"golden_{SCHEMA}.tar.xz")
 
 
 def main() -> None:
