@@ -49,7 +49,7 @@ settings=(
   --loss.voxel cross_entropy
   --loss.region-weight 1.0
   --loss.voxel-weight 1.0
-  --loss.smooth 1.0
+  --loss.smooth 0.01
   --loss.deep-weight 0.5
   # Attention maps and who teaches whom, at which stages, by which distance, how strongly
   --loss.cross-modal-weight 0.1

@@ -305,7 +305,7 @@ def outcome(rows: Sequence[dict[str, Any]]) -> str:
         return words
     return (
         f"{words}; no voxel of any case is found. The network may have learnt that nothing is "
-        "right for most crops: use --loss.smooth=0.01 or a lower --train.optimizer.learning-rate"
+        "right for most crops: use a lower --train.optimizer.learning-rate or --loss.smooth"
     )
 
 

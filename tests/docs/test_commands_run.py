@@ -36,8 +36,7 @@ STORY = [
     "--output predictions",
     "python -m experiments.predict --model model.cmsad --input patients "
     "--output predictions/fold_0 --folds 0 --uncertainty --attention",
-    "python -m experiments.cv --output runs/dropout --loss.smooth=0.01 "
-    "--train.modality-dropout=0.2",
+    "python -m experiments.cv --output runs/dropout --train.modality-dropout=0.2",
     "python -m experiments.cv --output runs/no-dropout",
     "python -m experiments.missing runs/dropout runs/no-dropout",
 ]

@@ -657,7 +657,7 @@ def test_fold_that_finds_nothing_anywhere_is_told_with_a_remedy():
     assert cv.outcome(rows((False, 0.0))) == "no positive case, no Dice"
     said = cv.outcome(rows((True, 0.0), (True, 0.0)))
     assert "no voxel of any case is found" in said
-    assert "--loss.smooth=0.01" in said
+    assert "--train.optimizer.learning-rate" in said
 
 
 def test_mask_of_one_and_of_several_classes():
