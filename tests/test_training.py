@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cmsad_jax import parallel
@@ -133,6 +134,31 @@ def test_step_that_is_not_finite_changes_nothing_and_says_so():
     assert not np.isfinite(metrics["loss"])
     same = jax.tree.map(lambda a, b: bool((a == b).all()), kept, made)
     assert all(jax.tree.leaves(same))
+
+
+def test_optimizer_on_one_array_of_all_weights_is_that_on_each():
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
+    keys = jax.random.split(jax.random.key(3), 6)
+    zeros = {"a": jnp.zeros((3, 4)), "b": {"c": jnp.zeros(5), "d": jnp.zeros(())}}
+    draw = iter(keys)
+    params, gradient = (
+        jax.tree.map(lambda zeros: jax.random.normal(next(draw), zeros.shape), zeros)
+        for _ in range(2)
+    )
+    separate = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(config.schedule(10), weight_decay=config.weight_decay),
+    )
+    found, expected = params, params
+    states = [optimizer.init(params) for optimizer in (config.optimizer(10), separate)]
+    assert [leaf.shape for leaf in jax.tree.leaves(states[0]) if leaf.ndim] == [(18,), (18,)]
+    for _ in range(4):
+        updates, states[0] = config.optimizer(10).update(gradient, states[0], found)
+        found = optax.apply_updates(found, updates)
+        updates, states[1] = separate.update(gradient, states[1], expected)
+        expected = optax.apply_updates(expected, updates)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+    assert np.abs(found["a"] - params["a"]).max() > 1e-3
 
 
 def test_modality_dropout_keeps_one_and_adds_none():
