@@ -146,7 +146,7 @@ def summarise(detections: Sequence[Detection], *, num_resamples: int = 2_000) ->
     positive = [_positive(case) for case in detections]
     num_lesions = sum(target for target, _, _ in results)
     has_lesions, has_both = num_lesions > 0, 0 < sum(positive) < len(detections)
-    ap = float(metrics.AP) if has_lesions else None
+    ap = float(metrics.AP) + 0.0 if has_lesions else None  # -0.0, where nothing is found, is 0.0
     auroc = float(metrics.auroc) if has_both else None
     values = {
         "average_precision": ap,

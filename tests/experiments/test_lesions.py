@@ -112,6 +112,12 @@ def test_a_hit_a_miss_and_a_false_alarm():
     assert summary["num_lesions"] == 2
 
 
+def test_precision_is_0_without_a_sign_where_no_lesion_is_found():
+    missed = detected("a", np.zeros(SHAPE), ball((4, 10, 10), 3))
+    wrong = detected("b", 0.4 * ball((4, 28, 28), 3), np.zeros(SHAPE))
+    assert str(lesions.summarise([missed, wrong], num_resamples=200)["average_precision"]) == "0.0"
+
+
 def test_sensitivity_counts_the_weakest_hit_also_where_nothing_is_missed():
     truth = ball((4, 10, 10), 3)
     cases = [detected("a", 0.9 * truth, truth), detected("b", 0.2 * truth, truth)]
