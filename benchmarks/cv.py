@@ -31,7 +31,7 @@ from benchmarks import timing
 from data_pipelines import loading
 from experiments import cv, train
 from experiments.config import PRESETS, Config, complete
-from experiments.runtime import keep_compiled, peak_memory_bytes
+from experiments.runtime import keep_compiled, peak_memory_bytes, uncollected
 
 RESIDENCIES = ("host", "device")
 
@@ -97,7 +97,7 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
         calls, placed, program = train.next_call(
             config, programs, feeds, number, lambda _: False, training
         )
-        state, _ = program.step(state, placed)
+        state, _ = (program.step if first_steps else uncollected(program.step))(state, placed)
         number += len(calls[0].batches)
         if not first_steps:
             jax.block_until_ready(state)

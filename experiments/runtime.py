@@ -110,8 +110,8 @@ def keep_compiled(folder: Path) -> None:
 def uncollected(function: Callable[P, T]) -> Callable[P, T]:
     """``function``, in whose calls Python's garbage collector rests.
 
-    For what JAX traces: a program is hundreds of thousands of objects that all stay, and a quarter
-    of the time to trace a train step went to looking through them. Traced, it runs once.
+    For calls in which JAX traces and compiles: a program is hundreds of thousands of objects that
+    all stay, and a quarter of the time to trace a train step went to looking through them.
     """
 
     @functools.wraps(function)

@@ -86,7 +86,7 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
     network = CMSAD(config.network)
     optimizer = config.train.optimizer.optimizer(config.train.steps)
     step = partial(
-        uncollected(train_step),
+        train_step,
         network=network,
         optimizer=optimizer,
         loss=config.loss,
@@ -119,7 +119,7 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
 
     one, several = of_folds(1)
     return Programs(
-        init=lambda key: init_state(network, optimizer, image_shape, key=key),
+        init=uncollected(lambda key: init_state(network, optimizer, image_shape, key=key)),
         step=one,
         several=several,
         steps_per_call=per_call,
@@ -334,10 +334,12 @@ def train_folds(
                     config, programs, feeds, number, saves, [fold.training for fold in folds]
                 )
                 size = len(calls[0].batches)
+                make = program.step
                 if size not in compiled:
-                    needed = memory.check(config, program.step, state, placed)
+                    make = uncollected(make)
+                    needed = uncollected(memory.check)(config, program.step, state, placed)
             with memory.explained(config, needed):
-                state, metrics = program.step(state, placed)
+                state, metrics = make(state, placed)
                 if size not in compiled:
                     jax.block_until_ready(state)
             number += size
