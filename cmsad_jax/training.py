@@ -45,7 +45,7 @@ class LossConfig:
     voxel_weight: float = 1.0
     """Weight of the voxel-wise term."""
     smooth: float = 0.01
-    """Voxels added to both sides of the overlap's fraction; 1 or more may teach to predict nothing."""
+    """Voxels added to both sides of the overlap's fraction; 1 or more can teach to find nothing."""
     cross_modal_weight: float = 0.1
     """Weight of the attention distillation between modalities; 0 switches it off."""
     self_weight: float = 0.1
