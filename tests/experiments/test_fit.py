@@ -76,12 +76,14 @@ def test_memory_of_a_batch_is_on_the_line_through_two_smaller_ones():
     devices = jax.devices("cpu")[:1]
     of_batch = {}
     for batch_size in (1, 2, 5):
-        train = dataclasses.replace(config.train, batch_size=batch_size)
+        # Crops as here would need less than the optimizer, which is not of the batch.
+        crop = tuple(2 * size for size in config.train.crop)
+        train = dataclasses.replace(config.train, batch_size=batch_size, crop=crop)
         of_batch[batch_size] = fit.step_bytes(dataclasses.replace(config, train=train), devices)
     assert of_batch[1] < of_batch[2] < of_batch[5]
     line = of_batch[1] + 4 * (of_batch[2] - of_batch[1])
-    # Of a megabyte; that of the preset small at 44 examples was 0.6 % from the line.
-    assert of_batch[5] == pytest.approx(line, rel=0.25)
+    # Of some megabytes; that of the preset small at 44 examples was 0.6 % from the line.
+    assert of_batch[5] == pytest.approx(line, rel=0.1)
 
 
 def test_what_cannot_be_told_is_refused(monkeypatch):
