@@ -45,10 +45,12 @@ from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from cmsad_jax.training import init_state
 from data_pipelines import volume_io
 from data_pipelines.case import Volume
-from data_pipelines.phantom.phantom import case_id_of, make_case
+from data_pipelines.phantom.anatomy import case_id_of
+from data_pipelines.phantom.phantom import make_case
 from experiments import predict
 from experiments.config import PRESETS, Config, complete, window
 from experiments.export import describe, model_card
+from experiments.inputs import find_inputs, read_case
 from experiments.runtime import select_accelerator
 from experiments.train import predict_window
 
@@ -162,9 +164,9 @@ def measure_volume(preset: str, shape: tuple[int, int, int]) -> dict[str, float]
             return result
 
         watched_model = dataclasses.replace(model, programs={"predict": watched})
-        (entry,) = predict.find_inputs(root / "in", facts.modalities)
+        (entry,) = find_inputs(root / "in", facts.modalities)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
-        case = predict.read_case(entry, predict.data_config(facts))
+        case = read_case(entry, predict.data_config(facts))
         computed = predict.compute(watched_model, case, attention=False)
         predict.write_case(computed, facts, root / "out", uncertainty=True)
         peak = _resident("VmHWM")

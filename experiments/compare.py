@@ -15,7 +15,8 @@ import numpy as np
 import tyro
 
 from data_pipelines.case import DataError
-from experiments.evaluate import Row, read_metrics, write_text
+from experiments.evaluate import read_metrics, write_text
+from experiments.metrics import Row
 from experiments.options import REGISTRY
 from experiments.runtime import run_main
 from experiments.statistics import (

@@ -23,6 +23,7 @@ from experiments import evaluate, feed, hosts, lesions, mean_shape, report, tens
 from experiments.checkpoints import file_sha256
 from experiments.config import Config, differences, flatten, from_json, parse, to_json
 from experiments.fold import Fold
+from experiments.metrics import case_metrics
 from experiments.runtime import (
     LOCK,
     TEMPORARY,
@@ -327,7 +328,7 @@ def predict_and_measure(
     ):
         with naming_path(path):
             volume_io.write_nifti(path, array, affine, case_id=case.case_id)
-    measured = evaluate.case_metrics(mask, case.original_truth, spacing_of(affine), classes=classes)
+    measured = case_metrics(mask, case.original_truth, spacing_of(affine), classes=classes)
     identity: dict[str, Any] = {
         "case_id": case.case_id,
         "patient_id": case.patient_id,

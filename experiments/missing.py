@@ -19,8 +19,8 @@ from data_pipelines import preprocessing
 from data_pipelines.case import Case, DataError, spacing_of
 from experiments import statistics
 from experiments.config import Accelerator
-from experiments.evaluate import case_metrics
 from experiments.export import read_run
+from experiments.metrics import case_metrics
 from experiments.options import REGISTRY
 from experiments.revisit import RevisitCommand, open_run
 from experiments.runtime import log, run_main, select_accelerator

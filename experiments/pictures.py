@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 from markupsafe import Markup
 
-from experiments.evaluate import Row
+from experiments.metrics import Row
 from experiments.wording import Drawing, class_label, number, volume
 
 

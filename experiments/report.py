@@ -6,16 +6,14 @@ HTML alone. A run with some folds missing is reported as such.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
-import numpy as np
 import tyro
 
 from experiments.charts import (
-    History,
     curve_chart,
     curve_names,
     detection_charts,
@@ -23,22 +21,30 @@ from experiments.charts import (
     read_history,
     result_charts,
 )
-from experiments.evaluate import METRICS, read_metrics, summarise, write_text
+from experiments.evaluate import read_metrics, summarise, write_text
 from experiments.pictures import pictures_of, viewer_of
+from experiments.report_tables import (
+    beside_table,
+    best_table,
+    case_table,
+    count_table,
+    curve_table,
+    detection_table,
+    flat_table,
+    fold_table,
+    folds_table,
+    headline_table,
+    timing_table,
+)
 from experiments.runtime import read_json, run_main
 from experiments.statistics import FEW_PATIENTS, few_patients_warning
 from experiments.wording import (
-    LABELS,
-    SHORT_LABELS,
-    UNDEFINED,
     Table,
     class_label,
     curve_label,
-    duration,
     interval,
     number,
     plural,
-    text,
     volume,
 )
 
@@ -171,16 +177,16 @@ def _facts(run_dir: Path) -> dict[str, Any]:
         "complete": len(done) == num_folds,
         "warnings": _warnings(metrics, classes),
         "tiles": _tiles(metrics, classes),
-        "headline": [_headline_table(metrics, name) for name in classes],
-        "counts": _count_table(metrics, classes),
-        "detection": _detection_table(metrics),
+        "headline": [headline_table(metrics, name) for name in classes],
+        "counts": count_table(metrics, classes),
+        "detection": detection_table(metrics),
         "detection_charts": detection_charts(metrics["detection"])
         if "detection" in metrics
         else [],
         "definitions": DEFINITIONS,
-        "beside": _beside_table(metrics, classes),
-        "best": _best_table(metrics),
-        "per_fold": _fold_table(metrics, classes, num_folds),
+        "beside": beside_table(metrics, classes),
+        "best": best_table(metrics),
+        "per_fold": fold_table(metrics, classes, num_folds),
         "fold_colors": [(fold, fold_color(fold)) for fold in (done or sorted(history))],
         "result_charts": [
             chart
@@ -190,17 +196,17 @@ def _facts(run_dir: Path) -> dict[str, Any]:
         "curve_charts": [
             curve_chart(history, name, f"t{index}") for index, name in enumerate(curves)
         ],
-        "curve_table": _curve_table(history, curves),
+        "curve_table": curve_table(history, curves),
         "unused_terms": [curve_label(name) for name in unused],
         "pictures": pictures_of(run_dir, metrics, classes),
         "viewer": viewer_of(run_dir, metrics, classes),
-        "per_case": _case_table(metrics),
-        "timing": _timing_table(metrics, environment),
-        "folds_table": _folds_table(fold_list),
+        "per_case": case_table(metrics),
+        "timing": timing_table(metrics, environment),
+        "folds_table": folds_table(fold_list),
         "folds_sha256": folds.get("sha256") if isinstance(folds, dict) else None,
-        "config": _flat_table("Configuration", config.get("config", config)),
+        "config": flat_table("Configuration", config.get("config", config)),
         "data_fingerprint": config.get("data_fingerprint"),
-        "environment": _flat_table(
+        "environment": flat_table(
             "Environment", {key: value for key, value in environment.items() if key != "wall_s"}
         ),
     }
@@ -275,255 +281,6 @@ def _tiles(metrics: Mapping[str, Any], classes: Sequence[str]) -> list[dict[str,
                 }
             )
     return tiles
-
-
-def _headline_table(metrics: Mapping[str, Any], name: str) -> Table:
-    return Table(
-        f"{class_label(name).capitalize()}: over cases and folds",
-        (
-            "Metric",
-            "Mean",
-            "95 % interval",
-            "SD over cases",
-            "SD of fold means",
-            "Median",
-            "Cases",
-        ),
-        [
-            (
-                LABELS[metric],
-                number(metrics["mean"][name][metric], metric),
-                interval(metrics["interval"][name][metric], metric),
-                *(
-                    number(metrics[key][name][metric], metric)
-                    for key in ("sd", "sd_of_fold_means", "median")
-                ),
-                str(metrics["num_defined"][name][metric]),
-            )
-            for metric in METRICS
-        ],
-    )
-
-
-def _count_table(metrics: Mapping[str, Any], classes: Sequence[str]) -> Table:
-    def share(count: int, of: int) -> str:
-        return f"{count} of {of}" if of else UNDEFINED
-
-    rows: list[tuple[str, Callable[[str], str]]] = [
-        ("Positive cases", lambda c: share(metrics["num_positive"][c], metrics["num_cases"])),
-        (
-            "Missed (empty prediction)",
-            lambda c: share(metrics["num_missed"][c], metrics["num_positive"][c]),
-        ),
-        (
-            "No overlap with the truth (missed ones included)",
-            lambda c: share(metrics["num_no_overlap"][c], metrics["num_positive"][c]),
-        ),
-        (
-            "Negative cases with false positives",
-            lambda c: share(
-                metrics["false_positives_on_negatives"][c]["num_cases"],
-                metrics["num_negatives"][c],
-            ),
-        ),
-        (
-            "False-positive volume on negative cases, mean",
-            lambda c: volume(metrics["false_positives_on_negatives"][c]["mean_ml"]),
-        ),
-        (
-            "False-positive volume on negative cases, largest",
-            lambda c: volume(metrics["false_positives_on_negatives"][c]["max_ml"]),
-        ),
-    ]
-    return Table(
-        "Counts",
-        ("", *(class_label(name).capitalize() for name in classes)),
-        [(title, *(value(name) for name in classes)) for title, value in rows],
-    )
-
-
-def _detection_table(metrics: Mapping[str, Any]) -> Table | None:
-    detection = metrics.get("detection")
-    if detection is None:
-        return None
-    rows = [
-        (label, number(detection[key], key), interval(detection["interval"][key], key))
-        for key, label in (
-            ("average_precision", "Average precision of lesions"),
-            ("auroc", "AUROC of cases"),
-            ("picai_score", "PI-CAI score"),
-        )
-    ]
-    rows += [
-        (
-            f"Lesion sensitivity at {rate} false positives per case",
-            number(value, "sensitivity"),
-            interval(detection["interval"]["sensitivity_at"][rate], "sensitivity"),
-        )
-        for rate, value in detection["sensitivity_at"].items()
-    ]
-    rows += [
-        (f"{label}, over all confidences", str(detection[key]), "")
-        for key, label in (
-            ("num_true_positive", "Lesions found"),
-            ("num_false_negative", "Lesions not found"),
-            ("num_false_positive", "False-positive candidates"),
-        )
-    ]
-    for kind, reliability in detection["calibration"].items():
-        key = "expected_calibration_error"
-        rows.append((f"ECE of {kind}", number(reliability[key], key), ""))
-        if kind == "voxels":
-            above = number(reliability[f"{key}_above_lowest_bin"], key)
-            rows.append(("ECE of voxels above the lowest bin", above, ""))
-    return Table("Lesion detection and calibration", ("", "Value", "95 % interval"), rows)
-
-
-def _beside_table(metrics: Mapping[str, Any], classes: Sequence[str]) -> Table | None:
-    """The headline beside what must be known to judge it."""
-    baseline = metrics.get("baseline_mean_shape")
-    if not baseline:
-        return None
-    means = [metrics["mean"][name]["dice"] for name in classes]
-    known = [mean for mean in means if mean is not None]
-    return Table(
-        "Against a prediction that ignores the image",
-        ("Prediction", "Mean Dice"),
-        [
-            ("This run", number(float(np.mean(known)) if known else None, "dice")),
-            (
-                "Mean shape of the training cases, same for every image",
-                number(baseline.get("mean_dice"), "dice"),
-            ),
-        ],
-    )
-
-
-def _best_table(metrics: Mapping[str, Any]) -> Table | None:
-    """Checkpoints chosen on the validation fold, one row per fold, or what the key holds."""
-    best = metrics.get("best_checkpoint")
-    if not best:
-        return None
-    if all(isinstance(entry, Mapping) for entry in best.values()):
-        columns = list(dict.fromkeys(key for entry in best.values() for key in entry))
-        rows = [
-            (f"Fold {fold}", *(text(entry.get(key)) for key in columns))
-            for fold, entry in best.items()
-        ]
-        return Table("Best checkpoints", ("", *(curve_label(key) for key in columns)), rows)
-    return _flat_table("Best checkpoints", best)
-
-
-def _fold_table(metrics: Mapping[str, Any], classes: Sequence[str], num_folds: int) -> Table:
-    shown = ("dice", "sensitivity", "precision", "hd95_mm", "assd_mm", "false_positive_volume_ml")
-    entries = {entry["fold"]: entry for entry in metrics["per_fold"]}
-    several = len(classes) > 1
-    rows = []
-    for fold in range(max([num_folds, *(fold + 1 for fold in entries)])):
-        for name in classes:
-            title = f"Fold {fold}, {name}" if several else f"Fold {fold}"
-            entry = entries.get(fold)
-            if entry is None:
-                rows.append((f"{title} (missing)", *([""] * (len(shown) + 3))))
-                continue
-            rows.append(
-                (
-                    title,
-                    str(entry["num_cases"]),
-                    str(entry["num_positive"][name]),
-                    str(entry["num_missed"][name]),
-                    *(number(entry["mean"][name][metric], metric) for metric in shown),
-                )
-            )
-    columns = ("Fold", "Cases", "Positive", "Missed", *(SHORT_LABELS[metric] for metric in shown))
-    return Table("Means per fold", columns, rows)
-
-
-def _case_table(metrics: Mapping[str, Any]) -> Table:
-    several = len(metrics["mean"]) > 1
-    return Table(
-        "Every case",
-        ("Case", *(("Class",) if several else ()), "Fold", *(SHORT_LABELS[m] for m in METRICS)),
-        [
-            (
-                row["case_id"],
-                *((row["class"],) if several else ()),
-                text(row["fold"]),
-                *(number(row[metric], metric) for metric in METRICS),
-            )
-            for row in metrics["metric_per_case"]
-        ],
-    )
-
-
-def _timing_table(metrics: Mapping[str, Any], environment: Mapping[str, Any]) -> Table | None:
-    """Seconds per phase of the run, and speed per fold, as far as they were recorded."""
-    rows = [
-        (curve_label(phase), duration(seconds))
-        for phase, seconds in _flatten(environment.get("wall_s") or {})
-    ]
-    for fold, summary in (metrics.get("fold_summaries") or {}).items():
-        for key, label in (
-            ("first_step_s", "first step, with compilation"),
-            ("train_s", "training"),
-            ("predict_s", "prediction"),
-        ):
-            if key in summary:
-                rows.append((f"Fold {fold}: {label}", duration(summary[key])))
-        if "examples_per_s" in summary:
-            rows.append((f"Fold {fold}: examples per second", text(summary["examples_per_s"])))
-        if "peak_memory_gb" in summary:
-            memory = f"{summary['peak_memory_gb']:.2f} GB"
-            rows.append((f"Fold {fold}: peak memory so far", memory))
-    return Table("Time and memory", ("Phase", "Value"), rows) if rows else None
-
-
-def _folds_table(folds: Sequence[Mapping[str, Sequence[str]]]) -> Table | None:
-    if not folds:
-        return None
-    return Table(
-        "Folds",
-        ("Fold", "Training cases", "Validation cases"),
-        [
-            (f"Fold {index}", str(len(fold["train"])), str(len(fold["val"])))
-            for index, fold in enumerate(folds)
-        ],
-    )
-
-
-def _curve_table(history: History, names: Sequence[str]) -> Table | None:
-    """The last value of each curve in each fold."""
-    if not names:
-        return None
-    rows = [
-        (
-            curve_label(name),
-            *(
-                text(_last(columns[name]["value"]) if name in columns else None)
-                for columns in history.values()
-            ),
-        )
-        for name in names
-    ]
-    return Table("At the end of training", ("", *(f"Fold {fold}" for fold in history)), rows)
-
-
-def _last(values: np.ndarray) -> float | None:
-    return float(values[-1]) if values.size else None
-
-
-def _flat_table(title: str, nested: Mapping[str, Any]) -> Table:
-    return Table(title, ("Name", "Value"), [(name, text(v)) for name, v in _flatten(nested)])
-
-
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            rows += _flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", value))
-    return rows
 
 
 def _read_json(path: Path) -> Any:

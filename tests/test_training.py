@@ -142,7 +142,7 @@ def test_optimizer_on_one_array_of_all_weights_is_that_on_each():
     zeros = {"a": jnp.zeros((3, 4)), "b": {"c": jnp.zeros(5), "d": jnp.zeros(())}}
     draw = iter(keys)
     params, gradient = (
-        jax.tree.map(lambda zeros: jax.random.normal(next(draw), zeros.shape), zeros)
+        jax.tree.map(lambda leaf: jax.random.normal(next(draw), leaf.shape), zeros)
         for _ in range(2)
     )
     separate = optax.chain(

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from data_pipelines.case import DataError, RawCase
 from data_pipelines.case_builder import CaseBuilder
-from data_pipelines.phantom.phantom import case_id_of, make_case
+from data_pipelines.phantom.anatomy import case_id_of
+from data_pipelines.phantom.phantom import make_case
 
 
 @dataclasses.dataclass(frozen=True)

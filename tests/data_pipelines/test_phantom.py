@@ -11,7 +11,21 @@ from scipy import ndimage
 
 from data_pipelines.case import DataConfig, DataError
 from data_pipelines.phantom import phantom
-from data_pipelines.phantom.phantom import AFMS, OUTSIDE, PZ, TZ, make_anatomy, make_case
+from data_pipelines.phantom.anatomy import (
+    AFMS,
+    OUTSIDE,
+    POSITIVE_SHARE,
+    PZ,
+    SHAPE,
+    SPACING_MM,
+    TZ,
+    Anatomy,
+    case_id_of,
+    is_positive,
+    make_anatomy,
+    patient_of,
+)
+from data_pipelines.phantom.phantom import make_case
 from data_pipelines.phantom.phantom_dataset_builder import Builder
 from data_pipelines.preprocessing import preprocess_case, resample
 from data_pipelines.records import decode
@@ -21,9 +35,9 @@ QUANTILES = (5, 25, 50, 75, 95)
 
 
 @pytest.fixture(scope="module")
-def positives() -> list[phantom.Anatomy]:
+def positives() -> list[Anatomy]:
     """Anatomy of the first positive cases; no image is rendered."""
-    indices = (i for i in range(10**6) if phantom.is_positive(i, seed=0))
+    indices = (i for i in range(10**6) if is_positive(i, seed=0))
     return [make_anatomy(next(indices)) for _ in range(NUM_POSITIVE)]
 
 
@@ -60,7 +74,7 @@ def test_lesion_counts_are_the_real_ones(positives, shared_data):
     single = np.mean([len(anatomy.lesions) == 1 for anatomy in positives])
     assert single == pytest.approx(np.mean(real[real > 0] == 1), abs=0.06)
     assert {len(anatomy.lesions) for anatomy in positives} <= {1, 2, 3}
-    assert pytest.approx(np.mean(real > 0), abs=0.001) == phantom.POSITIVE_SHARE
+    assert pytest.approx(np.mean(real > 0), abs=0.001) == POSITIVE_SHARE
 
 
 def test_lesions_lie_in_the_zones_where_real_ones_do(positives, shared_data):
@@ -141,7 +155,7 @@ def test_displacement_has_the_stated_distribution():
 @pytest.mark.parametrize("num_cases", [20, 60, 100, 358])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_prefix_holds_the_share_of_positives(num_cases, seed):
-    positive = sum(phantom.is_positive(i, seed=seed) for i in range(num_cases))
+    positive = sum(is_positive(i, seed=seed) for i in range(num_cases))
     assert abs(positive - 0.283 * num_cases) < 2
 
 
@@ -159,9 +173,9 @@ def test_a_case_is_a_function_of_seed_and_index():
 def test_lesions_and_only_positives_have_labels(positives):
     for anatomy in positives[:20]:
         volume = sum(lesion.volume_ml for lesion in anatomy.lesions)
-        voxel_ml = np.prod(phantom.SPACING_MM) / 1000
+        voxel_ml = np.prod(SPACING_MM) / 1000
         assert anatomy.lesion_mask.sum() * voxel_ml == pytest.approx(volume)
-    negative = next(i for i in range(9) if not phantom.is_positive(i, seed=0))
+    negative = next(i for i in range(9) if not is_positive(i, seed=0))
     label = make_case(negative).label
     assert label is not None
     assert not label.array.any()
@@ -169,7 +183,7 @@ def test_lesions_and_only_positives_have_labels(positives):
 
 def test_foci_are_disjoint_and_in_one_piece(positives):
     for anatomy in positives[:10]:
-        count = np.zeros(phantom.SHAPE, int)
+        count = np.zeros(SHAPE, int)
         for focus in anatomy.foci:
             count[focus.box] += focus.mask
             assert ndimage.label(focus.mask)[1] == 1
@@ -180,13 +194,13 @@ def test_foci_are_disjoint_and_in_one_piece(positives):
 
 def test_studies_of_a_patient_share_the_gland_and_the_patient_id():
     first, second = 18, 19
-    assert phantom.patient_of(first)[0] == phantom.patient_of(second)[0]
+    assert patient_of(first)[0] == patient_of(second)[0]
     np.testing.assert_array_equal(make_anatomy(first).zones, make_anatomy(second).zones)
     cases = make_case(first), make_case(second)
     assert cases[0].patient_id == cases[1].patient_id
     assert cases[0].case_id != cases[1].case_id
-    assert len({phantom.case_id_of(i) for i in range(200)}) == 200
-    assert len({phantom.patient_of(i)[0] for i in range(200)}) == 190
+    assert len({case_id_of(i) for i in range(200)}) == 200
+    assert len({patient_of(i)[0] for i in range(200)}) == 190
 
 
 def test_targets_share_images_and_differ_in_labels():
@@ -238,11 +252,11 @@ def test_mimics_look_like_a_lesion_in_some_modalities_only():
         (t2w, adc, hbv), _ = phantom._paint(np.random.default_rng(index), anatomy)
         bare = dataclasses.replace(anatomy, foci=())
         without, _ = phantom._paint(np.random.default_rng(index), bare)
-        free = np.ones(phantom.SHAPE, bool)
+        free = np.ones(SHAPE, bool)
         for focus in anatomy.foci:
             free[focus.box] &= focus.soft == 0
         for focus in anatomy.foci:
-            core = np.zeros(phantom.SHAPE, bool)
+            core = np.zeros(SHAPE, bool)
             core[focus.box] = focus.mask & (focus.soft == 1)
             if core.sum() < 20 or focus.kind in ("node", "glandular"):
                 continue
@@ -269,7 +283,7 @@ def test_lesions_reach_into_the_default_reference_grid(positives):
     for anatomy in positives:
         for lesion in anatomy.lesions:
             index = np.argwhere(lesion.mask) + [part.start for part in lesion.box]
-            place = (index - (np.array(phantom.SHAPE) - 1) / 2) * phantom.SPACING_MM
+            place = (index - (np.array(SHAPE) - 1) / 2) * SPACING_MM
             assert (np.abs(place) < half_mm).all(axis=1).mean() > 0.5
 
 

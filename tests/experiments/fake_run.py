@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.splits import Folds
-from experiments.evaluate import case_metrics, summarise, write_metrics
+from experiments.evaluate import summarise, write_metrics
 from experiments.lesions import detect
+from experiments.metrics import case_metrics
 
 SPACING_MM = (3.0, 1.0, 1.0)
 SHAPE = (8, 40, 48)

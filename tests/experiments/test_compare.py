@@ -4,7 +4,8 @@ import pytest
 
 from data_pipelines.case import DataError, MissingDataError
 from experiments.compare import compare, compare_all, main
-from experiments.evaluate import METRICS, summarise, write_metrics
+from experiments.evaluate import summarise, write_metrics
+from experiments.metrics import METRICS
 
 
 def save_run(folder, dice, *, name="lesion", patients=None, fold=0):

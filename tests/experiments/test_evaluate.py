@@ -9,8 +9,6 @@ from scipy import ndimage
 from data_pipelines.case import DataError, MissingDataError
 from data_pipelines.volume_io import write_nifti
 from experiments.evaluate import (
-    METRICS,
-    case_metrics,
     format_summary,
     main,
     read_metrics,
@@ -18,6 +16,7 @@ from experiments.evaluate import (
     write_metrics,
     write_text,
 )
+from experiments.metrics import METRICS, case_metrics
 
 SPACING = (3.0, 0.5, 0.5)
 

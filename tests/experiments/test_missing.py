@@ -10,8 +10,9 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines import loading, preprocessing, splits
 from data_pipelines.case import DataError, spacing_of
-from experiments import evaluate, missing
+from experiments import missing
 from experiments.checkpoints import load_params
+from experiments.metrics import case_metrics
 from experiments.train import compile_programs, predict_case, to_mask
 from tests.experiments.untrained_run import make_untrained_run, revisitable, tiny_config
 
@@ -69,7 +70,7 @@ def test_each_case_is_predicted_by_its_own_fold_without_each_modality(
                 probability = preprocessing.to_original(
                     predict_case(programs.predict, params, poorer, config, 1), case
                 )
-                measured = evaluate.case_metrics(
+                measured = case_metrics(
                     to_mask(probability, 0.5),
                     case.original_truth,
                     spacing_of(case.original_affine),

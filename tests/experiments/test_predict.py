@@ -17,6 +17,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines import preprocessing
 from data_pipelines.case import DataError, Volume
 from experiments import cv, export, predict
+from experiments.inputs import find_inputs, read_case
 from experiments.train import compile_programs
 from tests.data_pipelines.fabricate import affine, raw_case, save, write_dicom, write_folder
 from tests.experiments.untrained_run import make_untrained_run, tiny_config
@@ -218,7 +219,7 @@ def test_candidates_are_components_with_volume_centre_and_confidence():
 def names_of(root):
     return {
         case.case_id: {name: path.name for name, path in case.images.items()}
-        for case in predict.find_inputs(root, MODALITIES)
+        for case in find_inputs(root, MODALITIES)
     }
 
 
@@ -305,8 +306,8 @@ def test_dicom_folders_and_the_gland_for_the_crop_are_read(tmp_path, config):
     save(tmp_path / "a/gland.nii.gz", Volume(mask, raw.images["t2w"].affine))
     grid = dataclasses.replace(config.data.preprocess, centre="gland", size=(3, 8, 8))
     data = dataclasses.replace(config.data, preprocess=grid)
-    (files,) = predict.find_inputs(tmp_path, MODALITIES, with_gland=True)
-    read = predict.read_case(files, data)
+    (files,) = find_inputs(tmp_path, MODALITIES, with_gland=True)
+    read = read_case(files, data)
     expected = preprocessing.preprocess_case(
         dataclasses.replace(case_of("a"), gland=Volume(mask, raw.images["t2w"].affine)),
         data,
@@ -315,9 +316,9 @@ def test_dicom_folders_and_the_gland_for_the_crop_are_read(tmp_path, config):
     np.testing.assert_allclose(read.affine, expected.affine, atol=1e-3)
     np.testing.assert_allclose(read.image, expected.image, atol=2)  # multiples of 1 / 2048
 
-    (without,) = predict.find_inputs(tmp_path, MODALITIES)
+    (without,) = find_inputs(tmp_path, MODALITIES)
     with pytest.raises(DataError, match="gland"):
-        predict.read_case(without, data)
+        read_case(without, data)
 
 
 def test_a_threshold_is_refused_where_the_most_probable_class_is_taken(
@@ -339,13 +340,13 @@ def test_inputs_without_a_case_are_refused(tmp_path):
     with pytest.raises(
         DataError, match=r"named by modality \(t2w, adc\), such as CASE/t2w.nii.gz .* found none"
     ):
-        predict.find_inputs(tmp_path, MODALITIES)
+        find_inputs(tmp_path, MODALITIES)
     with pytest.raises(DataError, match="the input must be a folder"):
-        predict.find_inputs(tmp_path / "nowhere", MODALITIES)
+        find_inputs(tmp_path / "nowhere", MODALITIES)
     touch(tmp_path, "n/imagesTs/a_0000.nii.gz")
     (tmp_path / "n/dataset.json").write_text("[1]")
     with pytest.raises(DataError, match='must hold "channel_names"'):
-        predict.find_inputs(tmp_path / "n", MODALITIES)
+        find_inputs(tmp_path / "n", MODALITIES)
 
 
 def test_ambiguous_cases_are_passed_over(tmp_path, artifact, capsys):
