@@ -28,7 +28,7 @@ from cmsad_jax.types import Feature
 Coefficients = Float[Array, "3 p c"]
 """``alpha, beta, gamma`` of every ordered pair of one example."""
 
-CPU_BLOCK = 2048
+CPU_BLOCK = 250
 """Voxels of a block on a CPU, few enough for its second-level cache; elsewhere all are one."""
 
 TILE = 128
@@ -98,8 +98,11 @@ def _matrix_forward(features, coefficients, over):
 
 def _matrix_backward(over, residuals, cotangent):
     features, coefficients, cells, norms = residuals
-    *gradients, total = over(_backward_block, (*features, cells, norms, cotangent), coefficients)
-    return tuple(gradients), total
+    found = over(_backward_block, (*features, cells, norms, cotangent), coefficients)
+    gradients, sums = found[: len(features)], found[len(features) :]
+    batch, _, num_pairs, channels = coefficients.shape
+    by_pair = jnp.stack(sums, 1).reshape(batch, num_pairs, 3, channels)
+    return tuple(gradients), jnp.moveaxis(by_pair, 2, 1)
 
 
 _matrix.defvjp(_matrix_forward, _matrix_backward)
@@ -121,16 +124,19 @@ def _over_blocks(block: Callable, voxelwise: tuple[Array, ...], coefficients: Ar
 def _loop(
     block: Callable, limit: int | None, voxelwise: tuple[Array, ...], coefficients: Array
 ) -> tuple[Array, ...]:
-    """``block`` over parts of the axis ``n``; results without that axis are summed over them."""
+    """``block`` over parts of the axis ``n``; its terms are summed over all voxels.
+
+    The terms of the blocks are added to each other element by element, and what is left is summed
+    once: XLA on CPUs has no vector code for a sum over voxels that is fused with its terms.
+    """
     voxels = voxelwise[0].shape[1]
     each = functools.partial(_of_each_example, block)
     if limit is None or voxels <= limit:
-        of_voxels, totals = each(voxelwise, coefficients, jnp.ones((coefficients.shape[0], voxels)))
-        return (*of_voxels, *totals)
-    count = -(-voxels // limit)
-    size = -(-voxels // count)
-    # Multiples of 512 took twice the time of their neighbours: rows then collide in the cache.
-    size += size % 512 == 0
+        fresh = jnp.ones((coefficients.shape[0], voxels))
+        of_voxels, terms = each(voxelwise, coefficients, fresh)
+        return (*of_voxels, *_sums_at_once(terms, 1))
+    size = -(-voxels // -(-voxels // limit))
+    count = -(-voxels // size)
 
     # As integers: XLA on CPUs would convert bfloat16 arrays to float32 whole, before the loop.
     whole_bits = [_to_bits(x) for x in voxelwise]
@@ -150,26 +156,26 @@ def _loop(
     of_voxels = tuple(
         _to_bits(jnp.zeros((x.shape[0], voxels, *x.shape[2:]), x.dtype)) for x in shapes[0]
     )
-    totals = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes[1])
+    terms = tuple(jnp.zeros(x.shape, x.dtype) for x in shapes[1])
 
     def step(i, carry):
-        start, (parts, changes) = part(i)
+        start, (parts, added) = part(i)
         written = tuple(
             jax.lax.dynamic_update_slice_in_dim(whole, _to_bits(new), start, 1)
             for whole, new in zip(carry[0], parts, strict=True)
         )
-        return written, tuple(a + b for a, b in zip(carry[1], changes, strict=True))
+        return written, tuple(a + b for a, b in zip(carry[1], added, strict=True))
 
-    of_voxels, totals = jax.lax.fori_loop(0, count, step, (of_voxels, totals))
+    of_voxels, terms = jax.lax.fori_loop(0, count, step, (of_voxels, terms))
     of_voxels = [_from_bits(x, like.dtype) for x, like in zip(of_voxels, shapes[0], strict=True)]
-    return (*of_voxels, *totals)
+    return (*of_voxels, *_sums_at_once(terms, 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _of_each_example(
     block: Callable, voxelwise: tuple[Array, ...], coefficients: Array, fresh: Float[Array, "b n"]
 ) -> Any:
-    """``block`` of every example, sums taken at once."""
+    """``block`` of every example, sums over channels taken at once."""
     return jax.vmap(functools.partial(block, sums=_sums_at_once))(voxelwise, coefficients, fresh)
 
 
@@ -181,8 +187,10 @@ def _from_bits(x: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(x, dtype) if x.dtype != dtype else x
 
 
-def _sums_at_once(terms: Sequence[Float[Array, "n c"]], axis: int) -> list[Array]:
+def _sums_at_once(terms: Sequence[Float[Array, "..."]], axis: int) -> list[Array]:
     """Sum of each array over ``axis``, by one loop over all of them."""
+    if not terms:
+        return []
     zeros = tuple(jnp.zeros((), jnp.float32) for _ in terms)
 
     def add(left, right):
@@ -234,8 +242,11 @@ def _backward_block(
     fresh: Float[Array, " n"],
     *,
     sums: Callable,
-) -> tuple[tuple[Float[Array, "n c"], ...], tuple[Coefficients]]:
-    """Cotangents of the features of some voxels, and their share of those of the coefficients."""
+) -> tuple[tuple[Float[Array, "n c"], ...], tuple[Float[Array, "n c"], ...]]:
+    """Cotangents of the features of some voxels, and the terms of those of the coefficients.
+
+    The cotangent of ``alpha, beta, gamma`` of a pair is the sum of its three terms over voxels.
+    """
     *features, cells, norms, cotangent = voxelwise
     g = [x.astype(jnp.float32) for x in features]
     cotangent = cotangent * fresh[:, None]
@@ -249,17 +260,16 @@ def _backward_block(
     # One array: XLA would compute separate maps anew for every channel.
     maps = jnp.concatenate([mixed, cotangent * cosine * own**2, cotangent * cosine * other**2], 1)
     gradients = [jnp.zeros_like(x) for x in g]
-    of_coefficients = []
+    terms = []
     for p, (i, j) in enumerate(pairs):
         mix, to_own, to_other = (maps[:, k * len(pairs) + p, None] for k in range(3))
         expressed = _expressed(g[j], coefficients[:, p])
         gradients[i] += mix * expressed - to_own * g[i]
         change = mix * g[i] - to_other * expressed
         gradients[j] += change * (2 * coefficients[0, p] * g[j] + coefficients[1, p])
-        of_coefficients += [change * g[j] * g[j], change * g[j], change]
-    totals = jnp.stack(sums(of_coefficients, 0)).reshape(len(pairs), 3, -1)
+        terms += [change * g[j] * g[j], change * g[j], change]
     cast = [x.astype(y.dtype) for x, y in zip(gradients, features, strict=True)]
-    return tuple(cast), (jnp.moveaxis(totals, 1, 0),)
+    return tuple(cast), tuple(terms)
 
 
 def _over_tiles(
@@ -272,15 +282,15 @@ def _over_tiles(
     table = jax.ShapeDtypeStruct(coefficients.shape[1:], coefficients.dtype)
     fresh = jax.ShapeDtypeStruct((TILE,), jnp.float32)
     one = functools.partial(block, sums=_sums)
-    of_voxels, totals = jax.eval_shape(one, tiles, table, fresh)
+    of_voxels, terms = jax.eval_shape(one, tiles, table, fresh)
 
     def kernel(table_ref, *refs):
         inputs, outputs = refs[: len(voxelwise)], refs[len(voxelwise) :]
-        parts, changes = one([ref[0] for ref in inputs], table_ref[0], jnp.ones(TILE))
+        parts, added = one([ref[0] for ref in inputs], table_ref[0], jnp.ones(TILE))
         for ref, part in zip(outputs, parts, strict=False):
             ref[0] = part
-        for ref, change in zip(outputs[len(parts) :], changes, strict=True):
-            ref[0, 0] = change
+        for ref, term in zip(outputs[len(parts) :], added, strict=True):
+            ref[0, 0] = term.sum(0)
 
     def by_tile(x):
         return pl.BlockSpec((1, TILE, x.shape[-1]), lambda b, t: (b, t, 0))
@@ -294,13 +304,13 @@ def _over_tiles(
         ],
         out_specs=[
             *map(by_tile, of_voxels),
-            *(pl.BlockSpec((1, 1, *x.shape), lambda b, t: (b, t, 0, 0, 0)) for x in totals),
+            *(pl.BlockSpec((1, 1, x.shape[-1]), lambda b, t: (b, t, 0)) for x in terms),
         ],
         out_shape=[
             *(jax.ShapeDtypeStruct((batch, voxels, x.shape[-1]), x.dtype) for x in of_voxels),
-            *(jax.ShapeDtypeStruct((*grid, *x.shape), x.dtype) for x in totals),
+            *(jax.ShapeDtypeStruct((*grid, x.shape[-1]), x.dtype) for x in terms),
         ],
         interpret=interpret,
     )(coefficients, *voxelwise)
-    of_voxels, totals = found[: len(of_voxels)], found[len(of_voxels) :]
-    return (*of_voxels, *(total.sum(1) for total in totals))
+    of_voxels, sums = found[: len(of_voxels)], found[len(of_voxels) :]
+    return (*of_voxels, *(of_tiles.sum(1) for of_tiles in sums))

@@ -79,10 +79,11 @@ def test_any_number_of_modalities(num_modalities):
     assert_agree(run("xla")(*given), run("reference")(*given), 2e-5)
 
 
-def test_blocks_whose_size_would_be_a_multiple_of_512(monkeypatch):
-    monkeypatch.setattr(module, "CPU_BLOCK", 512)
+@pytest.mark.parametrize("limit", [1, 3, 7])
+def test_more_blocks_than_voxels_in_a_block(monkeypatch, limit):
+    monkeypatch.setattr(module, "CPU_BLOCK", limit)
     run.cache_clear()
-    g, *coefficients = arguments((2, 32, 32), 2, 3)
+    g, *coefficients = arguments((2, 5, 6), 2, 3)
     given = g, *coefficients, cotangent_for(g)
     assert_agree(run("xla")(*given), run("reference")(*given), 1e-4)
 
