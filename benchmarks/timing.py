@@ -185,15 +185,15 @@ def temporary_bytes(program: Any) -> int | None:
     return None if memory is None else int(memory.temp_size_in_bytes)
 
 
-def check_agreement(operation: Operation) -> None:
-    """Compare every implementation, its gradients included, with the reference.
+def agreeing(operation: Operation) -> tuple[Operation, list[str]]:
+    """``operation`` with those implementations alone that agree with the reference; why without.
+
+    Gradients are compared too, but not PyTorch's. An implementation that refuses the shape, or that
+    cannot be compiled here, is left out as well.
 
     The tolerance, relative to the largest value of each result: rounding of the result to its
     type, and float32 rounding that grows with the root of the length of the sums. Accelerators
     multiply float32 in fewer bits (TF32, 10 of them) unless told otherwise.
-
-    Raises:
-        ArithmeticError: if one differs, or is not finite.
     """
     product = float(jnp.finfo(jnp.float32).eps) if jax.default_backend() == "cpu" else 2.0**-10
     rounding = float(jnp.finfo(operation.dtype).eps)
@@ -203,30 +203,44 @@ def check_agreement(operation: Operation) -> None:
         result = jax.jit(operation.implementations[name])(*operation.arguments)
         return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(result)]
 
-    expected = leaves(operation.reference)
-    found = [
-        (name, expected, leaves(name))
-        for name in operation.implementations
-        if name != operation.reference
-    ]
-    if operation.pytorch is not None:
-        found.append(("pytorch", expected[:1], [operation.pytorch.value()]))
-    for name, wanted, results in found:
+    def fault(wanted: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> str:
         for want, got in zip(wanted, results, strict=True):
             scale = np.abs(want).max(initial=np.finfo(np.float32).tiny)
             error = np.abs(want - got).max(initial=0.0) / scale
             if not error <= tolerance:  # also where the error is not a number
-                raise ArithmeticError(
-                    "an implementation must agree with the reference before it is timed; "
-                    f"got {error:.2e} of the largest value, allowed {tolerance:.2e}, for "
-                    f"{operation.op} {operation.shape} {operation.dtype} {operation.mode} "
-                    f"by {name!r}. Repair it or leave it out."
-                )
+                return f"{error:.2e} of the largest value off, {tolerance:.2e} allowed"
+        return ""
+
+    expected = leaves(operation.reference)
+    faults: dict[str, str] = {}
+    for name in operation.implementations:
+        if name != operation.reference:
+            try:
+                faults[name] = fault(expected, leaves(name))
+            except Exception as error:
+                faults[name] = (str(error).splitlines() or [type(error).__name__])[0]
+    if operation.pytorch is not None:
+        faults["pytorch"] = fault(expected[:1], [operation.pytorch.value()])
+    agree = {name: f for name, f in operation.implementations.items() if not faults.get(name)}
+    title = f"{operation.op} {operation.shape} {operation.dtype} {operation.mode}"
+    return (
+        dataclasses.replace(
+            operation,
+            implementations=agree,
+            pytorch=None if faults.get("pytorch") else operation.pytorch,
+        ),
+        [f"left out: {title} by {name}: {why}" for name, why in faults.items() if why],
+    )
 
 
-def compare(operation: Operation, *, copy_bytes_per_s: float, effort: Effort = QUICK) -> list[Row]:
-    """One row for each implementation of ``operation``, PyTorch's last, checked before timing."""
-    check_agreement(operation)
+def compare(
+    operation: Operation, *, copy_bytes_per_s: float, effort: Effort = QUICK
+) -> tuple[list[Row], list[str]]:
+    """One row for each implementation of ``operation``, PyTorch's last; and what was left out.
+
+    See :func:`agreeing`.
+    """
+    operation, left_out = agreeing(operation)
     programs = {
         name: jax.jit(function).lower(*operation.arguments).compile()
         for name, function in operation.implementations.items()
@@ -243,7 +257,7 @@ def compare(operation: Operation, *, copy_bytes_per_s: float, effort: Effort = Q
         temporary_bytes={name: temporary_bytes(program) for name, program in programs.items()},
     )
     pytorch = measured.get("pytorch")
-    return [
+    rows = [
         Row(
             op=operation.op,
             shape=operation.shape,
@@ -263,6 +277,7 @@ def compare(operation: Operation, *, copy_bytes_per_s: float, effort: Effort = Q
         )
         for name, one in measured.items()
     ]
+    return rows, left_out
 
 
 def with_vjp(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import jax
 from jaxtyping import Array, Float
 
 from cmsad_jax.kernels import reference
+from cmsad_jax.kernels.attention_map import pallas_attention_energy
 from cmsad_jax.kernels.convolution import folded_convolution
 from cmsad_jax.kernels.correlation import pallas_correlation, xla_correlation
 from cmsad_jax.types import AttentionMap, ConfigError, Feature
@@ -24,7 +25,11 @@ NORMALIZATIONS = ("l2", "softmax")
 
 
 def attention_energy(
-    features: Feature, *, kind: str = "mean", exponent: float = 2.0
+    features: Feature,
+    *,
+    kind: str = "mean",
+    exponent: float = 2.0,
+    implementation: str | None = None,
 ) -> AttentionMap:
     """How strongly the channels of each voxel respond, before any normalisation.
 
@@ -35,12 +40,21 @@ def attention_energy(
         features: activations of one stage of one modality.
         kind: ``mean``, ``sum`` or ``max`` over the channels.
         exponent: ``p``, at least 1; larger favours the strongest channels.
+        implementation: ``reference``: plain jnp, which XLA fuses to the speed of memory, forward
+            and backward. ``pallas``: a kernel of its own, interpreted on a CPU; it refuses voxels
+            that are no multiple of its tile. None: ``reference``.
 
     Raises:
         ConfigError: if ``kind`` is unknown or ``exponent`` below 1.
+        NotImplementedError: if ``implementation`` is unknown, or ``pallas`` refuses the shape.
     """
     check_energy(kind, exponent)
-    return reference.attention_energy(features, kind=kind, exponent=exponent)
+    known = {
+        "reference": reference.attention_energy,
+        "pallas": functools.partial(pallas_attention_energy, interpret=_interpret()),
+    }
+    function = _choose(implementation or "reference", known)
+    return function(features, kind=kind, exponent=exponent)
 
 
 def resize_map(energy: AttentionMap, space: Sequence[int]) -> Float[Array, "b *out_space"]:
@@ -79,22 +93,11 @@ def attention_map(
 ) -> AttentionMap:
     """Spatial attention of one stage: ``normalize_map(attention_energy(features))``, float32.
 
-    Plain jnp, ``reference``, is the only implementation: XLA fuses it to the speed of memory.
-
-    Raises:
-        ConfigError: as the two steps.
-        NotImplementedError: if ``implementation`` is unknown.
+    Arguments and errors as of the two steps.
     """
-    check_energy(kind, exponent)
     check_normalization(normalization, temperature)
-    function = _choose(implementation or "reference", {"reference": reference.attention_map})
-    return function(
-        features,
-        kind=kind,
-        exponent=exponent,
-        normalization=normalization,
-        temperature=temperature,
-    )
+    energy = attention_energy(features, kind=kind, exponent=exponent, implementation=implementation)
+    return normalize_map(energy, normalization=normalization, temperature=temperature)
 
 
 def correlation(

@@ -33,19 +33,6 @@ def normalize_map(
     return jnp.where(nonzero, energy * inverse, 0.0)
 
 
-def attention_map(
-    features: Feature,
-    *,
-    kind: str = "mean",
-    exponent: float = 2.0,
-    normalization: str = "l2",
-    temperature: float = 1.0,
-) -> AttentionMap:
-    """Normalised attention energy; see ``kernels.api``."""
-    energy = attention_energy(features, kind=kind, exponent=exponent)
-    return normalize_map(energy, normalization=normalization, temperature=temperature)
-
-
 def correlation(
     features: tuple[Feature, ...],
     alpha: Float[Array, "b m m c"],

@@ -56,6 +56,7 @@ def cross_modal_distillation_loss(
     present: Present | None = None,
     modalities: Sequence[str] | None = None,
     foreground: Foreground | None = None,
+    implementation: str | None = None,
 ) -> PerExample:
     """Attention of one modality teaches that of another at the same stage, float32.
 
@@ -77,10 +78,12 @@ def cross_modal_distillation_loss(
         foreground: where the target is, on any grid over the same field of view. A term then counts
             in the examples alone in which a larger share of the teacher's attention than of the
             student's lies there; so in none without target. None: every term counts.
+        implementation: of :func:`cmsad_jax.kernels.attention_energy`; None is the fastest.
 
     Raises:
         ConfigError: if stages, pairs, distance, ``foreground``, or ``present`` and its columns do
             not fit.
+        NotImplementedError: if ``implementation`` is unknown or refuses the shape of a feature.
     """
     _check_distance(distance, attention)
     _check_stages(stages, features)
@@ -89,7 +92,7 @@ def cross_modal_distillation_loss(
     _check_foreground(foreground, features)
 
     def loss(features: Features) -> PerExample:
-        attention_of = _attention(features, attention, distance)
+        attention_of = _attention(features, attention, distance, implementation)
         terms = []
         for (teacher, student), stage in itertools.product(parsed, stages):
             space = features[student][stage].shape[1:-1]
@@ -111,6 +114,7 @@ def self_distillation_loss(
     present: Present | None = None,
     modalities: Sequence[str] | None = None,
     foreground: Foreground | None = None,
+    implementation: str | None = None,
 ) -> PerExample:
     """Within each modality, the attention of a stage is taught by that of the next deeper one.
 
@@ -124,7 +128,7 @@ def self_distillation_loss(
     _check_foreground(foreground, features)
 
     def loss(features: Features) -> PerExample:
-        attention_of = _attention(features, attention, distance)
+        attention_of = _attention(features, attention, distance, implementation)
         terms = []
         for name, stage in itertools.product(features, stages):
             if stage + 1 < len(features[name]):
@@ -182,14 +186,17 @@ computed again. Each feature is still read once forward and once backward."""
 
 
 def _attention(
-    features: Features, attention: AttentionConfig, distance: str
+    features: Features, attention: AttentionConfig, distance: str, implementation: str | None
 ) -> Callable[[str, int, tuple[int, ...]], AttentionMap]:
     """Attention by modality, stage and grid, each computed once; its logarithm for ``kl``."""
 
     @functools.cache
     def attention_of(name, stage, space):
         energy = kernels.attention_energy(
-            features[name][stage], kind=attention.kind, exponent=attention.exponent
+            features[name][stage],
+            kind=attention.kind,
+            exponent=attention.exponent,
+            implementation=implementation,
         )
         energy = kernels.resize_map(checkpoint_name(energy, _ENERGY), space)
         if distance == "kl":
