@@ -28,8 +28,11 @@ from cmsad_jax.types import Feature
 Coefficients = Float[Array, "3 p c"]
 """``alpha, beta, gamma`` of every ordered pair of one example."""
 
-CPU_BLOCK = 250
-"""Voxels of a block on a CPU, few enough for its second-level cache; elsewhere all are one."""
+CPU_BLOCK = 500
+"""Most voxels of a block on a CPU, those of all examples together; elsewhere all are one block."""
+
+CPU_VALUES = 16384
+"""Most values of a feature in a block: the block's arrays then fit into the second-level cache."""
 
 TILE = 128
 """Voxels of a block of the Pallas kernel."""
@@ -116,9 +119,14 @@ def _over_blocks(block: Callable, voxelwise: tuple[Array, ...], coefficients: Ar
     return jax.lax.platform_dependent(
         voxelwise,
         coefficients,
-        cpu=functools.partial(_loop, block, CPU_BLOCK),
+        cpu=functools.partial(_loop, block, _cpu_block(*coefficients.shape[::3])),
         default=functools.partial(_loop, block, None),
     )
+
+
+def _cpu_block(batch: int, channels: int) -> int:
+    """Voxels of each example in a block on a CPU."""
+    return max(1, min(CPU_BLOCK, CPU_VALUES // channels) // batch)
 
 
 def _loop(

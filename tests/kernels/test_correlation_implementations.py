@@ -53,7 +53,7 @@ def assert_agree(found, expected, tolerance):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks that the sizes here do not divide, so that the last one overlaps."""
-    monkeypatch.setattr(module, "CPU_BLOCK", 50)
+    monkeypatch.setattr(module, "CPU_BLOCK", 100)
     run.cache_clear()
 
 
@@ -81,7 +81,7 @@ def test_any_number_of_modalities(num_modalities):
 
 @pytest.mark.parametrize("limit", [1, 3, 7])
 def test_more_blocks_than_voxels_in_a_block(monkeypatch, limit):
-    monkeypatch.setattr(module, "CPU_BLOCK", limit)
+    monkeypatch.setattr(module, "CPU_BLOCK", 2 * limit)
     run.cache_clear()
     g, *coefficients = arguments((2, 5, 6), 2, 3)
     given = g, *coefficients, cotangent_for(g)
