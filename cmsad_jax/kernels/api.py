@@ -168,8 +168,10 @@ def convolution(
         kernel: weights, ``kh kw c o`` or ``kd kh kw c o``; odd sizes.
         strides: step along each axis of space.
         implementation: ``native``: XLA's convolution of that dimension. ``folded`` (volumes):
-            one 2D convolution of all slices, see :mod:`cmsad_jax.kernels.convolution`. None:
-            ``folded`` for volumes on a CPU, else ``native``, chosen when the program is lowered.
+            one 2D convolution of all slices, or a matrix product where the kernel is one voxel,
+            see :mod:`cmsad_jax.kernels.convolution`. None: for volumes ``folded`` on a CPU, and
+            everywhere if the kernel is one voxel, else ``native``; chosen when the program is
+            lowered.
 
     Raises:
         ConfigError: if the numbers of axes disagree, or a kernel size is even.
