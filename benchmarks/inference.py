@@ -39,7 +39,8 @@ import optax
 
 from benchmarks import pytorch, pytorch_network, timing
 from cmsad_jax import export
-from cmsad_jax.inference import sliding_window
+from cmsad_jax.inference import sliding_window, window_starts
+from cmsad_jax.modules.baselines import count_operations
 from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from cmsad_jax.training import init_state
@@ -101,6 +102,9 @@ class VolumeRow:
     iqr_s: float
     cpu_s: float
     """Processor time of this process."""
+    operations_g: float
+    rate_share: float
+    """Time of a matrix product of as many operations over the median."""
     speedup_pytorch: float | None
     device: str
     versions: str
@@ -296,6 +300,12 @@ def volume_rows(config: Config, effort: timing.Effort) -> list[VolumeRow]:
         calls["PyTorch eager"] = lambda: theirs(image)
     measured = timing.measure_in_turn(calls, effort=effort)
     peer = measured.get("PyTorch eager")
+    windows = math.prod(
+        len(window_starts(whole, part, config.predict.overlap))
+        for whole, part in zip(size[-len(space) :], space, strict=True)
+    ) * (1 if len(space) == len(size) else size[0])
+    operations = windows * count_operations(config.network, space)
+    rate = timing.product_rate(config.network.dtype, effort=effort)
     return [
         VolumeRow(
             preset=config.preset,
@@ -306,6 +316,8 @@ def volume_rows(config: Config, effort: timing.Effort) -> list[VolumeRow]:
             median_s=one.median_s,
             iqr_s=one.iqr_s,
             cpu_s=one.cpu_s,
+            operations_g=operations / 1e9,
+            rate_share=operations / one.median_s / rate,
             speedup_pytorch=None if peer is None else peer.median_s / one.median_s,
             device=timing.device(),
             versions=timing.versions(),
@@ -318,7 +330,7 @@ def volume_table(rows: Sequence[VolumeRow]) -> str:
     """The rows as a Markdown table."""
     header = (
         "preset", "grid", "window", "dtype", "implementation", "median s", "IQR s", "CPU s",
-        "vs PyTorch",
+        "GFLOP", "share of product", "vs PyTorch",
     )  # fmt: skip
     cells = [
         (
@@ -330,6 +342,8 @@ def volume_table(rows: Sequence[VolumeRow]) -> str:
             f"{row.median_s:.2f}",
             f"{row.iqr_s:.2f}",
             f"{row.cpu_s:.2f}",
+            f"{row.operations_g:.1f}",
+            f"{row.rate_share:.0%}",
             timing.number(row.speedup_pytorch, ".2f"),
         )
         for row in rows

@@ -10,6 +10,7 @@ table. Pallas kernels are timed on accelerators alone: a CPU interprets them.
 import argparse
 import functools
 import itertools
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -55,11 +56,13 @@ def both_modes(
     reference: str,
     reduction: int,
     other: Other,
+    operations: int | None = None,
 ) -> Iterator[Operation]:
     """The operation forward, and forward with its vector-Jacobian product.
 
     Forward must read the arguments and write the result. The gradient reads the arguments again
-    and the cotangent, and writes one gradient for each argument.
+    and the cotangent, and writes one gradient for each argument. ``operations``, of a forward pass
+    that is bilinear in two arguments, are done once more for the gradient of each.
     """
     result = jax.eval_shape(implementations[reference], *arguments)
     result_bytes = result.size * result.dtype.itemsize
@@ -73,6 +76,7 @@ def both_modes(
         reference,
         forward,
         reduction,
+        operations,
         other(None) if pytorch.available() else None,
     )
     cotangent = random(result.shape, result.dtype.name, op, shape)
@@ -84,6 +88,7 @@ def both_modes(
         reference,
         forward + 2 * num_bytes(arguments) + result_bytes,
         reduction,
+        None if operations is None else 3 * operations,
         other(cotangent) if pytorch.available() else None,
     )
 
@@ -182,6 +187,7 @@ def convolution(shape: Convolution, dtype: str) -> Iterator[Operation]:
         # the kernel's gradient sums over all voxels
         max(taps * channels, x.size // channels),
         lambda cotangent: pytorch.convolution(x, kernel, shape.strides, cotangent),
+        operations=2 * math.prod(shape.output) * math.prod(shape.kernel[:-1]),
     )
 
 
@@ -220,10 +226,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = f"python -m benchmarks.kernels {shlex.join(arguments)}".strip()
 
     copy = timing.copy_bandwidth(quick=options.quick, effort=effort)
-    print(f"{timing.device()}; {timing.versions()}\n`{command}`\ncopy: {copy / 1e9:.1f} GB/s\n")
+    dtypes = {name: ("float32", PRESETS[name].network.dtype) for name in presets}
+    rates = {
+        dtype: timing.product_rate(dtype, quick=options.quick, effort=effort)
+        for dtype in sorted({dtype for pair in dtypes.values() for dtype in pair})
+    }
+    products = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in rates.items())
+    print(f"{timing.device()}; {timing.versions()}\n`{command}`")
+    print(f"copy: {copy / 1e9:.1f} GB/s; matrix product: {products} GFLOP/s\n")
     rows, left_out = [], []
     for preset in presets:
-        for dtype in dict.fromkeys(("float32", PRESETS[preset].network.dtype)):
+        for dtype in dict.fromkeys(dtypes[preset]):
             for operation in tqdm(
                 operations(preset, dtype, options.ops),
                 f"{preset} {dtype}",
@@ -231,12 +244,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 leave=False,
                 disable=None,
             ):
-                found, notes = timing.compare(operation, copy_bytes_per_s=copy, effort=effort)
+                found, notes = timing.compare(
+                    operation,
+                    copy_bytes_per_s=copy,
+                    operations_per_s=rates[dtype],
+                    effort=effort,
+                )
                 rows += found
                 left_out += notes
     print("\n".join([timing.table(rows), *left_out]))
     if options.json:
-        timing.save_json(options.json, rows, command=command, copy_gb_per_s=copy / 1e9)
+        timing.save_json(
+            options.json,
+            rows,
+            command=command,
+            copy_gb_per_s=copy / 1e9,
+            product_gflop_per_s={dtype: rate / 1e9 for dtype, rate in rates.items()},
+            left_out=left_out,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time compiled functions, beside the copy bandwidth of the same machine in the same run.
+"""Time compiled functions, beside what a copy and a matrix product reach on the machine just then.
 
 A result is timed only after it was compared with the reference's. Times are medians of calls that
 end in ``block_until_ready``, of programs compiled ahead, on random inputs.
@@ -25,6 +25,9 @@ ACCELERATOR_CACHE_BYTES = 128 * 2**20
 """Upper bound of the last-level cache of present accelerators, which do not report theirs."""
 
 QUICK_COPY_BYTES = 32 * 2**20
+
+PRODUCT_SIZES = {"cpu": 2048, "quick": 1024, "accelerator": 8192}
+"""Rows and columns of the matrices whose product says how fast the machine multiplies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Operation:
         moved_bytes: least traffic to memory: each input read once, each result written once, and
             what the backward pass has to read again.
         reduction: length of the longest sum behind one result, which sets the tolerance.
+        operations: multiplications and additions that cannot be avoided, where they are what takes
+            the time; None where it is the traffic.
         pytorch: the same in PyTorch, or None.
     """
 
@@ -104,6 +109,7 @@ class Operation:
     reference: str
     moved_bytes: int
     reduction: int
+    operations: int | None = None
     pytorch: Foreign | None = None
 
 
@@ -124,6 +130,9 @@ class Row:
     moved_gb: float
     copy_share: float
     """Copy time of as many bytes over the median; above 1 the data did not leave the cache."""
+    operations_g: float | None
+    rate_share: float | None
+    """Time of a matrix product of as many operations over the median."""
     speedup_reference: float
     speedup_pytorch: float | None
     device: str
@@ -234,11 +243,15 @@ def agreeing(operation: Operation) -> tuple[Operation, list[str]]:
 
 
 def compare(
-    operation: Operation, *, copy_bytes_per_s: float, effort: Effort = QUICK
+    operation: Operation,
+    *,
+    copy_bytes_per_s: float,
+    operations_per_s: float,
+    effort: Effort = QUICK,
 ) -> tuple[list[Row], list[str]]:
     """One row for each implementation of ``operation``, PyTorch's last; and what was left out.
 
-    See :func:`agreeing`.
+    See :func:`agreeing`; the rates are those of :func:`copy_bandwidth` and :func:`product_rate`.
     """
     operation, left_out = agreeing(operation)
     programs = {
@@ -270,6 +283,10 @@ def compare(
             temporary_mb=None if one.temporary_bytes is None else one.temporary_bytes / 1e6,
             moved_gb=operation.moved_bytes / 1e9,
             copy_share=operation.moved_bytes / one.median_s / copy_bytes_per_s,
+            operations_g=None if operation.operations is None else operation.operations / 1e9,
+            rate_share=None
+            if operation.operations is None
+            else operation.operations / one.median_s / operations_per_s,
             speedup_reference=measured[operation.reference].median_s / one.median_s,
             speedup_pytorch=None if pytorch is None else pytorch.median_s / one.median_s,
             device=device(),
@@ -322,6 +339,16 @@ def copy_bandwidth(*, quick: bool = False, effort: Effort = QUICK) -> float:
     return 2 * source.nbytes / measure_calls(call, effort=effort).median_s
 
 
+def product_rate(dtype: str, *, quick: bool = False, effort: Effort = QUICK) -> float:
+    """Multiplications and additions per second of a large square matrix product in ``dtype``."""
+    kind = "accelerator" if jax.default_backend() != "cpu" else "quick" if quick else "cpu"
+    size = PRODUCT_SIZES[kind]
+    left, right = (
+        jax.random.normal(jax.random.key(seed), (size, size)).astype(dtype) for seed in (0, 1)
+    )
+    return 2 * size**3 / measure(jnp.matmul, left, right, effort=effort).median_s
+
+
 def device() -> str:
     """What computes: the accelerator's kind, or the CPU's name and number of threads."""
     kind = jax.devices()[0].device_kind
@@ -366,7 +393,8 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     header = (
         "op", "shape", "dtype", "mode", "implementation", "median ms", "IQR ms", "CPU ms",
-        "temp MB", "GB moved", "share of copy", "vs reference", "vs PyTorch",
+        "temp MB", "GB moved", "share of copy", "GFLOP", "share of product",
+        "vs reference", "vs PyTorch",
     )  # fmt: skip
     cells = [
         (
@@ -381,6 +409,8 @@ def table(rows: Sequence[Row]) -> str:
             number(row.temporary_mb, ".1f"),
             number(row.moved_gb, ".4f"),
             number(row.copy_share, ".0%"),
+            number(row.operations_g, ".4f"),
+            number(row.rate_share, ".0%"),
             number(row.speedup_reference, ".2f"),
             number(row.speedup_pytorch, ".2f"),
         )

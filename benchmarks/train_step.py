@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from benchmarks import pytorch, pytorch_network, timing
 from cmsad_jax.augmentation import AugmentationConfig
+from cmsad_jax.modules.baselines import count_operations
 from cmsad_jax.modules.fusion import FusionConfig
 from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.training import init_state, train_step
@@ -46,6 +47,10 @@ class Row:
     """Processor time of this process."""
     temporary_mb: float | None
     examples_per_s: float
+    operations_g: float
+    """Of the network, forward and twice as many backward."""
+    rate_share: float
+    """Time of a matrix product of as many operations over the median."""
     speedup_pytorch: float | None
     """Against the faster of PyTorch's memory layouts."""
     device: str
@@ -203,6 +208,12 @@ def time_steps(
         {name: one.call for name, one in prepared.items()}, effort=effort
     )
     best = min((measured[name].median_s for name in others), default=None)
+    rate = timing.product_rate(config.network.dtype, effort=effort)
+    count = functools.cache(count_operations)
+    operations = {
+        name: 3 * one.config.train.batch_size * count(one.config.network, window(config))
+        for name, one in prepared.items()
+    }
     return [
         Row(
             preset=one.config.preset,
@@ -217,6 +228,8 @@ def time_steps(
             cpu_ms=1e3 * measured[name].cpu_s,
             temporary_mb=None if one.temporary_bytes is None else one.temporary_bytes / 1e6,
             examples_per_s=one.config.train.batch_size / measured[name].median_s,
+            operations_g=operations[name] / 1e9,
+            rate_share=operations[name] / measured[name].median_s / rate,
             speedup_pytorch=best / measured[name].median_s if best and name == PEER else None,
             device=timing.device(),
             versions=timing.versions(),
@@ -229,7 +242,8 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     header = (
         "preset", "variant", "batch", "crop", "dtype", "parameters", "compile s",
-        "median ms", "IQR ms", "CPU ms", "temp MB", "examples/s", "vs PyTorch",
+        "median ms", "IQR ms", "CPU ms", "temp MB", "examples/s", "GFLOP", "share of product",
+        "vs PyTorch",
     )  # fmt: skip
     cells = [
         (
@@ -245,6 +259,8 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.cpu_ms:.1f}",
             timing.number(row.temporary_mb, ".0f"),
             f"{row.examples_per_s:.2f}",
+            f"{row.operations_g:.1f}",
+            f"{row.rate_share:.0%}",
             timing.number(row.speedup_pytorch, ".2f"),
         )
         for row in rows

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import timing
+from benchmarks import kernels, timing
+from benchmarks.shapes import Convolution
 from benchmarks.timing import Effort, Foreign, Measurement, Operation
 
 EFFORT = Effort(seconds=0.0, min_calls=2, max_calls=2, warm_up_calls=1)
@@ -21,7 +22,7 @@ def operation(mode="forward", pytorch=None, **implementations) -> Operation:
         functions = {name: timing.with_vjp(function) for name, function in functions.items()}
         arguments = (X, np.ones_like(X))
     return Operation(
-        "square", "12", "float32", mode, arguments, functions, "reference", 96, 1, pytorch
+        "square", "12", "float32", mode, arguments, functions, "reference", 96, 1, 12, pytorch
     )
 
 
@@ -44,7 +45,9 @@ def test_a_right_implementation_is_timed():
     "wrong", [lambda x: x**2 + 1e-3, lambda x: jnp.where(x > 0.9, jnp.nan, x**2)]
 )
 def test_a_wrong_implementation_is_left_out_and_named(wrong):
-    rows, (why,) = timing.compare(operation(wrong=wrong), copy_bytes_per_s=1e9, effort=EFFORT)
+    rows, (why,) = timing.compare(
+        operation(wrong=wrong), copy_bytes_per_s=1e9, operations_per_s=1e9, effort=EFFORT
+    )
     assert [row.implementation for row in rows] == ["reference"]
     assert re.match(
         "left out: square 12 float32 forward by wrong: .* of the largest value off", why
@@ -127,7 +130,10 @@ def test_rows_follow_from_the_medians(monkeypatch):
     )
     foreign = Foreign(call=lambda: None, value=lambda: X**2)
     rows, _ = timing.compare(
-        operation(fast=lambda x: x * x, pytorch=foreign), copy_bytes_per_s=96e3, effort=EFFORT
+        operation(fast=lambda x: x * x, pytorch=foreign),
+        copy_bytes_per_s=96e3,
+        operations_per_s=48e3,
+        effort=EFFORT,
     )
     assert [row.implementation for row in rows] == ["reference", "fast", "pytorch"]
     reference, fast, pytorch = rows
@@ -139,11 +145,12 @@ def test_rows_follow_from_the_medians(monkeypatch):
     assert fast.cpu_ms == 2.0
     assert fast.temporary_mb == 2.0
     assert fast.copy_share == 1.0  # 96 bytes in 1 ms where a copy moves 96 kB/s
+    assert fast.rate_share == 0.25  # 12 operations in 1 ms where a product does 48,000 a second
     assert "jax" in fast.versions
 
 
 def test_table_and_json_hold_every_row(tmp_path):
-    rows, _ = timing.compare(operation(), copy_bytes_per_s=1e9, effort=EFFORT)
+    rows, _ = timing.compare(operation(), copy_bytes_per_s=1e9, operations_per_s=1e9, effort=EFFORT)
     lines = timing.table(rows).splitlines()
     assert len(lines) == 2 + len(rows)
     assert len({line.count("|") for line in lines}) == 1
@@ -152,6 +159,27 @@ def test_table_and_json_hold_every_row(tmp_path):
     assert saved["copy_gb_per_s"] == 1.0
     assert saved["rows"][0]["op"] == "square"
     assert saved["rows"][0]["speedup_pytorch"] is None
+
+
+def test_rate_of_a_matrix_product(monkeypatch):
+    monkeypatch.setitem(timing.PRODUCT_SIZES, "quick", 4)
+    shapes = []
+
+    def measure(function, *arguments, effort):
+        shapes.append((function(*arguments).shape, arguments[0].dtype.name))
+        return Measurement(2.0, 0, 0, 2, 2.0)
+
+    monkeypatch.setattr(timing, "measure", measure)
+    assert timing.product_rate("bfloat16", quick=True) == 2 * 4**3 / 2.0
+    assert shapes == [((4, 4), "bfloat16")]
+
+
+def test_operations_of_a_convolution_by_hand():
+    shape = Convolution("x", (1, 4, 6, 2), (3, 3, 2, 5), (2, 2))
+    forward, both = kernels.convolution(shape, "float32")
+    # 2 x 3 positions, 5 channels, each a sum of 3 x 3 x 2 products
+    assert forward.operations == 2 * (2 * 3 * 5) * (3 * 3 * 2)
+    assert both.operations == 3 * forward.operations
 
 
 def test_copy_moves_its_bytes_in_place(monkeypatch):
