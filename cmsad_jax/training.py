@@ -34,7 +34,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The terms of the objective. A term of weight 0 is not computed."""
+    """The terms of the objective; distillation and correlation of weight 0 are not computed."""
 
     region: Literal["dice", "tversky"] = "dice"
     """Overlap term."""
@@ -317,7 +317,9 @@ def train_step(
         ConfigError: if the batch cannot be cut into equal parts.
     """
     batch = dict(batch)
-    keys = jax.vmap(jax.random.wrap_key_data)(jnp.asarray(batch.pop("key")))
+    # two words each, whatever generator JAX is set to
+    wrap = partial(jax.random.wrap_key_data, impl="threefry2x32")
+    keys = jax.vmap(wrap)(jnp.asarray(batch.pop("key")))
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
     if augmentation is not None:
         batch["image"], batch["label"] = augment(

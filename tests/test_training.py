@@ -97,6 +97,12 @@ def test_switched_off_distillation_leaves_nothing_in_the_program():
     assert powers["off"] == 0
 
 
+def test_keys_are_read_alike_whatever_generator_jax_is_set_to():
+    state, step = make_step()
+    with jax.default_prng_impl("rbg"):
+        jax.eval_shape(step, state, tiny_batch())
+
+
 def test_kl_on_softmax_maps_tversky_and_focal_train_too():
     config = LossConfig(
         region="tversky",

@@ -174,7 +174,7 @@ def convolution(
             lowered.
 
     Raises:
-        ConfigError: if the numbers of axes disagree, or a kernel size is even.
+        ConfigError: if the numbers of axes, channels or types disagree, or a kernel size is even.
         NotImplementedError: if ``implementation`` is unknown, or ``folded`` is asked for slices.
     """
     rank, strides = x.ndim - 2, tuple(strides)
@@ -187,6 +187,12 @@ def convolution(
     if any(size % 2 == 0 for size in kernel.shape[:-2]):
         raise ConfigError(
             f"kernel sizes must be odd; got {kernel.shape[:-2]}. Use 1, 3 or 5 along each axis."
+        )
+    if kernel.shape[-2] != x.shape[-1] or kernel.dtype != x.dtype:
+        raise ConfigError(
+            "kernel and features must have the same channels and type; "
+            f"got x {x.shape} {x.dtype} and kernel {kernel.shape} {kernel.dtype}. "
+            f"Use a kernel of shape (..., {x.shape[-1]}, outputs) and type {x.dtype}."
         )
     known = {"native": functools.partial(reference.convolution, strides=strides)}
     if rank == 3:

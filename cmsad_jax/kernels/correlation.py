@@ -81,7 +81,7 @@ def _correlation(features, alpha, beta, gamma, over) -> Float[Array, "b *space m
     batch, *space, channels = features[0].shape
     num_modalities = len(features)
     if num_modalities == 1:
-        return jnp.zeros((batch, *space, 1, 1))
+        return jnp.zeros((batch, *space, 1, 1), jnp.float32)
     flat = tuple(feature.reshape(batch, -1, channels) for feature in features)
     table = jnp.stack([alpha, beta, gamma], 1).astype(jnp.float32)
     table = jnp.stack([table[:, :, i, j] for i, j in pairs_of(num_modalities)], 2)
@@ -116,17 +116,15 @@ _matrix.defvjp(_matrix_forward, _matrix_backward)
 @functools.partial(jax.jit, static_argnums=0)
 def _over_blocks(block: Callable, voxelwise: tuple[Array, ...], coefficients: Array) -> Any:
     """Blocks one after another on a CPU; on accelerators one block of everything."""
+    batch, _, _, channels = coefficients.shape
+    examples = batch if isinstance(batch, int) else 1  # symbolic where a program is exported
+    limit = max(1, min(CPU_BLOCK, CPU_VALUES // channels) // examples)
     return jax.lax.platform_dependent(
         voxelwise,
         coefficients,
-        cpu=functools.partial(_loop, block, _cpu_block(*coefficients.shape[::3])),
+        cpu=functools.partial(_loop, block, limit),
         default=functools.partial(_loop, block, None),
     )
-
-
-def _cpu_block(batch: int, channels: int) -> int:
-    """Voxels of each example in a block on a CPU."""
-    return max(1, min(CPU_BLOCK, CPU_VALUES // channels) // batch)
 
 
 def _loop(
@@ -140,7 +138,7 @@ def _loop(
     voxels = voxelwise[0].shape[1]
     each = functools.partial(_of_each_example, block)
     if limit is None or voxels <= limit:
-        fresh = jnp.ones((coefficients.shape[0], voxels))
+        fresh = jnp.ones((coefficients.shape[0], voxels), jnp.float32)
         of_voxels, terms = each(voxelwise, coefficients, fresh)
         return (*of_voxels, *_sums_at_once(terms, 1))
     size = -(-voxels // -(-voxels // limit))
@@ -294,7 +292,7 @@ def _over_tiles(
 
     def kernel(table_ref, *refs):
         inputs, outputs = refs[: len(voxelwise)], refs[len(voxelwise) :]
-        parts, added = one([ref[0] for ref in inputs], table_ref[0], jnp.ones(TILE))
+        parts, added = one([ref[0] for ref in inputs], table_ref[0], jnp.ones(TILE, jnp.float32))
         for ref, part in zip(outputs, parts, strict=False):
             ref[0] = part
         for ref, term in zip(outputs[len(parts) :], added, strict=True):

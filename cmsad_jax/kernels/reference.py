@@ -55,7 +55,7 @@ def correlation(
 
     # Pair by pair: an array of every pair, voxel and channel would be m * m features large.
     m = range(len(g))
-    zeros = jnp.zeros(g[0].shape[:-1])
+    zeros = jnp.zeros(g[0].shape[:-1], jnp.float32)
     rows = [jnp.stack([zeros if i == j else cosine(i, j) for j in m], -1) for i in m]
     return jnp.stack(rows, -2)
 

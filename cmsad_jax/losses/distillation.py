@@ -70,7 +70,7 @@ def cross_modal_distillation_loss(
         pairs: see :func:`parse_pairs`.
         distance: ``l2``: squared differences summed over voxels, for unit maps ``2 - 2 cos``.
             ``kl``: ``temperature^2 KL(teacher || student)`` of softmax maps. Neither shrinks as
-            maps grow.
+            maps grow, as ``l2`` does between softmax maps.
         present: which modalities each example has; None is all.
         modalities: names of the columns of ``present``; by default the keys of ``features`` as
             they come. Name them where ``features`` went through a JAX transformation (the output

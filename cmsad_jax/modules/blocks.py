@@ -26,7 +26,7 @@ def he_normal(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
 
     Drawn flat: XLA takes seconds on a CPU to compile a draw of five axes, for each shape.
     """
-    flat = jax.random.normal(key, (math.prod(shape),))
+    flat = jax.random.normal(key, (math.prod(shape),), jnp.float32)
     return flat.reshape(shape) * math.sqrt(2 / math.prod(shape[:-1]))
 
 

@@ -111,6 +111,8 @@ def test_bad_arguments():
         kernels.convolution(x, weights, strides=(1, 1))
     with pytest.raises(ConfigError, match=r"must be odd; got \(3, 2, 3\). Use 1, 3 or 5"):
         kernels.convolution(x, weights[:, :2], strides=(1, 1, 1))
+    with pytest.raises(ConfigError, match=r"same channels and type; got x .* kernel .* bfloat16"):
+        kernels.convolution(x, weights.astype(jnp.bfloat16), strides=(1, 1, 1))
     with pytest.raises(NotImplementedError, match=r"one of native, folded here; got 'fast'"):
         kernels.convolution(x, weights, strides=(1, 1, 1), implementation="fast")
     with pytest.raises(NotImplementedError, match=r"one of native here; got 'folded'"):

@@ -50,11 +50,17 @@ def assert_agree(found, expected, tolerance):
         np.testing.assert_allclose(got, want, atol=tolerance * max(np.abs(want).max(), 1e-30))
 
 
+def set_block(monkeypatch, voxels):
+    """Blocks of so many voxels; what was traced with others is forgotten."""
+    monkeypatch.setattr(module, "CPU_BLOCK", voxels)
+    module._over_blocks.clear_cache()
+    run.cache_clear()
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks that the sizes here do not divide, so that the last one overlaps."""
-    monkeypatch.setattr(module, "CPU_BLOCK", 100)
-    run.cache_clear()
+    set_block(monkeypatch, 100)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -81,11 +87,24 @@ def test_any_number_of_modalities(num_modalities):
 
 @pytest.mark.parametrize("limit", [1, 3, 7])
 def test_more_blocks_than_voxels_in_a_block(monkeypatch, limit):
-    monkeypatch.setattr(module, "CPU_BLOCK", 2 * limit)
-    run.cache_clear()
+    set_block(monkeypatch, 2 * limit)
+    blocks = []
+    loop = module._loop
+    monkeypatch.setattr(module, "_loop", lambda b, n, *x: (blocks.append(n), loop(b, n, *x))[1])
     g, *coefficients = arguments((2, 5, 6), 2, 3)
     given = g, *coefficients, cotangent_for(g)
     assert_agree(run("xla")(*given), run("reference")(*given), 1e-4)
+    assert set(blocks) == {limit, None}, "each example has half of a block; accelerators have one"
+
+
+def test_types_do_not_follow_the_default_of_jax():
+    with jax.enable_x64(True):
+        for implementation in ("reference", *IMPLEMENTATIONS):
+            g, *coefficients = arguments((8, 16), 2, 3)
+            r, gradients = jax.jit(
+                with_vjp(partial(kernels.correlation, implementation=implementation))
+            )(g, *coefficients, cotangent_for(g))
+            assert {x.dtype for x in jax.tree.leaves((r, gradients))} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
