@@ -321,10 +321,11 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             files = [
                 (name, *self._file_state(file))
                 for name, path in self.files(entry).items()
-                for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
+                for file in _files_of(path)
             ]
         metadata = sorted(getattr(entry, "metadata", {}).items())
-        return entry.case_id, getattr(entry, "patient_id", ""), metadata, sorted(files)
+        problems = [problem.text for problem in getattr(entry, "problems", ())]
+        return entry.case_id, getattr(entry, "patient_id", ""), metadata, problems, sorted(files)
 
     def _file_state(self, path: Path) -> tuple[str, int, int]:
         root = (self.data_config.path or Path()).expanduser()
@@ -406,9 +407,19 @@ class FileCaseBuilder(CaseBuilder, skip_registration=True):
         return raw
 
 
+def _files_of(path: Path) -> Sequence[Path]:
+    """What holds a volume: a file, those of a folder, or a header and the files of its name."""
+    if path.is_dir():
+        return sorted(path.iterdir())
+    if path.suffix.lower() in (".mhd", ".nrrd"):  # whose voxels may lie in a file beside it
+        beside = [file for file in path.parent.iterdir() if file.name.startswith(f"{path.stem}.")]
+        return sorted({path, *beside})
+    return (path,)
+
+
 def _record(found: Examination) -> dict[str, Any]:
     """What is stored of an examined case."""
-    if found.case is None:
+    if found.case is None or found.faulty:
         raise DataError(_report([str(problem) for problem in found.problems], 1))
     return {**encode(found.case), "metadata": json.dumps(dict(found.metadata))}
 

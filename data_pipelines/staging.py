@@ -52,8 +52,9 @@ def save(path: Path, examination: Examination) -> None:
             for problem in examination.problems
         ],
     }
+    members: dict[str, Any] = {"content": np.array(json.dumps(content)), **arrays}
     with whole_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, content=np.array(json.dumps(content)), **arrays)
+        np.savez(file, **members)
 
 
 def load(path: Path) -> Examination | None:
@@ -61,7 +62,7 @@ def load(path: Path) -> Examination | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return None
     content = json.loads(str(arrays.pop("content")))
     fields = content["case"]

@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines import case_builder
 from data_pipelines.case import Case, DataConfig, DataError, MissingDataError, PreprocessConfig
+from data_pipelines.examination import examine
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder as FolderBuilder
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import modality_of
 from data_pipelines.picai.picai_dataset_builder import Builder as PicaiBuilder
 from data_pipelines.preprocessing import preprocess_case
 from data_pipelines.records import decode, encode
 from data_pipelines.splits import CaseInfo, group_folds
+from data_pipelines.validation import Problem
 from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_dicom, write_folder
 
 
@@ -104,6 +107,32 @@ def test_whatever_matters_makes_another_data_set(tmp_path):
     folders.add(FolderBuilder(config).data_dir)
     assert len(folders) == 5
     assert folder not in folders
+
+
+def test_voxels_beside_a_header_matter(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case(), ending=".mhd")
+    before = FolderBuilder(config).data_dir
+    voxels = config.path / "a" / "lesion.raw"
+    voxels.write_bytes(bytes(voxels.stat().st_size))
+    os.utime(voxels, (1, 1))
+    assert FolderBuilder(config).data_dir != before
+
+
+def test_what_is_wrong_with_a_list_of_files_is_seen_after_a_build(tmp_path):
+    config = write_folder(tmp_path / "data", raw_case())
+    shutil.move(config.path / "a/t2w.nii.gz", config.path / "a/t2.nii.gz")
+    build(config)
+    save(config.path / "a/t2w.nii.gz", raw_case().images["t2w"])  # read no more than before
+    with pytest.raises(DataError, match=r"one file for 't2w'; got t2\.nii\.gz, t2w\.nii\.gz"):
+        FolderBuilder(config).prepare()
+
+
+def test_a_faulty_case_is_not_stored_even_if_it_could_be_read():
+    found = examine("a", raw_case(), (), {}, DataConfig(preprocess=SMALL))
+    assert found.case is not None
+    fault = Problem("a", None, "the label must fit the table; got none. Look at it.", "error")
+    with pytest.raises(DataError, match="the label must fit the table"):
+        case_builder._record(dataclasses.replace(found, problems=(fault,)))
 
 
 def test_fingerprint_is_of_the_content(tmp_path):

@@ -37,7 +37,10 @@ def test_what_is_damaged_is_done_again(tmp_path):
     assert staging.load(path) is None
     staging.save(path, examined())
     content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"no archive"):
+    end = content.rindex(b"PK\x01\x02")  # of the directory's last entry: method, then flags
+    method = content[: end + 10] + b"\x63" + content[end + 11 :]
+    encrypted = content[: end + 8] + b"\x01" + content[end + 9 :]
+    for damaged in (content[: len(content) // 2], b"", b"no archive", method, encrypted):
         path.write_bytes(damaged)
         assert staging.load(path) is None
 
