@@ -4,7 +4,8 @@
 whatever the data pipeline reads, one case or thousands. While one case is computed, the next ones
 are read and the ones before are written. A run is exported in memory first, so that a run and an
 artifact take one path. A case that cannot be predicted is named and passed over, and the exit
-status is then 4.
+status is then 4. An interrupted command goes on where it was; one that came to its end predicts
+every case again.
 """
 
 import collections
@@ -50,6 +51,9 @@ READ_AHEAD = 2
 
 OPTIONS = ("threshold", "overlap", "flip", "batch_size")
 """Settings of a model that the command line may change."""
+
+RECORD = "predictions.json"
+"""File in the output folder that says whose results it holds, and what was found."""
 
 PASSED_OVER = 4
 """Exit status if a case could not be predicted and the others were."""
@@ -262,13 +266,24 @@ def run(command: PredictCommand) -> int:
         "license": facts.license,
     }
     settings = {name: getattr(facts, name) for name in OPTIONS}
-    refuse_other_results(command.output, identity, settings)
+    extras = {"attention": command.attention, "uncertainty": command.uncertainty}
+    old = earlier_results(command.output, identity, settings)
+    going_on = old is not None and not old["complete"] and old["extras"] == extras
+    done = {
+        result["case_id"]
+        for result in (old["cases"] if old and going_on else ())
+        if "error" not in result
+    }
+    entries = [entry for entry in entries if entry.case_id not in done]
+    again = {entry.case_id for entry in entries}
+    kept = [result for result in (old["cases"] if old else ()) if result["case_id"] not in again]
     programs = ["predict", *(["attention"] if command.attention else [])]
     for name in programs:
         model.compile(name)
     log(
         f"{len(entries)} cases; {', '.join(facts.classes)} from {', '.join(facts.modalities)}, "
         f"{len(facts.members)} members, model {model.sha256[:12]}"
+        + (f"; {len(done)} were predicted before the interruption" if done else "")
     )
     results: list[dict[str, Any]] = []
     repeated = {
@@ -301,51 +316,70 @@ def run(command: PredictCommand) -> int:
         results.append({"case_id": entry.case_id, "error": str(error)})
 
     started, processor, computing = time.perf_counter(), time.process_time(), 0.0
-    with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:
-        pending: collections.deque[Future[dict[str, Any]]] = collections.deque()
-        read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
-        for entry, case in progress(read_cases, description="Predicting", total=len(entries)):
-            if isinstance(case, DataError):
-                fail(entry, case)
-                continue
-            before = time.perf_counter()
-            computed = compute(model, case, attention=command.attention)
-            computing += time.perf_counter() - before
-            while len(pending) >= READ_AHEAD:
-                results.append(pending.popleft().result())
-            pending.append(writers.submit(write, computed))
-        results += [future.result() for future in pending]
-    wall, processor = time.perf_counter() - started, time.process_time() - processor
+
+    def save(*, complete: bool) -> None:
+        record = {
+            "disclaimer": DISCLAIMER,
+            "model": identity,
+            "cmsad_jax": __version__,
+            "settings": settings,
+            "extras": extras,
+            "complete": complete,
+            "coordinates": "centre_mm is x y z in RAS+ millimetres (NIfTI's world)",
+            "wall_s": round(time.perf_counter() - started, 3),
+            "compute_s": round(computing, 3),
+            "processor_s": round(time.process_time() - processor, 3),
+            "processor_beside_s": round(beside[0], 3),
+            "cases": sorted([*kept, *results], key=lambda result: result["case_id"]),
+        }
+        command.output.mkdir(parents=True, exist_ok=True)
+        write_text(command.output / RECORD, json.dumps(record, indent=1) + "\n")
+
+    save(complete=False)  # says whose results these are, from the first one on
+    pending: collections.deque[Future[dict[str, Any]]] = collections.deque()
+    complete = False
+    try:
+        with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:
+            read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
+            for entry, case in progress(read_cases, description="Predicting", total=len(entries)):
+                if isinstance(case, DataError):
+                    fail(entry, case)
+                    continue
+                before = time.perf_counter()
+                computed = compute(model, case, attention=command.attention)
+                computing += time.perf_counter() - before
+                while len(pending) >= READ_AHEAD:
+                    results.append(pending[0].result())
+                    pending.popleft()
+                pending.append(writers.submit(write, computed))
+            while pending:
+                results.append(pending[0].result())
+                pending.popleft()
+        complete = True
+    finally:
+        results += [future.result() for future in pending if not future.exception()]
+        save(complete=complete)
+    wall = time.perf_counter() - started
     failed = sum("error" in result for result in results)
-    record = {
-        "disclaimer": DISCLAIMER,
-        "model": identity,
-        "cmsad_jax": __version__,
-        "settings": settings,
-        "coordinates": "centre_mm is x y z in RAS+ millimetres (NIfTI's world)",
-        "wall_s": round(wall, 3),
-        "compute_s": round(computing, 3),
-        "processor_s": round(processor, 3),
-        "processor_beside_s": round(beside[0], 3),
-        "cases": sorted(results, key=lambda result: result["case_id"]),
-    }
-    command.output.mkdir(parents=True, exist_ok=True)
-    write_text(command.output / "predictions.json", json.dumps(record, indent=1) + "\n")
     log(
         f"{len(results) - failed} of {len(results)} cases predicted in {wall:.1f} s "
         f"({60 * len(results) / max(wall, 1e-9):.0f} a minute, {computing / max(wall, 1e-9):.0%} "
-        f"of it computing); {command.output / 'predictions.json'}"
+        f"of it computing); {command.output / RECORD}"
     )
     return failed
 
 
-def refuse_other_results(
+def earlier_results(
     output: Path, identity: Mapping[str, Any], settings: Mapping[str, Any]
-) -> None:
-    """Raise ``ConfigError`` if a folder holds the results of another model or other settings."""
-    file = output / "predictions.json"
+) -> Mapping[str, Any] | None:
+    """What a folder says of its results, if it holds any.
+
+    Raises:
+        ConfigError: they are of another model or other settings.
+    """
+    file = output / RECORD
     if not file.is_file():
-        return
+        return None
     old = read_json(file)
     before, now = old["model"]["sha256"][:12], identity["sha256"][:12]
     if before != now or old["settings"] != dict(settings):
@@ -354,6 +388,7 @@ def refuse_other_results(
             f"{before} with {old['settings']}, and this is {now} with {dict(settings)}. "
             "Name another folder with --output."
         )
+    return {"complete": True, "extras": {}} | old
 
 
 def read_ahead(

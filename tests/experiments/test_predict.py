@@ -174,6 +174,44 @@ def test_results_of_another_model_are_refused(predicted, artifact):
         predict.main([*arguments, "--output", str(predicted / "out")])
 
 
+def test_an_interrupted_prediction_goes_on_and_a_whole_one_begins_anew(
+    artifact, tmp_path, monkeypatch, capsys
+):
+    write_folder(tmp_path / "in", case_of("a"), case_of("b", seed=1), case_of("c", seed=2))
+    arguments = ["--model", str(artifact), "--input", str(tmp_path / "in"), "--output"]
+    compute, computed = predict.compute, []
+
+    def interrupted(model, case, *, attention):
+        if case.case_id == "b" and "b" not in computed:
+            computed.append("b")
+            raise KeyboardInterrupt
+        computed.append(case.case_id)
+        return compute(model, case, attention=attention)
+
+    monkeypatch.setattr(predict, "compute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict.main([*arguments, str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out/predictions.json").read_text("utf-8"))
+    assert [case["case_id"] for case in record["cases"]] == ["a"]
+    with pytest.raises(ConfigError, match="holds the results of one model and its settings"):
+        predict.main([*arguments, str(tmp_path / "out"), "--threshold=0.4"])
+
+    computed.append("again")
+    predict.main([*arguments, str(tmp_path / "out")])
+    assert computed == ["a", "b", "again", "b", "c"]
+    assert "2 cases; lesion from t2w, adc" in (said := capsys.readouterr().out)
+    assert "1 were predicted before the interruption" in said
+    record = json.loads((tmp_path / "out/predictions.json").read_text("utf-8"))
+    assert [case["case_id"] for case in record["cases"]] == ["a", "b", "c"]
+
+    computed.append("anew")
+    predict.main(["--model", str(artifact), "--input", str(tmp_path / "in/b"), *arguments[4:],
+                  str(tmp_path / "out")])  # fmt: skip
+    assert computed[-2:] == ["anew", "b"], "what came to its end is predicted again"
+    record = json.loads((tmp_path / "out/predictions.json").read_text("utf-8"))
+    assert [case["case_id"] for case in record["cases"]] == ["a", "b", "c"], "others are kept"
+
+
 def test_missing_modality_is_a_fault_unless_trained_for(artifact, tmp_path, capsys):
     write_folder(tmp_path / "in", case_of("a", images=("adc",)), case_of("b"))
     arguments = ["--input", str(tmp_path / "in"), "--model"]
