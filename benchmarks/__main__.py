@@ -1,7 +1,8 @@
 """Every benchmark, one after another, and one table of all that was measured.
 
 ``python -m benchmarks --quick`` takes some minutes on two cores; ``--json FILE`` keeps the rows,
-``--plot FILE`` draws the kernels' share of the copy bandwidth.
+``--plot FILE`` draws the kernels' share of the copy bandwidth. A part that fails is named at the
+end, with exit status 1, and costs no other.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import importlib
 import json
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,18 +37,31 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
 _NOT_RESULTS = ("device", "versions")
 
 
-def run(parts: Sequence[str], *, quick: bool) -> dict[str, dict[str, Any]]:
-    """What each part wrote as JSON; its own table goes to stdout."""
-    found = {}
+def run(
+    parts: Sequence[str], *, quick: bool, keep: Path | None = None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What each part wrote as JSON, and those that failed; a part's own table goes to stdout.
+
+    ``keep``: file for the rows of all parts, written after each.
+    """
+    found, failed = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for name in parts:
             file = Path(folder) / f"{name}.json"
             arguments = PARTS[name][0 if quick else 1]
             started = time.perf_counter()
-            importlib.import_module(f"benchmarks.{name}").main([*arguments, "--json", str(file)])
+            part = importlib.import_module(f"benchmarks.{name}")
+            try:
+                part.main([*arguments, "--json", str(file)])
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
+                continue
             found[name] = json.loads(file.read_text("utf-8"))
             found[name]["seconds"] = time.perf_counter() - started
-    return found
+            if keep:
+                keep.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found, failed
 
 
 def long_table(found: dict[str, dict[str, Any]]) -> str:
@@ -67,11 +82,14 @@ def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
     """Bars: the share of the copy bandwidth that each kernel reached."""
     rows = [row for row in found.get("kernels", {"rows": []})["rows"] if "copy_share" in row]
     labels = [
-        " ".join((row["op"], row["shape"], row["mode"], row["implementation"])) for row in rows
+        " ".join((row["op"], row["shape"], row["dtype"], row["mode"], row["implementation"]))
+        for row in rows
     ]
+    places = range(len(rows))
     figure, axes = plt.subplots(figsize=(9, 1 + 0.25 * max(len(rows), 4)), layout="constrained")
     colours = ["C1" if row["implementation"] == "pytorch" else "C0" for row in rows]
-    axes.barh(labels, [100 * row["copy_share"] for row in rows], color=colours)
+    axes.barh(places, [100 * row["copy_share"] for row in rows], color=colours)
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.axvline(100, color="0.5", linewidth=1)
     axes.set_xlabel("share of the copy bandwidth of the same run (%)")
@@ -88,14 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into FILE (PNG)")
     options = parser.parse_args(arguments)
-    found = run(options.parts, quick=options.quick)
+    found, failed = run(options.parts, quick=options.quick, keep=options.json)
     print(f"\n{timing.device()}; {timing.versions()}\n")
     print(long_table(found))
     print("\n" + ", ".join(f"{name} {part['seconds']:.0f} s" for name, part in found.items()))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
     if options.plot:
         plot(found, options.plot)
+    if failed:
+        raise SystemExit(f"failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,12 @@ from benchmarks import timing
 from data_pipelines import loading
 from experiments import cv, train
 from experiments.config import PRESETS, Config, complete
-from experiments.runtime import keep_compiled, peak_memory_bytes, uncollected
+from experiments.runtime import (
+    keep_compiled,
+    peak_memory_bytes,
+    select_accelerator,
+    uncollected,
+)
 
 RESIDENCIES = ("host", "device")
 
@@ -78,9 +83,10 @@ def measured_config(
 def stretch(config: Config, num_steps: int) -> dict[str, float]:
     """Train the folds of one program for some steps, predict a case, and say what that took."""
     keep_compiled(config.data.cache / "compiled")
-    programs = train.compile_programs(config, jax.devices())
+    devices = select_accelerator(config.accelerator)
+    programs = train.compile_programs(config, devices)
     source = loading.build(config.data)
-    folds, count = cv.make_folds(config, source), train.folds_at_once(config, jax.devices())
+    folds, count = cv.make_folds(config, source), train.folds_at_once(config, devices)
     training = [folds.training(fold) for fold in range(count)]
     feeds = [
         train.train_batches(config, source, training[fold], fold=fold, num_folds=count)
@@ -111,7 +117,7 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
         "first_step_s": first_s,
         "compile_s": first_s - first_steps * seconds / steps,
         "steps_per_call": programs.steps_per_call,
-        "peak_memory_gb": peak_memory_bytes(jax.devices()[0]) / 1e9,
+        "peak_memory_gb": peak_memory_bytes(devices[0]) / 1e9,
     }
     params, case = place.fetch_state(state)[0].average, source[training[0][0]]
     for name in ("predict", "measure"):

@@ -289,15 +289,17 @@ def volume_rows(config: Config, effort: timing.Effort) -> list[VolumeRow]:
 
     calls = {"library": ours}
     if pytorch.available():
-        theirs = pytorch_network.whole_volume(config, params, **options)
-        error = float(np.abs(theirs(image) - ours()).max())
-        allowed = 1e-3 if config.network.dtype == "float32" else 3e-2
-        if not error <= allowed:
-            raise ArithmeticError(
-                "PyTorch must predict the same before it is timed; got probabilities that differ "
-                f"by {error:.1e}, allowed {allowed}. Repair benchmarks/pytorch_network.py."
-            )
-        calls["PyTorch eager"] = lambda: theirs(image)
+        exact = config.network.dtype == "float32" and jax.default_backend() == "cpu"
+        allowed = 1e-3 if exact else 3e-2
+        try:
+            theirs = pytorch_network.whole_volume(config, params, **options)
+            error = float(np.abs(theirs(image) - ours()).max())
+            if not error <= allowed:
+                raise ArithmeticError(f"probabilities are {error:.1e} off, {allowed} allowed")
+            calls["PyTorch eager"] = lambda: theirs(image)
+        except Exception as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"left out: {config.preset} by PyTorch: {why}\n")
     measured = timing.measure_in_turn(calls, effort=effort)
     peer = measured.get("PyTorch eager")
     windows = math.prod(

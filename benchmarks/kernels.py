@@ -172,8 +172,6 @@ def convolution(shape: Convolution, dtype: str) -> Iterator[Operation]:
     x = random(shape.input, dtype, "x", shape.name)
     kernel = random(shape.kernel, dtype, "kernel", shape.name)
     names = ("native", "folded") if x.ndim == 5 else ("native",)
-    *space, channels, _ = shape.kernel
-    taps = functools.reduce(lambda a, b: a * b, space, 1)
     return both_modes(
         "convolution",
         shape.name,
@@ -185,9 +183,9 @@ def convolution(shape: Convolution, dtype: str) -> Iterator[Operation]:
         },
         "native",
         # the kernel's gradient sums over all voxels
-        max(taps * channels, x.size // channels),
+        max(math.prod(shape.kernel[:-1]), x.size // x.shape[-1]),
         lambda cotangent: pytorch.convolution(x, kernel, shape.strides, cotangent),
-        operations=2 * math.prod(shape.output) * math.prod(shape.kernel[:-1]),
+        operations=shape.operations,
     )
 
 

@@ -41,6 +41,19 @@ class Convolution:
         space = (-(-n // s) for n, s in zip(self.input[1:-1], self.strides, strict=True))
         return (self.input[0], *space, self.kernel[-1])
 
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of a forward pass; those with padding do not count."""
+        taps = [
+            sum(
+                0 <= place * step + tap - size // 2 < length
+                for place in range(-(-length // step))
+                for tap in range(size)
+            )
+            for length, size, step in zip(self.input[1:-1], self.kernel, self.strides, strict=False)
+        ]
+        return 2 * self.input[0] * math.prod(taps) * self.kernel[-2] * self.kernel[-1]
+
 
 def stages(preset: str) -> tuple[Stage, ...]:
     """Features of every encoder stage of a training step, shallowest first."""

@@ -149,8 +149,13 @@ def prepare(name: str, config: Config) -> tuple[Prepared, Any, float]:
 def peers(
     config: Config, params: Any, loss: float, *, compiled: bool
 ) -> dict[str, Callable[[], Any]]:
-    """The same step in PyTorch, once its loss from the same weights was found to be the same."""
-    tolerance, found = 1e-3 if config.network.dtype == "float32" else 2e-2, {}
+    """The same step in PyTorch, once its loss from the same weights was found to be the same.
+
+    What differs or does not run is left out, with a line that says so. Accelerators multiply
+    float32 in fewer bits in both frameworks.
+    """
+    exact = config.network.dtype == "float32" and jax.default_backend() == "cpu"
+    tolerance, found = 1e-3 if exact else 2e-2, {}
     modes: dict[str, dict[str, bool]] = {
         "eager, channels last": {"last": True},
         "eager, channels first": {"last": False},
@@ -158,18 +163,17 @@ def peers(
     if compiled:
         modes["compiled, channels last"] = {"last": True, "compiled": True}
     for name, options in modes.items():
-        other, step = pytorch_network.loss_and_step(config, params, random_batch(config), **options)
-        if not abs(other - loss) <= tolerance * abs(loss):
-            raise ArithmeticError(
-                f"PyTorch must compute the same loss before it is timed; got {other} and {loss}. "
-                "Repair benchmarks/pytorch_network.py."
+        try:
+            other, step = pytorch_network.loss_and_step(
+                config, params, random_batch(config), **options
             )
-        if options.get("compiled"):
-            try:
-                step()
-            except Exception as error:
-                print(f"torch.compile is left out: {(str(error).splitlines() or [''])[0]}\n")
-                continue
+            if not abs(other - loss) <= tolerance * abs(loss):
+                raise ArithmeticError(f"its loss is {other}, not {loss}")
+            step()
+        except Exception as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"left out: {config.preset} by PyTorch {name}: {why}\n")
+            continue
         found[f"{PEER}, PyTorch {name}"] = step
     return found
 

@@ -7,8 +7,9 @@ Further options are those of ``experiments.cv`` and hold for all rows, ``--sweep
     python -m experiments.ablation --data.name=picai --data.path=/data/picai
     python -m experiments.ablation --rows full --sweep loss.attention.exponent=1,4 loss.stages="1 2"
 
-What is done is not done again: the same command continues, and further rows or seeds add to it.
-The table is written after each row. On a processor several runs are trained at a time
+What is done is not done again: the same command continues, and one with more rows or seeds trains
+those alone. The table is written after each row, and holds what the last command asked for. On a
+processor several runs are trained at a time
 (:mod:`experiments.jobs`).
 """
 
@@ -193,8 +194,11 @@ def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
     to_do = [config for config in configs if not is_done(config)]
     log(f"{len(rows)} rows, {len(seeds)} seeds: {len(configs)} runs, {len(to_do)} of them to do")
 
+    wanted = command.rows is None or LATE in command.rows
+    fused = wanted and len(base.data.modalities) > 1
+
     def done(folder: Path) -> str:
-        write_table(command.output, rows, seeds)
+        write_table(command.output, rows, seeds, late_fusion=fused)
         entry = summarise_row([evaluate.read_metrics(folder)])
         dice = "undefined" if entry["dice"] is None else f"{entry['dice']:.3f}"
         return f"{folder}: Dice {dice}, {entry['num_cases']} cases"
@@ -204,11 +208,10 @@ def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
         jobs.run_here(to_do, done)
     else:
         jobs.run_in_processes(to_do, at_a_time, done)
-    wanted = command.rows is None or LATE in command.rows
-    if wanted and len(base.data.modalities) > 1:
+    if fused:
         for seed in seeds:
             late_fusion(command.output, base, source, seed)
-    table = write_table(command.output, rows, seeds)
+    table = write_table(command.output, rows, seeds, late_fusion=fused)
     log(format_table(table))
     return table
 

@@ -33,10 +33,16 @@ def run_folder(output: Path, row: str, seed: int) -> Path:
     return output / name / f"seed_{seed}"
 
 
-def write_table(output: Path, rows: Sequence[Variant], seeds: Sequence[int]) -> dict[str, Any]:
-    """Compare the rows that are done with all of ``seeds``, and write the table."""
+def write_table(
+    output: Path, rows: Sequence[Variant], seeds: Sequence[int], *, late_fusion: bool
+) -> dict[str, Any]:
+    """Compare the rows that are done with all of ``seeds``, and write the table.
+
+    It holds these rows alone, and late fusion, whose runs are averages of others, if asked for.
+    """
     configs = {variant.name: variant.config for variant in rows}
-    runs = {name: [run_folder(output, name, seed) for seed in seeds] for name in [*configs, LATE]}
+    names = [*configs, *([LATE] if late_fusion else [])]
+    runs = {name: [run_folder(output, name, seed) for seed in seeds] for name in names}
     done = {
         name: [evaluate.read_metrics(run) for run in folders]
         for name, folders in runs.items()

@@ -150,7 +150,8 @@ def run_folds(
         run_group(config, programs, source, group)
     if not hosts.is_first():
         return {}
-    return finish(config, output, mean_shape.run(config, source, folds))
+    done = [fold for fold in range(config.num_folds) if is_done(output, fold)]
+    return finish(config, output, mean_shape.run(config, source, folds, done))
 
 
 def is_done(output: Path, fold: int) -> bool:

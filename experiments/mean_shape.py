@@ -1,7 +1,7 @@
 """What can be had without looking at an image: where the target usually lies."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,14 @@ from data_pipelines import loading, preprocessing, splits
 from experiments.config import Config
 
 
-def run(config: Config, source: loading.CaseSource, folds: splits.Folds) -> dict[str, Any]:
+def run(
+    config: Config, source: loading.CaseSource, folds: splits.Folds, done: Collection[int]
+) -> dict[str, Any]:
     """Mean Dice of the training patients' mean label, and the number of positive cases.
 
-    For each fold, voxels whose label frequency over the training cases exceeds the threshold that
-    gives the training cases the best mean Dice; measured like a prediction, in the T2W frame.
+    For each fold of ``done``, voxels whose label frequency over the training cases exceeds the
+    threshold that gives the training cases the best mean Dice; measured like a prediction, in the
+    T2W frame.
     """
     classes = config.data.classes
     grid, voxels = (), {}
@@ -24,7 +27,8 @@ def run(config: Config, source: loading.CaseSource, folds: splits.Folds) -> dict
             np.flatnonzero(case.label == index) for index in range(1, len(classes) + 1)
         ]
     scores = []
-    for fold, validation in enumerate(folds.validation):
+    for fold in done:
+        validation = folds.validation[fold]
         for index in range(len(classes)):
             known = [voxels[case_id][index] for case_id in folds.training(fold)]
             shape = mean_shape(known, math.prod(grid)).reshape(*grid, 1).astype(np.float32)

@@ -57,6 +57,9 @@ METRICS = (
 )
 """Names of the metrics of one class of one case, in the order of the tables."""
 
+_ROUNDING = 1e-3
+"""By how much a probability may leave 0..1, as resampled or half-precision ones do."""
+
 Metrics = dict[str, float | None]
 Row = Mapping[str, Any]
 """``{"case_id", "patient_id", "fold", "class", **Metrics}``: one class of one case."""
@@ -84,8 +87,8 @@ def case_metrics(
         ``{class: {metric: value}}`` with every name of ``METRICS``; None where undefined.
 
     Raises:
-        DataError: shapes differ, values are not finite, unexpected labels, or probabilities given
-            for several classes.
+        DataError: shapes differ, values are not finite or no probabilities, unexpected labels, or
+            probabilities given for several classes.
     """
     if probability_or_mask.shape != truth.shape:
         raise DataError(
@@ -149,6 +152,12 @@ def _as_mask(array: np.ndarray, *, num_classes: int, threshold: float) -> np.nda
     if not np.isfinite(array).all():
         raise DataError(
             "probabilities must be finite; got NaN or infinity. Look for a diverged training run."
+        )
+    least, most = float(array.min(initial=0)), float(array.max(initial=0))
+    if least < -_ROUNDING or most > 1 + _ROUNDING:
+        raise DataError(
+            f"probabilities must lie in 0..1; got {least:.4g}..{most:.4g}. Apply the sigmoid to "
+            "logits, divide percentages by 100, or store a mask as whole numbers."
         )
     return array > threshold
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import __main__ as everything
 
-ROW = {"op": "op", "shape": "s", "mode": "m", "implementation": "i", "device": "here"}
+ROW = {"op": "op", "shape": "s", "dtype": "d", "mode": "m", "implementation": "i", "device": "x"}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_every_row_is_in_the_table_the_file_and_the_picture(parts, tmp_path, cap
         "median_ms 1.25, copy_share 0.5",
         "parameters 10",
     ]
-    assert "here" not in lines[2]
+    assert lines[2].split("|")[2].strip() == "op s d m i"
     saved = json.loads(files["all.json"].read_text("utf-8"))
     assert saved["kernels"]["rows"][0]["copy_share"] == 0.5
     assert files["all.png"].read_bytes().startswith(b"\x89PNG")
@@ -52,3 +52,14 @@ def test_every_row_is_in_the_table_the_file_and_the_picture(parts, tmp_path, cap
 def test_one_part_alone_and_in_full(parts):
     everything.main(["--parts", "train_step"])
     assert parts == {"train_step": ["--x"]}
+
+
+def test_a_part_that_fails_costs_no_other(parts, tmp_path, monkeypatch, capsys):
+    def fails(arguments):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(sys.modules["benchmarks.kernels"], "main", fails)
+    with pytest.raises(SystemExit, match="failed, see above: kernels"):
+        everything.main(["--json", str(tmp_path / "all.json")])
+    assert "MemoryError: too large" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "all.json").read_text("utf-8"))) == ["train_step"]

@@ -177,8 +177,8 @@ def test_rate_of_a_matrix_product(monkeypatch):
 def test_operations_of_a_convolution_by_hand():
     shape = Convolution("x", (1, 4, 6, 2), (3, 3, 2, 5), (2, 2))
     forward, both = kernels.convolution(shape, "float32")
-    # 2 x 3 positions, 5 channels, each a sum of 3 x 3 x 2 products
-    assert forward.operations == 2 * (2 * 3 * 5) * (3 * 3 * 2)
+    # Kernels of 3 at 0 and 2 of 4 rows meet 2 and 3 of them, at 0, 2, 4 of 6 columns 2, 3 and 3.
+    assert forward.operations == 2 * (2 + 3) * (2 + 3 + 3) * 2 * 5
     assert both.operations == 3 * forward.operations
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def no_sizes(monkeypatch):
 
 def test_table_compares_every_row_with_the_full_model(three_rows, no_sizes):
     folder, rows = three_rows
-    table = write_table(folder, rows, (1, 2))
+    table = write_table(folder, rows, (1, 2), late_fusion=False)
     assert json.loads((folder / "ablation.json").read_text("utf-8")) == json.loads(
         json.dumps(table)
     )
@@ -172,10 +173,18 @@ def test_table_compares_every_row_with_the_full_model(three_rows, no_sizes):
 def test_a_row_without_all_its_seeds_waits(three_rows, no_sizes):
     folder, rows = three_rows
     (folder / "scff" / "seed_2" / "metrics.json").unlink()
-    assert list(write_table(folder, rows, (1, 2))["rows"]) == ["full", "concat"]
+    assert list(write_table(folder, rows, (1, 2), late_fusion=False)["rows"]) == ["full", "concat"]
     (folder / "full" / "seed_1" / "metrics.json").unlink()
-    (alone,) = write_table(folder, rows, (1, 2))["rows"].values()
+    (alone,) = write_table(folder, rows, (1, 2), late_fusion=False)["rows"].values()
     assert alone["against_full"] is None
+
+
+def test_late_fusion_is_in_the_table_if_it_is_asked_for(three_rows, no_sizes):
+    folder, rows = three_rows
+    shutil.copytree(folder / "scff", folder / "late-fusion")
+    for asked in (True, False):
+        table = write_table(folder, rows, (1, 2), late_fusion=asked)
+        assert ("late-fusion" in table["rows"]) == asked
 
 
 def test_rows_on_other_cases_are_refused(three_rows):

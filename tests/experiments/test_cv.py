@@ -642,7 +642,10 @@ def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
     )
     metrics = cv.run(complete(config))
     assert {row["class"] for row in metrics["metric_per_case"]} == {"pz", "tz"}
-    assert metrics["baseline_mean_shape"]["mean_dice"] > 0.1
+    baseline = metrics["baseline_mean_shape"]
+    assert baseline["mean_dice"] > 0.1
+    measured = [row for row in metrics["metric_per_case"] if row["dice"] is not None]
+    assert baseline["num_cases"] == len(measured), "of the same fold alone"
 
 
 def test_fold_that_finds_nothing_anywhere_is_told_with_a_remedy():

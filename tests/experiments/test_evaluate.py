@@ -194,6 +194,12 @@ def test_bad_arrays_are_refused():
         measure(np.zeros((2, 3, 5), np.uint8), truth)
     with pytest.raises(DataError, match="probabilities must be finite; got NaN"):
         measure(np.full(truth.shape, np.nan, np.float32), truth)
+    for logit in (-4.0, 3.0):
+        with pytest.raises(
+            DataError, match=r"must lie in 0\.\.1; got .* Apply the sigmoid to logits"
+        ):
+            measure(np.full(truth.shape, logit, np.float32), truth)
+    measure(np.full(truth.shape, 1 + 1e-4, np.float32), truth)  # resampled
     with pytest.raises(DataError, match=r"values of the prediction must lie in 0\.\.1.*got 0\.\.3"):
         measure(box(truth.shape, (0, 0, 0), (1, 1, 1)) * np.uint8(3), truth)
     with pytest.raises(DataError, match=r"values of the truth must lie in 0\.\.1"):
