@@ -61,10 +61,12 @@ class Feed:
 
     Attributes:
         waited_s: time for which the caller has waited for batches.
+        resident_bytes: memory of the device that its cases take.
     """
 
-    def __init__(self, batches: Iterator[loading.Batch]):
+    def __init__(self, batches: Iterator[loading.Batch], resident_bytes: int = 0):
         self._batches = batches
+        self.resident_bytes = resident_bytes
         self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[loading.Batch]:
@@ -118,4 +120,4 @@ def training_feed(
     cases = jax.device_put(loading.resident_arrays(source, case_ids), jax.local_devices()[0])
     cut = jax.jit(partial(take_crops, crop=train.crop, unit=STORED_UNIT))
     crops = (plan | cut(cases, plan["case_index"], plan.pop("offset")) for plan in plans)
-    return Feed(crops)
+    return Feed(crops, sum(array.nbytes for array in jax.tree.leaves(cases)))

@@ -20,6 +20,7 @@ import tyro
 from cmsad_jax.types import ConfigError
 from experiments import memory
 from experiments.config import Config, parse, window
+from experiments.feed import DEVICE_SHARE
 from experiments.memory import GIB
 from experiments.options import REGISTRY
 from experiments.runtime import log, run_main, select_accelerator
@@ -150,6 +151,11 @@ def run(command: FitCommand, options: Sequence[str]) -> list[Fit]:
         f"{config.preset}, {config.network.dtype}, {len(devices)} x {devices[0].platform}: a step "
         f"may take {allowed / GIB:.2f} of {limit / GIB:.2f} GiB"
     )
+    if config.data.residency != "host":
+        log(
+            f"Cases that are kept on the device come on top, at most {DEVICE_SHARE:.0%} of its "
+            "memory: --data.residency=host keeps none there."
+        )
     rows = table(config, devices, allowed)
     asked = next(row for row in rows if row.crop == config.train.crop)
     needed = None

@@ -50,20 +50,28 @@ def limit_bytes(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def check(config: Config, step: Callable[..., Any], state: Any, batch: Any) -> Estimate | None:
+def check(
+    config: Config, step: Callable[..., Any], state: Any, batch: Any, *, resident_bytes: int = 0
+) -> Estimate | None:
     """Say before the first step what it will need, and refuse what cannot fit; None on CPUs.
 
+    ``resident_bytes``: of the cases that lie on the device.
+
     Raises:
-        RunError: the estimate exceeds what a device has.
+        RunError: the estimate exceeds what a device has beside them.
     """
     limit = limit_bytes(next(iter(jax.tree.leaves(state)[0].sharding.addressable_devices)))
     needed = None if limit is None else estimate(step, state, batch)
     if limit is None or needed is None:
         return None
     said = f"a step needs about {needed.bytes / GIB:.2f} of {limit / GIB:.2f} GiB on each device"
-    if needed.bytes > limit:
-        share = (limit - needed.kept_bytes) / max(needed.temporary_bytes, 1)
+    if resident_bytes:
+        said += f", beside {resident_bytes / GIB:.2f} GiB of cases"
+    if needed.bytes + resident_bytes > limit:
+        share = (limit - resident_bytes - needed.kept_bytes) / max(needed.temporary_bytes, 1)
         remedy = _remedy(config, share)
+        if resident_bytes and needed.bytes <= limit:
+            remedy = "Use --data.residency=host."
         raise RunError(f"a step must fit into memory; {said}, {_asked(config)}. {remedy}")
     log(said)
     return needed

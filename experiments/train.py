@@ -337,7 +337,10 @@ def train_folds(
                 make = program.step
                 if size not in compiled:
                     make = uncollected(make)
-                    needed = uncollected(memory.check)(config, program.step, state, placed)
+                    resident = sum(feed.resident_bytes for feed in feeds)
+                    needed = uncollected(memory.check)(
+                        config, program.step, state, placed, resident_bytes=resident
+                    )
             with memory.explained(config, needed):
                 state, metrics = make(state, placed)
                 if size not in compiled:

@@ -117,7 +117,7 @@ def test_commands_run_with_a_tiny_network(tmp_path, monkeypatch, capsys):
 
 
 LONG = {"cv", "ablation", "voxel_baseline"}
-NOT_HERE = ("/data/", "=mine", "../shared", "accelerator=gpu", "CASE", "RUN_A")
+NOT_HERE = ("/data/", "=mine", "../shared", "accelerator=gpu", "CASE", "RUN", "--distributed")
 """What only the reader has."""
 
 

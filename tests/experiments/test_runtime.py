@@ -266,10 +266,10 @@ def test_step_that_cannot_fit_is_refused_with_two_options(monkeypatch, capsys):
     class State:
         sharding = types.SimpleNamespace(addressable_devices={Device()})
 
-    def check(config, kept, temporary):
+    def check(config, kept, temporary, **beside):
         needed = memory.Estimate(round(kept * 2**30), round(temporary * 2**30))
         monkeypatch.setattr(memory, "estimate", lambda *_: needed)
-        assert memory.check(config, None, State(), None) == needed  # pyright: ignore
+        assert memory.check(config, None, State(), None, **beside) == needed  # pyright: ignore
 
     check(config, 0.125, 0.375)
     assert capsys.readouterr().out == ("a step needs about 0.50 of 1.00 GiB on each device\n")
@@ -290,6 +290,10 @@ def test_step_that_cannot_fit_is_refused_with_two_options(monkeypatch, capsys):
         check(config, 0.125, 3.5)
     with pytest.raises(RunError, match=r"Use a device with more memory or --network\.enc"):
         check(config, 1.5, 0.125)
+    with pytest.raises(
+        RunError, match=r"0.75 of 1.00 GiB on each device, beside 0.50 GiB of cases, .* Use --data"
+    ):
+        check(config, 0.25, 0.5, resident_bytes=2**29)
 
 
 def test_remedy_goes_on_from_what_is_used_already():
