@@ -1,8 +1,8 @@
 """Every benchmark, one after another, and one table of all that was measured.
 
 ``python -m benchmarks --quick`` takes some minutes on two cores; ``--json FILE`` keeps the rows,
-``--plot FILE`` draws the kernels' share of the copy bandwidth. A part that fails is named at the
-end, with exit status 1, and costs no other.
+``--plot FILE`` draws the kernels' share of what a copy or a matrix product reaches. A part that
+fails is named at the end, with exit status 1, and costs no other.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def long_table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
-    """Bars: the share of the copy bandwidth that each kernel reached."""
+    """Bars: what each kernel reached of its limit, a copy or a matrix product."""
     rows = [row for row in found.get("kernels", {"rows": []})["rows"] if "copy_share" in row]
     labels = [
         " ".join((row["op"], row["shape"], row["dtype"], row["mode"], row["implementation"]))
@@ -88,11 +88,13 @@ def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
     places = range(len(rows))
     figure, axes = plt.subplots(figsize=(9, 1 + 0.25 * max(len(rows), 4)), layout="constrained")
     colours = ["C1" if row["implementation"] == "pytorch" else "C0" for row in rows]
-    axes.barh(places, [100 * row["copy_share"] for row in rows], color=colours)
+    shares = [max(row["copy_share"], row.get("rate_share") or 0) for row in rows]
+    axes.barh(places, [100 * share for share in shares], color=colours)
     axes.set_yticks(places, labels)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(100, color="0.5", linewidth=1)
-    axes.set_xlabel("share of the copy bandwidth of the same run (%)")
+    axes.set_xlabel("% of a copy, or of a matrix product, in the same run")
     axes.tick_params(axis="y", labelsize=6)
     figure.savefig(file, dpi=150)
     plt.close(figure)
