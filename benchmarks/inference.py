@@ -298,8 +298,7 @@ def volume_rows(config: Config, effort: timing.Effort) -> list[VolumeRow]:
                 raise ArithmeticError(f"probabilities are {error:.1e} off, {allowed} allowed")
             calls["PyTorch eager"] = lambda: theirs(image)
         except Exception as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"left out: {config.preset} by PyTorch: {why}\n")
+            print(f"left out: {config.preset} by PyTorch: {timing.first_line(error)}\n")
     measured = timing.measure_in_turn(calls, effort=effort)
     peer = measured.get("PyTorch eager")
     windows = math.prod(

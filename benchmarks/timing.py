@@ -224,7 +224,7 @@ def agreeing(operation: Operation) -> tuple[Operation, list[str]]:
             else:
                 allowed, wanted, results = tolerance, expected, leaves(name)
         except Exception as error:
-            return (str(error).splitlines() or [type(error).__name__])[0]
+            return first_line(error)
         for want, got in zip(wanted, results, strict=True):
             scale = np.abs(want).max(initial=np.finfo(np.float32).tiny)
             error = np.abs(want - got).max(initial=0.0) / scale
@@ -245,6 +245,11 @@ def agreeing(operation: Operation) -> tuple[Operation, list[str]]:
         ),
         [f"left out: {title} by {name}: {why}" for name, why in faults.items() if why],
     )
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def compare(

@@ -171,8 +171,7 @@ def peers(
                 raise ArithmeticError(f"its loss is {other}, not {loss}")
             step()
         except Exception as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"left out: {config.preset} by PyTorch {name}: {why}\n")
+            print(f"left out: {config.preset} by PyTorch {name}: {timing.first_line(error)}\n")
             continue
         found[f"{PEER}, PyTorch {name}"] = step
     return found

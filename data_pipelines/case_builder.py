@@ -324,8 +324,9 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 for file in _files_of(path)
             ]
         metadata = sorted(getattr(entry, "metadata", {}).items())
-        problems = [problem.text for problem in getattr(entry, "problems", ())]
-        return entry.case_id, getattr(entry, "patient_id", ""), metadata, problems, sorted(files)
+        problems = getattr(entry, "problems", ())
+        errors = [problem.text for problem in problems if problem.level == "error"]
+        return entry.case_id, getattr(entry, "patient_id", ""), metadata, errors, sorted(files)
 
     def _file_state(self, path: Path) -> tuple[str, int, int]:
         root = (self.data_config.path or Path()).expanduser()
@@ -420,7 +421,8 @@ def _files_of(path: Path) -> Sequence[Path]:
 def _record(found: Examination) -> dict[str, Any]:
     """What is stored of an examined case."""
     if found.case is None or found.faulty:
-        raise DataError(_report([str(problem) for problem in found.problems], 1))
+        errors = [str(problem) for problem in found.problems if problem.level == "error"]
+        raise DataError(_report(errors, 1))
     return {**encode(found.case), "metadata": json.dumps(dict(found.metadata))}
 
 

@@ -9,8 +9,7 @@ Further options are those of ``experiments.cv`` and hold for all rows, ``--sweep
 
 What is done is not done again: the same command continues, and one with more rows or seeds trains
 those alone. The table is written after each row, and holds what the last command asked for. On a
-processor several runs are trained at a time
-(:mod:`experiments.jobs`).
+processor several runs are trained at a time (:mod:`experiments.jobs`).
 """
 
 import dataclasses
