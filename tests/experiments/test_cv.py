@@ -1,3 +1,5 @@
+"""Cross-validation as a whole: what it leaves, what it survives, and what it refuses."""
+
 import csv
 import dataclasses
 import gzip
@@ -5,56 +7,25 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import nibabel as nib
 import numpy as np
 import pytest
 
-from cmsad_jax.modules import EncoderConfig, FusionConfig
-from cmsad_jax.training import LossConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines import loading
-from data_pipelines.case import DataConfig, DataError, PreprocessConfig
+from data_pipelines.case import DataError
 from experiments import cv, reproduce, train
 from experiments.checkpoints import Checkpoints, load_params
-from experiments.config import Config, PredictConfig, TrainConfig, complete
-from experiments.runtime import Interrupted, RunError, Stop, locked
+from experiments.config import complete
+from experiments.runtime import RunError, locked
 from experiments.train import compile_programs, to_mask
 from tests.data_pipelines.fabricate import raw_case, write_folder
 from tests.experiments.test_tensorboard import read_events
-from tests.processes import start_two
-
-ENCODER = EncoderConfig(
-    channels=(4, 6),
-    kernels=((1, 3, 3), (3, 3, 3)),
-    strides=((1, 1, 1), (1, 2, 2)),
-    blocks=(1, 1),
-)
-
-
-def tiny(output: Path, cache: Path, **data) -> Config:
-    """Three folds of two steps on a coarse grid."""
-    config = Config(
-        accelerator="cpu",
-        output=output,
-        num_folds=3,
-        data=DataConfig(
-            num_cases=10,
-            cache=cache,
-            preprocess=PreprocessConfig(spacing_mm=(3, 3, 3), size=(12, 32, 32)),
-            **data,
-        ),
-        train=TrainConfig(steps=2, batch_size=2, crop=(8, 32, 32), validations=1),
-        predict=PredictConfig(figures=1),
-    )
-    return complete(
-        dataclasses.replace(config, network=dataclasses.replace(config.network, encoder=ENCODER))
-    )
+from tests.experiments.tiny_run import ENCODER, history, poisoned, shared_programs, tiny
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +35,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Runs of one network share their programs: to compile them is most of a run's time."""
-    kept = {}
-
-    def programs(config: Config, devices):
-        train = dataclasses.replace(config.train, checkpoint_every=1, max_skipped=1)
-        train = dataclasses.replace(train, steps_per_call=None)
-        key = config.network, config.loss, train, config.data.modalities, config.parallel
-        if key not in kept:
-            kept[key] = compile_programs(config, devices)
-        if config.train.steps_per_call is None:
-            return kept[key]
-        asked = compile_programs(config, devices)
-        return dataclasses.replace(
-            kept[key], several=asked.several, steps_per_call=asked.steps_per_call
-        )
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cv, "compile_programs", programs)
-        patch.setattr(reproduce, "compile_programs", programs)
+    with shared_programs():
         yield
 
 
@@ -169,179 +122,6 @@ def test_same_seed_gives_the_same_numbers(finished, tmp_path, cache):
     assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
 
 
-def plain(output: Path, cache: Path) -> Config:
-    """One fold of the network that compiles fastest."""
-    config = tiny(output, cache)
-    network = dataclasses.replace(config.network, fusion=FusionConfig(kind="early"))
-    return dataclasses.replace(
-        config,
-        folds=(0,),
-        network=network,
-        loss=LossConfig(cross_modal_weight=0.0, self_weight=0.0),
-        predict=PredictConfig(figures=0, flip=False),
-    )
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, cache):
-    """``plain`` in one process, one step a call."""
-    config = plain(tmp_path_factory.mktemp("runs") / "alone", cache)
-    cv.run(config)
-    return config
-
-
-def test_several_steps_in_a_call_give_the_same_losses(alone, tmp_path, cache, capsys):
-    config = plain(tmp_path / "run", cache)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, residency="device"))
-    train = dataclasses.replace(config.train, steps_per_call=2)
-    cv.run(dataclasses.replace(config, train=train))
-    said = capsys.readouterr().out
-    said_once = "cases resident on the device: 0.00 GB of cases, as asked for; 2 steps in each call"
-    assert said.count(said_once) == 1
-    before, after = history(alone.output), history(config.output)
-    assert [row["step"] for row in after] == ["1", "2"]
-    for one, other in zip(before, after, strict=True):
-        for name in one.keys() - {"validation_dice"}:  # the same sums in another program
-            assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3, abs=1e-5)
-
-
-def both(output: Path, cache: Path, **options) -> Config:
-    """The folds 0 and 1 of ``plain``, side by side where nothing else is said."""
-    config = plain(output, cache)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
-    return dataclasses.replace(config, folds=(0, 1), folds_at_once=2)
-
-
-@pytest.fixture(scope="module")
-def side_by_side(tmp_path_factory, cache):
-    """Folds 0 and 1 of ``plain`` in one program, with a checkpoint after each step."""
-    config = both(tmp_path_factory.mktemp("runs") / "side_by_side", cache, checkpoint_every=1)
-    cv.run(config)
-    return config
-
-
-def weights(config: Config, fold: int):
-    """What a fold is evaluated with, as one array."""
-    leaves = jax.tree.leaves(load_params(config.output, fold))
-    return np.concatenate([np.ravel(leaf) for leaf in leaves])
-
-
-def assert_same_folds(one: Config, other: Config) -> None:
-    """Equal but for the order of float32 sums.
-
-    Losses and norms as in tests/test_parallel.py; AdamW divides by small moments, so that a weight
-    with next to no gradient may go another way: together they differ by little of their move.
-    """
-    fresh = compile_programs(one, jax.devices()[:1]).init
-    for fold in (0, 1):
-        for row, same in zip(history(one.output, fold), history(other.output, fold), strict=True):
-            for name in row.keys() - {"validation_dice"}:
-                assert float(same[name]) == pytest.approx(float(row[name]), rel=1e-3, abs=1e-5)
-        key = jax.random.fold_in(jax.random.key(one.seed), fold)
-        before = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(fresh(key).params)])
-        move = np.linalg.norm(weights(one, fold) - before)
-        difference = np.linalg.norm(weights(one, fold) - weights(other, fold))
-        assert difference < 1e-3 * move  # 1e-6 was found
-        names = [
-            sorted(
-                str(path.relative_to(config.output))
-                for kind in (".", "cases", "masks", "probabilities", "checkpoints")
-                for path in (config.output / f"fold_{fold}" / kind).iterdir()
-            )
-            for config in (one, other)
-        ]
-        assert names[0] == names[1]
-
-
-def test_folds_side_by_side_are_those_in_turn(alone, side_by_side):
-    in_turn = dataclasses.replace(alone, folds=(0, 1))
-    metrics = cv.run(in_turn)
-    assert_same_folds(in_turn, side_by_side)
-    found = json.loads((side_by_side.output / "metrics.json").read_text("utf-8"))
-    assert found["folds_done"] == metrics["folds_done"] == [0, 1]
-    for fold in ("0", "1"):
-        assert found["fold_summaries"][fold]["folds_side_by_side"] == 2
-    for row, same in zip(metrics["metric_per_case"], found["metric_per_case"], strict=True):
-        assert (row["case_id"], row["fold"]) == (same["case_id"], same["fold"])
-        assert same["dice"] == pytest.approx(row["dice"], abs=1e-3)
-        assert same["volume_predicted_ml"] == pytest.approx(row["volume_predicted_ml"], rel=1e-3)
-
-
-def test_folds_stopped_side_by_side_go_on_side_by_side_or_in_turn(
-    side_by_side, tmp_path, cache, monkeypatch, capsys
-):
-    def told(stop):
-        stop.number = signal.SIGTERM
-        return True
-
-    config = both(tmp_path / "run", cache)
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "after_step", told)
-        with pytest.raises(Interrupted):
-            cv.run(config)
-    said = capsys.readouterr().out
-    for fold in ("fold 1/3", "fold 2/3"):
-        assert f"{fold}: saved after step 1 of 2" in said
-    in_turn = dataclasses.replace(config, output=tmp_path / "in_turn", folds_at_once=1)
-    shutil.copytree(config.output, in_turn.output)
-    for again in (config, in_turn):
-        again = dataclasses.replace(
-            again, train=dataclasses.replace(again.train, checkpoint_every=1)
-        )
-        cv.run(again)
-    assert capsys.readouterr().out.count("going on after step 1 of 2") == 4
-    for fold in (0, 1):
-        np.testing.assert_array_equal(weights(config, fold), weights(side_by_side, fold))
-        assert history(config.output, fold) == history(side_by_side.output, fold)
-    assert_same_folds(side_by_side, in_turn)
-
-
-def test_a_fold_that_is_stuck_leaves_those_beside_it_as_they_were(
-    side_by_side, tmp_path, cache, monkeypatch
-):
-    config = both(tmp_path / "run", cache, max_skipped=2)
-    with monkeypatch.context() as patch:
-        poisoned(patch, 1, 2, calls=1)
-        with pytest.raises(RunError, match="got 2 steps in a row of fold 1 that"):
-            cv.run(config)
-    assert (config.output / "fold_0" / "not_finite_00000002.npz").exists()
-    assert not (config.output / "fold_1" / "not_finite_00000002.npz").exists()
-    np.testing.assert_array_equal(weights(config, 1), weights(side_by_side, 1))
-    assert cv.run(config)["folds_done"] == [0, 1]
-
-
-ONE_OF_TWO = """
-import sys
-from pathlib import Path
-from experiments import cv, hosts
-from experiments.config import DistributedConfig
-from tests.experiments.test_cv import plain
-
-process, port, output, cache = int(sys.argv[1]), *sys.argv[2:]
-hosts.join(DistributedConfig("auto", f"127.0.0.1:{port}", 2, process))
-metrics = cv.run(plain(Path(output + str(process)), Path(cache)))
-assert bool(metrics) == (process == 0)
-"""
-
-
-def test_two_processes_train_as_one(alone, tmp_path, cache):
-    running = start_two(ONE_OF_TWO, str(tmp_path / "run"), str(cache))
-    said = []
-    for process in running:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        said.append([line for line in out.splitlines() if not line.startswith("[Gloo]")])
-    assert any(line.startswith("fold 1/3: 2 steps") for line in said[0])
-    assert not said[1]
-    assert os.listdir(tmp_path) == ["run0"], "process 0 alone writes"
-    for one, two in zip(history(alone.output), history(tmp_path / "run0"), strict=True):
-        # Float32 sums in another order: see tests/test_parallel.py.
-        assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-3)
-        assert float(two["gradient_norm"]) == pytest.approx(float(one["gradient_norm"]), rel=1e-3)
-    metrics = json.loads((tmp_path / "run0" / "metrics.json").read_text("utf-8"))
-    assert metrics["folds_done"] == [0]
-
-
 class Killed(BaseException):
     """Stands for the end of the process: nothing in the project catches it."""
 
@@ -387,12 +167,6 @@ def test_run_that_was_cut_off_ends_like_one_that_was_not(
     assert history(config.output) == history(reference.output)
 
 
-def history(output: Path, fold: int = 0) -> list[dict[str, str]]:
-    """Curves of a fold, but for the speed."""
-    with (output / f"fold_{fold}" / "history.csv").open() as file:
-        return [row for row in csv.DictReader(file) if row.pop("examples_per_s") is not None]
-
-
 def test_work_that_is_done_is_not_done_again(finished, tmp_path, cache, monkeypatch, capsys):
     config = dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,))
     shutil.copytree(finished[0].output, config.output)
@@ -417,22 +191,6 @@ def test_masks_of_other_weights_are_made_again(tmp_path):
     assert cv.stored_rows(tmp_path, "a", "others") is None
     (tmp_path / "masks" / "a.nii.gz").unlink()
     assert cv.stored_rows(tmp_path, "a", "weights") is None
-
-
-def poisoned(monkeypatch, *steps: int, calls: int | None = None) -> None:
-    """Let the batches of these steps hold a value that is not a number, in the first ``calls``."""
-    original, number = loading.train_batches, itertools.count(1)
-
-    def batches(*args, start_step=0, **kwargs):
-        spoilt = calls is None or next(number) <= calls
-        for step, batch in enumerate(
-            original(*args, start_step=start_step, **kwargs), start_step + 1
-        ):
-            if step in steps and spoilt:
-                batch["image"][0] = np.nan
-            yield batch
-
-    monkeypatch.setattr(train.loading, "train_batches", batches)
 
 
 def test_step_that_is_not_finite_is_skipped_and_said(

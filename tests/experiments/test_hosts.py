@@ -1,4 +1,4 @@
-"""How processes find each other and agree; ``test_cv.py`` lets two of them train."""
+"""How processes find each other and agree; ``test_cv_arrangements.py`` lets two train."""
 
 import numpy as np
 import pytest
