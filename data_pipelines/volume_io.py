@@ -32,12 +32,6 @@ class Grid:
     affine: np.ndarray
 
 
-def read_grid(path: Path, channel: int | None = None) -> Grid:
-    """The grid of a file, without its voxels. Arguments and errors as ``read_volume``."""
-    with _faults_named(path):
-        return _open(path, channel)[0]
-
-
 def read_volume(path: Path, channel: int | None = None) -> Volume:
     """Read a volume in the dtype of the file (NIfTI intensity scaling applied).
 

@@ -240,6 +240,56 @@ def lesion_candidates(
     return sorted(found, key=lambda candidate: -candidate["confidence"])
 
 
+@dataclasses.dataclass
+class Record:
+    """What the output folder says of its results: whose they are, and what was found."""
+
+    output: Path
+    facts: Mapping[str, Any]
+    """The model, its settings, and what is written beside masks."""
+    earlier: Sequence[Mapping[str, Any]]
+    """Results of earlier commands for cases that are not predicted now."""
+    results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    computing_s: float = 0.0
+    """Time in which the model ran."""
+    beside_s: float = 0.0
+    """Processor time of reading and writing, in their own threads."""
+    started_s: float = dataclasses.field(default_factory=time.perf_counter)
+    processor_started_s: float = dataclasses.field(default_factory=time.process_time)
+
+    @property
+    def wall_s(self) -> float:
+        """Time since the record was begun."""
+        return time.perf_counter() - self.started_s
+
+    @property
+    def failed(self) -> int:
+        """Cases that could not be predicted."""
+        return sum("error" in result for result in self.results)
+
+    def fail(self, entry: CaseFiles, error: Exception) -> None:
+        """Say that a case is passed over."""
+        print(f"error: case {entry.case_id} is passed over: {error}", file=sys.stderr, flush=True)
+        self.results.append({"case_id": entry.case_id, "error": str(error)})
+
+    def save(self, *, complete: bool) -> None:
+        """Write the record, whole or not at all."""
+        record = {
+            "disclaimer": DISCLAIMER,
+            "cmsad_jax": __version__,
+            **self.facts,
+            "complete": complete,
+            "coordinates": "centre_mm is x y z in RAS+ millimetres (NIfTI's world)",
+            "wall_s": round(self.wall_s, 3),
+            "compute_s": round(self.computing_s, 3),
+            "processor_s": round(time.process_time() - self.processor_started_s, 3),
+            "processor_beside_s": round(self.beside_s, 3),
+            "cases": sorted([*self.earlier, *self.results], key=lambda result: result["case_id"]),
+        }
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_text(self.output / RECORD, json.dumps(record, indent=1) + "\n")
+
+
 def run(command: PredictCommand) -> int:
     """Predict every case of the input; returns how many could not be.
 
@@ -249,129 +299,67 @@ def run(command: PredictCommand) -> int:
     """
     select_accelerator(command.accelerator)
     model = open_model(command)
-    facts = model.description
+    description = model.description
     if command.attention and "attention" not in model.programs:
         raise ConfigError(
             f"attention maps need a program for them; {command.model} has none. "
             "Export the run again, or leave out --attention."
         )
-    data = data_config(facts)
-    with_gland = data.preprocess.centre == "gland"
-    entries = find_inputs(command.input, facts.modalities, with_gland=with_gland)
-    identity = {
-        "sha256": model.sha256,
-        "members": list(facts.members),
-        "git_commit": facts.provenance.get("environment", {}).get("git_commit"),
-        "data_fingerprint": facts.provenance.get("data_fingerprint"),
-        "license": facts.license,
-    }
-    settings = {name: getattr(facts, name) for name in OPTIONS}
-    extras = {"attention": command.attention, "uncertainty": command.uncertainty}
-    old = earlier_results(command.output, identity, settings)
-    going_on = old is not None and not old["complete"] and old["extras"] == extras
-    done = {
-        result["case_id"]
-        for result in (old["cases"] if old and going_on else ())
-        if "error" not in result
-    }
+    data = data_config(description)
+    entries = find_inputs(
+        command.input, description.modalities, with_gland=data.preprocess.centre == "gland"
+    )
+    facts = facts_of(model, command)
+    old = earlier_results(command.output, facts)
+    done = set()
+    if not old["complete"] and old["extras"] == facts["extras"]:
+        done = {result["case_id"] for result in old["cases"] if "error" not in result}
     entries = [entry for entry in entries if entry.case_id not in done]
     again = {entry.case_id for entry in entries}
-    kept = [result for result in (old["cases"] if old else ()) if result["case_id"] not in again]
-    programs = ["predict", *(["attention"] if command.attention else [])]
-    for name in programs:
+    for name in ("predict", *(("attention",) if command.attention else ())):
         model.compile(name)
     log(
-        f"{len(entries)} cases; {', '.join(facts.classes)} from {', '.join(facts.modalities)}, "
-        f"{len(facts.members)} members, model {model.sha256[:12]}"
+        f"{len(entries)} cases; {', '.join(description.classes)} from "
+        f"{', '.join(description.modalities)}, {len(description.members)} members, "
+        f"model {model.sha256[:12]}"
         + (f"; {len(done)} were predicted before the interruption" if done else "")
     )
-    results: list[dict[str, Any]] = []
-    repeated = {
-        problem.case_id: problem
-        for problem in validation.check_ids(entry.case_id for entry in entries)
-    }
-
-    beside = [0.0]  # processor seconds of reading and writing
-
-    def read(entry: CaseFiles) -> Case | DataError:
-        before = time.thread_time()
-        try:
-            if entry.case_id in repeated:
-                raise DataError(repeated[entry.case_id].text)
-            return read_case(entry, data)
-        except DataError as error:
-            return error
-        finally:
-            beside[0] += time.thread_time() - before
-
-    def write(computed: Computed) -> dict[str, Any]:
-        before = time.thread_time()
-        try:
-            return write_case(computed, facts, command.output, uncertainty=command.uncertainty)
-        finally:
-            beside[0] += time.thread_time() - before
-
-    def fail(entry: CaseFiles, error: Exception) -> None:
-        print(f"error: case {entry.case_id} is passed over: {error}", file=sys.stderr, flush=True)
-        results.append({"case_id": entry.case_id, "error": str(error)})
-
-    started, processor, computing = time.perf_counter(), time.process_time(), 0.0
-
-    def save(*, complete: bool) -> None:
-        record = {
-            "disclaimer": DISCLAIMER,
-            "model": identity,
-            "cmsad_jax": __version__,
-            "settings": settings,
-            "extras": extras,
-            "complete": complete,
-            "coordinates": "centre_mm is x y z in RAS+ millimetres (NIfTI's world)",
-            "wall_s": round(time.perf_counter() - started, 3),
-            "compute_s": round(computing, 3),
-            "processor_s": round(time.process_time() - processor, 3),
-            "processor_beside_s": round(beside[0], 3),
-            "cases": sorted([*kept, *results], key=lambda result: result["case_id"]),
-        }
-        command.output.mkdir(parents=True, exist_ok=True)
-        write_text(command.output / RECORD, json.dumps(record, indent=1) + "\n")
-
-    save(complete=False)  # says whose results these are, from the first one on
-    pending: collections.deque[Future[dict[str, Any]]] = collections.deque()
+    record = Record(
+        command.output, facts, [result for result in old["cases"] if result["case_id"] not in again]
+    )
+    record.save(complete=False)  # says whose results these are, from the first one on
     complete = False
     try:
-        with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:
-            read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
-            for entry, case in progress(read_cases, description="Predicting", total=len(entries)):
-                if isinstance(case, DataError):
-                    fail(entry, case)
-                    continue
-                before = time.perf_counter()
-                computed = compute(model, case, attention=command.attention)
-                computing += time.perf_counter() - before
-                while len(pending) >= READ_AHEAD:
-                    results.append(pending[0].result())
-                    pending.popleft()
-                pending.append(writers.submit(write, computed))
-            while pending:
-                results.append(pending[0].result())
-                pending.popleft()
+        predict_cases(model, entries, data, record)
         complete = True
     finally:
-        results += [future.result() for future in pending if not future.exception()]
-        save(complete=complete)
-    wall = time.perf_counter() - started
-    failed = sum("error" in result for result in results)
+        record.save(complete=complete)
+    count, wall = len(record.results), max(record.wall_s, 1e-9)
     log(
-        f"{len(results) - failed} of {len(results)} cases predicted in {wall:.1f} s "
-        f"({60 * len(results) / max(wall, 1e-9):.0f} a minute, {computing / max(wall, 1e-9):.0%} "
+        f"{count - record.failed} of {count} cases predicted in {wall:.1f} s "
+        f"({60 * count / wall:.0f} a minute, {record.computing_s / wall:.0%} "
         f"of it computing); {command.output / RECORD}"
     )
-    return failed
+    return record.failed
 
 
-def earlier_results(
-    output: Path, identity: Mapping[str, Any], settings: Mapping[str, Any]
-) -> Mapping[str, Any] | None:
+def facts_of(model: export.Model, command: PredictCommand) -> dict[str, Any]:
+    """What a record says of the model and its settings."""
+    description = model.description
+    return {
+        "model": {
+            "sha256": model.sha256,
+            "members": list(description.members),
+            "git_commit": description.provenance.get("environment", {}).get("git_commit"),
+            "data_fingerprint": description.provenance.get("data_fingerprint"),
+            "license": description.license,
+        },
+        "settings": {name: getattr(description, name) for name in OPTIONS},
+        "extras": {"attention": command.attention, "uncertainty": command.uncertainty},
+    }
+
+
+def earlier_results(output: Path, facts: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a folder says of its results, if it holds any.
 
     Raises:
@@ -379,16 +367,78 @@ def earlier_results(
     """
     file = output / RECORD
     if not file.is_file():
-        return None
+        return {"complete": True, "extras": {}, "cases": []}
     old = read_json(file)
-    before, now = old["model"]["sha256"][:12], identity["sha256"][:12]
-    if before != now or old["settings"] != dict(settings):
+    before, now = old["model"]["sha256"][:12], facts["model"]["sha256"][:12]
+    if before != now or old["settings"] != facts["settings"]:
         raise ConfigError(
             f"a folder holds the results of one model and its settings; {output} holds those of "
-            f"{before} with {old['settings']}, and this is {now} with {dict(settings)}. "
+            f"{before} with {old['settings']}, and this is {now} with {facts['settings']}. "
             "Name another folder with --output."
         )
     return {"complete": True, "extras": {}} | old
+
+
+def predict_cases(
+    model: export.Model, entries: Sequence[CaseFiles], data: DataConfig, record: Record
+) -> None:
+    """Read, compute and write each case, the three side by side; results go into the record.
+
+    When it is interrupted the record holds the cases whose files are all written.
+    """
+    extras = record.facts["extras"]
+    repeated = {
+        problem.case_id: problem
+        for problem in validation.check_ids(entry.case_id for entry in entries)
+    }
+
+    def read(entry: CaseFiles) -> tuple[Case | DataError, float]:
+        before = time.thread_time()
+        try:
+            if entry.case_id in repeated:
+                raise DataError(repeated[entry.case_id].text)
+            case = read_case(entry, data)
+        except DataError as error:
+            case = error
+        return case, time.thread_time() - before
+
+    def write(computed: Computed) -> tuple[dict[str, Any], float]:
+        before = time.thread_time()
+        result = write_case(
+            computed, model.description, record.output, uncertainty=extras["uncertainty"]
+        )
+        return result, time.thread_time() - before
+
+    def written(future: Future[tuple[dict[str, Any], float]]) -> None:
+        result, seconds = future.result()
+        record.results.append(result)
+        record.beside_s += seconds
+
+    pending: collections.deque[Future[tuple[dict[str, Any], float]]] = collections.deque()
+    try:
+        with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:
+            read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
+            for entry, (case, seconds) in progress(
+                read_cases, description="Predicting", total=len(entries)
+            ):
+                record.beside_s += seconds
+                if isinstance(case, DataError):
+                    record.fail(entry, case)
+                    continue
+                before = time.perf_counter()
+                computed = compute(model, case, attention=extras["attention"])
+                record.computing_s += time.perf_counter() - before
+                while len(pending) >= READ_AHEAD:
+                    written(pending[0])
+                    pending.popleft()
+                pending.append(writers.submit(write, computed))
+            while pending:
+                written(pending[0])
+                pending.popleft()
+    finally:
+        for future in pending:
+            if not future.exception():
+                written(future)
 
 
 def read_ahead(

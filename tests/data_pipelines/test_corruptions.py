@@ -9,8 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.case import DataError
-from data_pipelines.volume_io import read_grid, read_volume
+from data_pipelines.volume_io import read_volume
 from tests.data_pipelines.corruptions import KINDS, meant, outcome, whole_file
 
 ROOT = Path(__file__).parents[2]
@@ -86,11 +85,3 @@ def test_any_bytes_are_survived(tmp_path_factory, content, kind):
     path = folder / f"any.{kind}"
     path.write_bytes(content)
     assert outcome(path) == "error"
-
-
-def test_grids_are_refused_like_volumes(whole, tmp_path):
-    _, contents = whole
-    path = tmp_path / "cut.nii.gz"
-    path.write_bytes(contents["nii.gz"][:-20])
-    with pytest.raises(DataError, match=r"cut.nii.gz must be a readable image"):
-        read_grid(path)
