@@ -261,7 +261,7 @@ def compare(
 ) -> tuple[list[Row], list[str]]:
     """One row for each implementation of ``operation``, PyTorch's last; and what was left out.
 
-    See :func:`agreeing`; the rates are those of :func:`copy_bandwidth` and :func:`product_rate`.
+    See ``agreeing``; the rates are those of ``copy_bandwidth`` and ``product_rate``.
     """
     operation, left_out = agreeing(operation)
     programs = {

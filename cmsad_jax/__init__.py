@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from cmsad_jax.modules.encoder import Encoder, EncoderConfig
     from cmsad_jax.modules.fusion import Fusion, FusionConfig
     from cmsad_jax.modules.network import CMSAD, NetworkConfig, NetworkOutput
-    from cmsad_jax.training import TrainState, train_step
+    from cmsad_jax.parallel import parallelize
+    from cmsad_jax.training import LossConfig, OptimizerConfig, TrainState, init_state, train_step
     from cmsad_jax.types import ConfigError
 
 __version__ = "0.1.0"
@@ -41,8 +42,10 @@ _HOME = {
     "EncoderConfig": "modules.encoder",
     "Fusion": "modules.fusion",
     "FusionConfig": "modules.fusion",
+    "LossConfig": "training",
     "NetworkConfig": "modules.network",
     "NetworkOutput": "modules.network",
+    "OptimizerConfig": "training",
     "TrainState": "training",
     "attention_map": "kernels",
     "augment": "augmentation",
@@ -52,6 +55,8 @@ _HOME = {
     "cross_modal_distillation_loss": "losses.distillation",
     "dice_loss": "losses.segmentation",
     "focal_loss": "losses.segmentation",
+    "init_state": "training",
+    "parallelize": "parallel",
     "self_distillation_loss": "losses.distillation",
     "sliding_window": "inference",
     "train_step": "training",
@@ -68,8 +73,10 @@ __all__ = [
     "EncoderConfig",
     "Fusion",
     "FusionConfig",
+    "LossConfig",
     "NetworkConfig",
     "NetworkOutput",
+    "OptimizerConfig",
     "TrainState",
     "attention_map",
     "augment",
@@ -79,6 +86,8 @@ __all__ = [
     "cross_modal_distillation_loss",
     "dice_loss",
     "focal_loss",
+    "init_state",
+    "parallelize",
     "self_distillation_loss",
     "sliding_window",
     "train_step",

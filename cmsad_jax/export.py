@@ -3,7 +3,7 @@
 An artifact (``model.cmsad``) is a zip archive, nothing in it compressed:
 
 ``manifest.json``
-    format name and version, the :class:`Description`, and the size and SHA-256 of every other file.
+    format name and version, the ``Description``, and the size and SHA-256 of every other file.
 ``programs/<name>.stablehlo``
     ``jax.export`` programs for cpu, cuda and tpu with a symbolic batch size. ``predict`` maps
     ``(weights, windows, present)`` to probabilities ``b *window k``; ``attention`` to the attention
@@ -14,7 +14,7 @@ An artifact (``model.cmsad``) is a zip archive, nothing in it compressed:
 ``MODEL_CARD.md``, ``LICENSE``
     for people.
 
-:func:`load` needs jax and flatbuffers; neither Flax nor any code of the network. Nothing is ever
+``load`` needs jax and flatbuffers; neither Flax nor any code of the network. Nothing is ever
 unpacked to disk, and nothing in an archive is executed as Python. The checksums find damage, not
 malice: run models of people you trust.
 """

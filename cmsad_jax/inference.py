@@ -134,7 +134,7 @@ def predict_ensemble(
     present: Bool[np.ndarray, " m"],
     **options: Any,
 ) -> EnsemblePrediction:
-    """Mean and spread of :func:`sliding_window` over ``members``, one after the other.
+    """Mean and spread of ``sliding_window`` over ``members``, one after the other.
 
     Memory does not grow with the number of members: mean and squared deviation are updated as
     each member is done (Welford 1962), in float32. ``options`` are those of ``sliding_window``.

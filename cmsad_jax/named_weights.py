@@ -67,7 +67,7 @@ def flatten_weights(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def unflatten_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested weights of a network; undoes :func:`flatten_weights`."""
+    """The nested weights of a network; undoes ``flatten_weights``."""
     tree: dict[str, Any] = {}
     for path, value in weights.items():
         *folders, leaf = path.split("/")

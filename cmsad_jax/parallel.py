@@ -72,7 +72,7 @@ def parallelize(
 ) -> ParallelStep:
     """Compile ``step(state, batch, axis_name=...)`` over ``devices`` (all by default).
 
-    ``stacked``: the step is :func:`cmsad_jax.training.train_steps` and takes several batches at
+    ``stacked``: the step is ``cmsad_jax.training.train_steps`` and takes several batches at
     once, stacked along a new first axis. ``compiler_options`` are XLA's, under ``jit``.
 
     Raises:
@@ -172,13 +172,13 @@ def parallelize_folds(
 ) -> ParallelStep:
     """Compile ``step`` for several folds trained side by side, each as if alone.
 
-    The folds lie on slices of the mesh of :func:`fold_mesh`, and those that share a slice are
+    The folds lie on slices of the mesh of ``fold_mesh``, and those that share a slice are
     stacked there by ``vmap``. On a CPU, whose convolutions with stacked weights are slow, train
     folds one after another instead. ``stacked`` and ``compiler_options`` as for
-    :func:`parallelize`.
+    ``parallelize``.
 
     Returns:
-        As :func:`parallelize`, of all folds at once: ``place_state`` and ``place_batch`` take a
+        As ``parallelize``, of all folds at once: ``place_state`` and ``place_batch`` take a
         list with one entry for each fold, ``fetch_state`` gives one, and the metrics of ``step``
         have a first axis of folds.
 

@@ -2,7 +2,7 @@
 
 Source: docs/method.md, sections 3, 6 and 7.
 
-:mod:`cmsad_jax.parallel` compiles the step for one device or many. Every random choice comes from
+``cmsad_jax.parallel`` compiles the step for one device or many. Every random choice comes from
 ``batch["key"]``, one key for each example, so results do not depend on batch size or sharding.
 """
 
@@ -24,10 +24,13 @@ from cmsad_jax.losses import distillation, segmentation
 from cmsad_jax.losses.distillation import AttentionConfig
 from cmsad_jax.modules.blocks import resize
 from cmsad_jax.modules.network import CMSAD, NetworkOutput, apply
-from cmsad_jax.types import ConfigError, Labels, Present
+from cmsad_jax.types import ConfigError, Labels, Present, check_choices
 
 Batch = Mapping[str, Shaped[Array | np.ndarray, "b ..."]]
-"""``image: b *space m``, ``label: b *space``, ``present: b m``, ``key: b 2`` (uint32)."""
+"""``image: b *space m``, ``label: b *space`` (integers), ``present: b m`` (bool) and ``key``: what
+is random for each example, ``b 2`` words of uint32 from a host, or ``b`` keys of ``jax.random``."""
+
+BATCH = ("image", "label", "present", "key")
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -65,6 +68,9 @@ class LossConfig:
     """Steps over which the distillation and correlation weights rise from 0; 0 has none."""
     deep_weight: float = 0.5
     """Weight of each coarser output relative to the next finer one."""
+
+    def __post_init__(self):
+        check_choices(self)
 
     def distilled_stages(self, num_stages: int) -> tuple[int, ...]:
         """The stages that are distilled, checked against the encoder's."""
@@ -295,7 +301,9 @@ def train_step(
 
     Args:
         state: before the step.
-        batch: one key for each example under ``key``.
+        batch: ``image`` (``b *space m``), ``label`` (integers ``b *space``), ``present`` (bool
+            ``b m``, all True where nothing lacks) and ``key``, one for each example: typed keys
+            ``b``, as of ``jax.random.split``, or two words of uint32 each, ``b 2``.
         network: the model.
         optimizer: as made by ``OptimizerConfig.optimizer``.
         loss: terms and weights.
@@ -314,13 +322,15 @@ def train_step(
         ``skipped`` (1 where nothing was updated, else 0).
 
     Raises:
-        ConfigError: if the batch cannot be cut into equal parts.
+        ConfigError: if the batch lacks an entry, has other keys, or cannot be cut into equal parts.
     """
     batch = dict(batch)
-    # two words each, whatever generator JAX is set to
-    wrap = partial(jax.random.wrap_key_data, impl="threefry2x32")
-    keys = jax.vmap(wrap)(jnp.asarray(batch.pop("key")))
-    keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+    if lacking := [name for name in BATCH if name not in batch]:
+        raise ConfigError(
+            f"a batch must hold {', '.join(BATCH)}; got {', '.join(batch)}. "
+            f"Add {', '.join(lacking)}; present is all True where no modality lacks."
+        )
+    keys = jax.vmap(lambda key: jax.random.split(key, 2))(_typed(batch.pop("key")))
     if augmentation is not None:
         batch["image"], batch["label"] = augment(
             batch["image"],
@@ -350,6 +360,20 @@ def train_step(
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
     metrics["skipped"] = 1.0 - finite
     return jax.tree.map(partial(jnp.where, finite), updated, state), metrics
+
+
+def _typed(keys: Shaped[Array | np.ndarray, "b ..."]) -> Shaped[Array, " b"]:
+    """Keys of ``jax.random`` from what a batch holds."""
+    keys = jnp.asarray(keys)
+    if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        return keys
+    if keys.dtype != jnp.uint32 or keys.shape[1:] != (2,):
+        raise ConfigError(
+            "key must hold a key of jax.random for each example, or two uint32 words; got "
+            f"{keys.dtype} of shape {keys.shape}. Use jax.random.split(key, batch_size)."
+        )
+    # two words each, whatever generator JAX is set to
+    return jax.vmap(partial(jax.random.wrap_key_data, impl="threefry2x32"))(keys)
 
 
 def _mean_over_parts(
@@ -395,7 +419,7 @@ def train_steps(
     Args:
         state: before the first step.
         batches: as many batches as steps, stacked along a new first axis.
-        step: :func:`train_step` with its options bound.
+        step: ``train_step`` with its options bound.
         axis_name: handed to ``step``.
 
     Returns:

@@ -8,7 +8,7 @@ batch, the last axis the channels, and whatever lies between them is space.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -17,7 +17,7 @@ Image = Float[Array | np.ndarray, "b *space m"]
 """Modalities of one patient on a common grid, scaled; an absent modality is all zeros."""
 
 Labels = Int[Array | np.ndarray, "b *space"]
-"""Class of each voxel; 0 is background."""
+"""Class of each voxel, any integer type; 0 is background."""
 
 Logits = Float[Array, "b *space k"]
 """Network output before the sigmoid (``k = 1``) or the softmax (``k > 1``, background first)."""
@@ -43,3 +43,15 @@ Device: TypeAlias = Any
 
 class ConfigError(ValueError):
     """A setting or a shape that cannot work; the message holds the rule, what came, the remedy."""
+
+
+def check_choices(config: Any) -> None:
+    """Raise ``ConfigError`` if a field of a dataclass is none of those its ``Literal`` names."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise ConfigError(
+                f"{name} of {type(config).__name__} must be one of {choices}; got {value!r}. "
+                f"Use {name}={get_args(hint)[0]!r}."
+            )

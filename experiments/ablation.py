@@ -1,7 +1,7 @@
 """The ablation of docs/method.md, section 8, baselines of the field, and sweeps over any field.
 
 ``python -m experiments.ablation --preset=quick`` trains every row on the same folds with the same
-seeds and steps, one run folder of :mod:`experiments.cv` for each row and seed, and compares them.
+seeds and steps, one run folder of ``experiments.cv`` for each row and seed, and compares them.
 Further options are those of ``experiments.cv`` and hold for all rows, ``--sweep`` adds rows:
 
     python -m experiments.ablation --data.name=picai --data.path=/data/picai
@@ -9,7 +9,7 @@ Further options are those of ``experiments.cv`` and hold for all rows, ``--sweep
 
 What is done is not done again: the same command continues, and one with more rows or seeds trains
 those alone. The table is written after each row, and holds what the last command asked for. On a
-processor several runs are trained at a time (:mod:`experiments.jobs`).
+processor several runs are trained at a time (``experiments.jobs``).
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ class Comparison:
 def compare_all(
     first: Path, others: Sequence[Path], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> list[Comparison]:
-    """:func:`compare` of the first run with each other, p corrected for their number."""
+    """``compare`` of the first run with each other, p corrected for their number."""
     rows = [
         row
         for other in others

@@ -58,7 +58,7 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
     """Run the folds asked for and report on all that are done; returns what ``metrics.json`` holds.
 
     ``programs`` are those of a run that differs in seed and folder alone; None compiles them. Of
-    several processes (:mod:`experiments.hosts`) the first alone writes and returns something.
+    several processes (``experiments.hosts``) the first alone writes and returns something.
 
     Raises:
         ConfigError: for settings that cannot work, or a run folder of another configuration.

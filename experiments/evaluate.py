@@ -3,10 +3,10 @@
 ``python -m experiments.evaluate PREDICTIONS LABELS`` compares two folders of NIfTI files of equal
 names. Every metric is measured in the frame of the original T2W volume, never on a resampled grid.
 
-What each metric is, and where it is undefined: :mod:`experiments.metrics`.
+What each metric is, and where it is undefined: ``experiments.metrics``.
 
 With probabilities, lesions are also detected and probabilities calibrated:
-:mod:`experiments.lesions`.
+``experiments.lesions``.
 """
 
 import collections
@@ -47,12 +47,12 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
           over cases, ``sd_of_fold_means`` that over the means of the folds; None below two.
           Neither is a standard error.
         * ``interval``: ends of the 95 % bootstrap interval of each mean over patients
-          (:func:`experiments.statistics.bootstrap_interval`); None below two patients.
+          (``experiments.statistics.bootstrap_interval``); None below two patients.
           ``num_patients``: those for whom the metric is defined.
         * ``per_fold``: each fold's ``num_cases``, ``num_positive``, ``num_missed``, ``mean`` and
           ``note`` (None, or that a class is in no case).
         * ``num_cases``, and ``folds_without_positives``: no case with any foreground.
-        * ``detection``: :func:`experiments.lesions.summarise` of the rows that have it, if any.
+        * ``detection``: ``experiments.lesions.summarise`` of the rows that have it, if any.
         * per class: ``num_positive``, ``num_negatives``, ``num_missed`` (truth but no prediction
           at all), ``num_no_overlap`` (positives with Dice 0, the missed ones among them) and
           ``false_positives_on_negatives``: ``num_cases`` with any, mean, median, sd, max in ml.

@@ -2,7 +2,7 @@
 
 ``python -m experiments.export RUN --output model.cmsad`` packs the folds' weights (the moving
 averages of the last checkpoints, to which the run's figures belong), the programs for cpu, cuda and
-tpu, and all that surrounds them. :mod:`cmsad_jax.export` says what the file holds and reads it.
+tpu, and all that surrounds them. ``cmsad_jax.export`` says what the file holds and reads it.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Several runs of :mod:`experiments.cv`, one after another or some at a time.
+"""Several runs of ``experiments.cv``, one after another or some at a time.
 
 On a processor each run is a process with cores of its own: two networks on a core each take less
 time than one after the other on two.
@@ -70,7 +70,7 @@ def run_here(configs: Sequence[Config], done: Callable[[Path], str]) -> None:
 def run_in_processes(configs: Sequence[Config], jobs: int, done: Callable[[Path], str]) -> None:
     """Several at a time, each a process with cores of its own, its account in a file.
 
-    ``done`` as in :func:`run_here`.
+    ``done`` as in ``run_here``.
 
     Raises:
         RunError: a run failed; the others were stopped, saved what they had, and can go on.

@@ -23,7 +23,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # it prints a request for citat
     from picai_eval.metrics import Metrics
 
 TARGET = "lesion"
-"""The target of :class:`data_pipelines.case.DataConfig` that is detected: a gland is always there,
+"""The target of ``data_pipelines.case.DataConfig`` that is detected: a gland is always there,
 and what this module measures would say nothing of it."""
 
 FALSE_POSITIVE_RATES = (0.5, 1.0, 2.0)
@@ -135,11 +135,11 @@ def summarise(detections: Sequence[Detection], *, num_resamples: int = 2_000) ->
         * ``average_precision`` of lesions, ``auroc`` of cases, ``picai_score`` (their mean), and
           ``sensitivity_at``: lesion sensitivity at each of ``FALSE_POSITIVE_RATES`` a case. None
           where there is no lesion, or for AUROC where all cases are positive or all negative.
-        * ``interval``: of each of these, by :func:`experiments.statistics.bca_interval`.
+        * ``interval``: of each of these, by ``experiments.statistics.bca_interval``.
         * ``num_cases``, ``num_positive``, ``num_lesions``, and over all candidates whatever their
           confidence ``num_true_positive``, ``num_false_positive`` and ``num_false_negative``.
         * ``froc``, ``roc``, ``precision_recall``: the points of the curves.
-        * ``calibration``: see :func:`calibration`.
+        * ``calibration``: see ``calibration``.
     """
     metrics = picai_metrics(detections)
     results = [lesion for case in detections for lesion in case["lesions"]]

@@ -11,11 +11,11 @@ metric                         value                                            
 ``precision``                  ``|T & P| / |P|``                                either is empty
 ``specificity``                ``1 - |P outside T| / (N - |T|)``                ``T`` is all
 ``volume_difference_ml``       volume of ``P`` less that of ``T``               ``T`` is empty
-``hd95_mm``                    see :func:`surface_metrics`                      either is empty
+``hd95_mm``                    see ``surface_metrics``                      either is empty
 ``hd95_penalised_mm``          the same; a miss counts as the image's diagonal  ``T`` is empty
-``assd_mm``                    see :func:`surface_metrics`                      either is empty
+``assd_mm``                    see ``surface_metrics``                      either is empty
 ``assd_penalised_mm``          the same; a miss counts as the image's diagonal  ``T`` is empty
-``surface_dice_1mm``, ``_2mm`` see :func:`surface_metrics`; 0 for a miss        ``T`` is empty
+``surface_dice_1mm``, ``_2mm`` see ``surface_metrics``; 0 for a miss        ``T`` is empty
 ``false_positive_volume_ml``   volume of ``P`` outside ``T``                    never
 ``volume_truth_ml``            volume of ``T``                                  never
 ``volume_predicted_ml``        volume of ``P``                                  never

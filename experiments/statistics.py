@@ -92,7 +92,7 @@ def bootstrap_interval(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """95 % interval of the mean of ``values`` over cases, by :func:`bca_interval` over patients.
+    """95 % interval of the mean of ``values`` over cases, by ``bca_interval`` over patients.
 
     A patient is drawn with all of its cases; the mean is over the cases drawn. None below two
     patients.

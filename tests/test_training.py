@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from cmsad_jax import parallel
+from cmsad_jax.augmentation import AugmentationConfig
 from cmsad_jax.losses.distillation import AttentionConfig
 from cmsad_jax.modules import CMSAD
 from cmsad_jax.training import (
@@ -101,6 +102,26 @@ def test_keys_are_read_alike_whatever_generator_jax_is_set_to():
     state, step = make_step()
     with jax.default_prng_impl("rbg"):
         jax.eval_shape(step, state, tiny_batch())
+
+
+def test_keys_may_be_typed_and_give_the_same_step():
+    state, step = make_step(augmentation=AugmentationConfig(), modality_dropout=0.5)
+    batch = tiny_batch()
+    words = jnp.asarray(batch["key"])
+    typed = jax.vmap(partial(jax.random.wrap_key_data, impl="threefry2x32"))(words)
+    results = [jax.jit(step)(state, {**batch, "key": key})[1] for key in (words, typed)]
+    assert results[0] == results[1]
+
+
+def test_a_batch_that_lacks_something_or_has_other_keys_is_refused():
+    state, step = make_step()
+    batch = tiny_batch()
+    lacking = {name: value for name, value in batch.items() if name not in ("present", "key")}
+    with pytest.raises(ConfigError, match="must hold image, label, present, key; got image, label"):
+        step(state, lacking)
+    for key in (batch["key"][:, 0], batch["key"].astype(np.int32)):
+        with pytest.raises(ConfigError, match="for each example, or two uint32 words; got"):
+            step(state, {**batch, "key": key})
 
 
 def test_kl_on_softmax_maps_tversky_and_focal_train_too():

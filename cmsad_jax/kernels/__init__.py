@@ -1,4 +1,4 @@
-"""Operations with a choice of implementations; see :mod:`cmsad_jax.kernels.api`."""
+"""Operations with a choice of implementations; see ``cmsad_jax.kernels.api``."""
 
 from cmsad_jax.kernels.api import (
     attention_energy,

@@ -93,7 +93,23 @@ def attention_map(
 ) -> AttentionMap:
     """Spatial attention of one stage: ``normalize_map(attention_energy(features))``, float32.
 
-    Arguments and errors as of the two steps.
+    Args:
+        features: activations ``b *space c`` of one stage of one modality.
+        kind: ``mean``, ``sum`` or ``max`` over the channels of ``abs(features) ** exponent``.
+        exponent: at least 1; larger favours the strongest channels.
+        normalization: ``l2``: unit norm over the voxels of an example, 0 where the squared norm is
+            below 1e-12; ``softmax`` over them, of the energy by ``temperature``.
+        temperature: of the softmax.
+        implementation: of the energy. ``reference``: plain jnp, which XLA fuses to the speed of
+            memory. ``pallas``: a kernel of its own, interpreted on a CPU; it refuses voxels that
+            are no multiple of its tile. None: ``reference``.
+
+    Returns:
+        ``b *space``.
+
+    Raises:
+        ConfigError: if a setting is unknown or out of its range.
+        NotImplementedError: if ``implementation`` is unknown, or ``pallas`` refuses the shape.
     """
     check_normalization(normalization, temperature)
     energy = attention_energy(features, kind=kind, exponent=exponent, implementation=implementation)
@@ -117,12 +133,12 @@ def correlation(
     below 1e-12.
 
     Args:
-        features: ``g``, one for each modality ``m``, of equal shapes.
+        features: ``g``, one for each modality ``m``, ``b *space c`` of equal shapes.
         alpha: of the square, for each example, pair ``(i, j)`` and channel.
         beta: of the linear term.
         gamma: of the constant.
         implementation: ``reference``: plain jnp. ``xla``: one pass over the features with a
-            backward pass of its own, see :mod:`cmsad_jax.kernels.correlation`. ``pallas``: the
+            backward pass of its own, see ``cmsad_jax.kernels.correlation``. ``pallas``: the
             same as a kernel, interpreted on a CPU; it refuses voxels that are no multiple of its
             tile. None: ``xla``.
 
@@ -169,7 +185,7 @@ def convolution(
         strides: step along each axis of space.
         implementation: ``native``: XLA's convolution of that dimension. ``folded`` (volumes):
             one 2D convolution of all slices, or a matrix product where the kernel is one voxel,
-            see :mod:`cmsad_jax.kernels.convolution`. None: for volumes ``folded`` on a CPU, and
+            see ``cmsad_jax.kernels.convolution``. None: for volumes ``folded`` on a CPU, and
             everywhere if the kernel is one voxel, else ``native``; chosen when the program is
             lowered.
 

@@ -64,21 +64,24 @@ def cross_modal_distillation_loss(
     the pairs of which both are present; 0 where there are none.
 
     Args:
-        features: activations of each modality and stage.
+        features: activations of each modality and stage, ``features[modality][stage]``, each
+            ``b *space c`` of its stage's size.
         attention: how maps are made.
         stages: which stages, from 0.
-        pairs: see :func:`parse_pairs`.
+        pairs: ``mutual``: every modality teaches every other one; or a list of teacher->student,
+            such as ``("adc->t2w", "hbv->t2w")``.
         distance: ``l2``: squared differences summed over voxels, for unit maps ``2 - 2 cos``.
             ``kl``: ``temperature^2 KL(teacher || student)`` of softmax maps. Neither shrinks as
             maps grow, as ``l2`` does between softmax maps.
-        present: which modalities each example has; None is all.
+        present: which modalities each example has, bool ``b m``; None is all.
         modalities: names of the columns of ``present``; by default the keys of ``features`` as
             they come. Name them where ``features`` went through a JAX transformation (the output
             of a jitted function, ``jax.tree.map``): JAX returns dictionaries sorted by key.
         foreground: where the target is, on any grid over the same field of view. A term then counts
             in the examples alone in which a larger share of the teacher's attention than of the
             student's lies there; so in none without target. None: every term counts.
-        implementation: of :func:`cmsad_jax.kernels.attention_energy`; None is the fastest.
+        implementation: how maps are computed, ``reference`` or ``pallas``, as in ``attention_map``;
+            None is the fastest.
 
     Raises:
         ConfigError: if stages, pairs, distance, ``foreground``, or ``present`` and its columns do
@@ -120,7 +123,7 @@ def self_distillation_loss(
 
     ``distance(stop_gradient(resize(Q[m][s + 1])), Q[m][s])`` averaged over the modalities present
     and over those ``stages`` that have a deeper one; 0 where there are none (Hou et al., ICCV
-    2019). Arguments and errors as in :func:`cross_modal_distillation_loss`.
+    2019). Arguments and errors as in ``cross_modal_distillation_loss``.
     """
     _check_distance(distance, attention)
     _check_stages(stages, features)

@@ -22,10 +22,14 @@ def dice_loss(
     the order of ``smooth``, so raise ``smooth`` to give such examples a say.
 
     Args:
-        logits: network output.
-        labels: classes.
+        logits: network output ``b *space k``. One is a sigmoid; of several, which are a softmax, the
+            first is the background.
+        labels: integers ``b *space``; beside one logit, foreground is every value above 0.
         smooth: in voxels, added to numerator and denominator.
         include_background: count the background of several classes as a class.
+
+    Raises:
+        ConfigError: if the shapes of logits and labels disagree.
     """
     p, y = _foreground(logits, labels, include_background)
     score = (2 * _sum(p * y) + smooth) / (_sum(p) + _sum(y) + smooth)
@@ -47,12 +51,16 @@ def tversky_loss(
     With 0.5 and 0.5 it is the Dice loss of twice the ``smooth``.
 
     Args:
-        logits: network output.
-        labels: classes.
+        logits: network output ``b *space k``. One is a sigmoid; of several, which are a softmax, the
+            first is the background.
+        labels: integers ``b *space``; beside one logit, foreground is every value above 0.
         alpha: weight of false positives.
         beta: weight of false negatives.
         smooth: in voxels, added to numerator and denominator.
         include_background: count the background of several classes as a class.
+
+    Raises:
+        ConfigError: if the shapes of logits and labels disagree.
     """
     p, y = _foreground(logits, labels, include_background)
     hit = _sum(p * y)
@@ -64,6 +72,14 @@ def cross_entropy_loss(logits: Logits, labels: Labels) -> PerExample:
     """Mean over voxels of ``-log p`` of the true class, from the logits.
 
     Equals the cross-entropy term of MONAI's ``DiceCELoss``.
+
+    Args:
+        logits: network output ``b *space k``. One is a sigmoid; of several, which are a softmax, the
+            first is the background.
+        labels: integers ``b *space``; beside one logit, foreground is every value above 0.
+
+    Raises:
+        ConfigError: if the shapes of logits and labels disagree.
     """
     return _mean(jax.nn.softplus(-_margin(logits, labels)))
 
@@ -76,11 +92,15 @@ def focal_loss(
     Lin et al., ICCV 2017; equals MONAI's ``FocalLoss`` for one logit.
 
     Args:
-        logits: network output.
-        labels: classes.
+        logits: network output ``b *space k``. One is a sigmoid; of several, which are a softmax, the
+            first is the background.
+        labels: integers ``b *space``; beside one logit, foreground is every value above 0.
         gamma: 0 is cross-entropy; larger dwells on voxels that are wrong.
         alpha: weight of foreground voxels, those of background weigh ``1 - alpha``; None weighs
             all by 1.
+
+    Raises:
+        ConfigError: if the shapes of logits and labels disagree.
     """
     margin = _margin(logits, labels)
     # From log(1 - p), as 1 - p would lose its digits and its gradient where p is close to 1.

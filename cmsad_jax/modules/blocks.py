@@ -34,7 +34,7 @@ class Conv(nn.Module):
     """Convolution with explicit ``k // 2`` padding, so that stride 2 maps ``n`` to ``ceil(n / 2)``.
 
     The weights are float32; the convolution runs in ``dtype``, through
-    :func:`cmsad_jax.kernels.convolution`, which picks the formulation that is fast here.
+    ``cmsad_jax.kernels.convolution``, which picks the formulation that is fast here.
 
     Attributes:
         channels: number of output channels.

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cmsad_jax.modules.blocks import Block, Norm, block_class
-from cmsad_jax.types import ConfigError
+from cmsad_jax.types import ConfigError, check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class EncoderConfig:
     """Normalisation over one example: each channel, or groups of 8 (else of their GCD with 8)."""
 
     def __post_init__(self):
+        check_choices(self)
         lengths = {
             name: len(getattr(self, name)) for name in ("channels", "kernels", "strides", "blocks")
         }

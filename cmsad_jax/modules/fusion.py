@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from cmsad_jax import kernels
 from cmsad_jax.modules.blocks import Conv
-from cmsad_jax.types import ConfigError, Feature, Present
+from cmsad_jax.types import ConfigError, Feature, Present, check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,7 @@ class FusionConfig:
     """SCFF, attention: in-plane kernel of the convolution that gives the gates, in voxels, odd."""
 
     def __post_init__(self):
-        kinds = ("scff", "concat", "mean", "max", "attention", "early")
-        if self.kind not in kinds:
-            raise ConfigError(
-                f"fusion must be one of {', '.join(kinds)}; got {self.kind!r}. "
-                "Set fusion.kind to one of them."
-            )
+        check_choices(self)
         if self.gate_kernel % 2 == 0:
             raise ConfigError(
                 f"the gate's kernel must be odd; got {self.gate_kernel}. Use 1, 3 or 5."

@@ -12,7 +12,7 @@ from cmsad_jax.modules.blocks import Block
 from cmsad_jax.modules.decoder import Decoder
 from cmsad_jax.modules.encoder import Encoder, EncoderConfig
 from cmsad_jax.modules.fusion import Fusion, FusionConfig
-from cmsad_jax.types import ConfigError, Image, Logits, Present
+from cmsad_jax.types import ConfigError, Image, Logits, Present, check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class NetworkConfig:
     """Compute the inside of blocks again for the gradient: a third more work, far less memory."""
 
     def __post_init__(self):
+        check_choices(self)
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ConfigError(
                 f"modalities must be one or more distinct names; got {self.modalities}. "

@@ -9,8 +9,16 @@ from functools import partial
 import jax
 import numpy as np
 
-from cmsad_jax import CMSAD, EncoderConfig, FusionConfig, NetworkConfig, train_step
-from cmsad_jax.training import LossConfig, OptimizerConfig, init_state
+from cmsad_jax import (
+    CMSAD,
+    EncoderConfig,
+    FusionConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    init_state,
+    train_step,
+)
 
 MODALITIES = ("t1", "t1c", "t2", "flair")
 CONFIG = NetworkConfig(
@@ -39,7 +47,7 @@ def make_batch(seed, size=12):
         "image": np.where(present[:, None, None, None], image, 0),
         "label": label,
         "present": present,
-        "key": rng.integers(0, 2**32, (2, 2), np.uint32),  # one for each example
+        "key": jax.random.split(jax.random.key(seed), 2),  # one for each example
     }
 
 

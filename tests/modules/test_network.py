@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -17,6 +18,7 @@ from cmsad_jax.modules import (
     NetworkConfig,
     probabilities,
 )
+from cmsad_jax.training import LossConfig
 from cmsad_jax.types import ConfigError
 from tests.networks import TINY_2D, TINY_3D, init, random_params, tiny_batch, tiny_config
 
@@ -239,8 +241,24 @@ def test_bad_settings_are_refused(make, message):
         make()
 
 
-def test_unknown_fusion_is_refused_also_where_types_are_not_checked():
-    config = FusionConfig()
-    object.__setattr__(config, "kind", "sum")
-    with pytest.raises(ConfigError, match="fusion must be one of scff, concat, mean, max"):
+@pytest.mark.parametrize(
+    ("config", "field", "choices"),
+    [
+        (EncoderConfig(), "norm", "instance, group"),
+        (EncoderConfig(), "block", "residual, plain"),
+        (FusionConfig(), "kind", "scff, concat, mean, max, attention, early"),
+        (FusionConfig(), "expression", "nonlinear, linear"),
+        (NetworkConfig(), "decoder_block", "residual, plain"),
+        (NetworkConfig(), "dtype", "float32, bfloat16"),
+        (LossConfig(), "region", "dice, tversky"),
+        (LossConfig(), "voxel", "cross_entropy, focal"),
+        (LossConfig(), "teachers", "all, informed"),
+        (LossConfig(), "distance", "l2, kl"),
+    ],
+)
+def test_unknown_choices_are_refused_also_where_types_are_not_checked(config, field, choices):
+    object.__setattr__(config, field, "sum")
+    first = choices.split(",")[0]
+    message = f"{field} of {type(config).__name__} must be one of {choices}; got 'sum'. Use "
+    with pytest.raises(ConfigError, match=re.escape(f"{message}{field}='{first}'.")):
         config.__post_init__()
