@@ -36,17 +36,21 @@ def run_folder(output: Path, row: str, seed: int) -> Path:
 def write_table(
     output: Path, rows: Sequence[Variant], seeds: Sequence[int], *, late_fusion: bool
 ) -> dict[str, Any]:
-    """Compare the rows that are done with all of ``seeds``, and write the table.
+    """Compare the rows that are done with all of ``seeds`` and folds, and write the table.
 
-    It holds these rows alone, and late fusion, whose runs are averages of others, if asked for.
+    It holds these rows alone, and late fusion, whose runs are averages of others, if asked for. Of
+    runs that hold more folds than this ablation, those that it asks for count.
     """
+    base = rows[0].config
+    folds = list(range(base.num_folds)) if base.folds is None else sorted(set(base.folds))
     configs = {variant.name: variant.config for variant in rows}
     names = [*configs, *([LATE] if late_fusion else [])]
     runs = {name: [run_folder(output, name, seed) for seed in seeds] for name in names}
+    found = {name: [_of_folds(run, folds) for run in folders] for name, folders in runs.items()}
     done = {
-        name: [evaluate.read_metrics(run) for run in folders]
-        for name, folders in runs.items()
-        if all((run / "metrics.json").exists() for run in folders)
+        name: [metrics for metrics in of_seeds if metrics is not None]
+        for name, of_seeds in found.items()
+        if None not in of_seeds
     }
     entries = {name: summarise_row(metrics) for name, metrics in done.items()}
     sizes = {
@@ -59,7 +63,9 @@ def write_table(
     ):
         sizes[LATE] = {key: sum(size[key] for size in alone) for key in alone[0]}
     compared = {
-        name: compare_rows(done[name], done[FULL]) for name in done if FULL in done and name != FULL
+        name: compare_rows(done[name], done[FULL])
+        for name in done
+        if name != FULL and FULL in done and entries[FULL]["num_cases"]
     }
     corrected = statistics.holm([entry["permutation_p"] for entry in compared.values()])
     for name, p in zip(compared, corrected, strict=True):
@@ -71,9 +77,25 @@ def write_table(
             for name, entry in entries.items()
         },
     }
-    evaluate.write_text(output / "ablation.json", json.dumps(table, indent=1) + "\n")
+    text = json.dumps(table, indent=1, allow_nan=False)
+    evaluate.write_text(output / "ablation.json", text + "\n")
     evaluate.write_text(output / "ablation.md", format_table(table) + "\n")
     return table
+
+
+def _of_folds(run: Path, folds: Sequence[int]) -> Mapping[str, Any] | None:
+    """The metrics of a run over these folds; None if some of them are not done."""
+    if not (run / "metrics.json").exists():
+        return None
+    metrics = evaluate.read_metrics(run)
+    done = set(metrics["folds_done"])
+    if not done >= set(folds):
+        return None
+    if done == set(folds):
+        return metrics
+    return evaluate.summarise(
+        [row for row in metrics["metric_per_case"] if row["fold"] in folds], folds
+    )
 
 
 @functools.cache
@@ -112,7 +134,7 @@ def dice_of_cases(metrics: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, lis
 def summarise_row(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean Dice with its interval over patients, spread over seeds, and detection."""
     dice, _, patients = dice_of_cases(metrics)
-    means = dice.mean(1)
+    means = dice.mean(1) if patients else dice
 
     def detection(key: str) -> float | None:
         values = [of_seed.get("detection", {}).get(key) for of_seed in metrics]

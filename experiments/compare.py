@@ -7,6 +7,7 @@ The p values are corrected for the number of comparisons that one command makes 
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataError
 from experiments.evaluate import read_metrics, write_text
 from experiments.metrics import Row
@@ -128,10 +130,11 @@ def _few(cases: set[str]) -> str:
 def _pairs(name: str, rows_a: Rows, rows_b: Rows) -> list[tuple[Row, Row]]:
     """Rows of both runs of the cases that hold class ``name``, by case id."""
     pairs = [(rows_a[key], rows_b[key]) for key in sorted(rows_a) if key[1] == name]
-    if differing := {a["case_id"] for a, b in pairs if (a["dice"] is None) != (b["dice"] is None)}:
+    volumes = [(a["case_id"], a["volume_truth_ml"], b["volume_truth_ml"]) for a, b in pairs]
+    if differing := {case for case, a, b in volumes if not math.isclose(a, b, rel_tol=1e-3)}:
         raise DataError(
-            f"runs must have the same truth; got {_few(differing)} with {name} in one of them "
-            "only. Evaluate both against the same labels."
+            f"runs must have the same truth; got other volumes of {name} in {_few(differing)}. "
+            "Evaluate both against the same labels."
         )
     return [(a, b) for a, b in pairs if a["dice"] is not None]
 
@@ -166,12 +169,13 @@ def _compare_class(
 
 def format_comparisons(comparisons: Sequence[Comparison]) -> str:
     """Text table: one line per pair of runs and class, then what the columns mean."""
-    width = max(len(_label(row)) for row in comparisons)
+    labels = _labels(comparisons)
+    width = max(map(len, labels))
     lines = [
         f"{'A against B':<{width}}  {'cases':>5}  {'Dice A':>7}  {'Dice B':>7}  {'A - B':>7}  "
         f"{'95 % interval':>18}  {'p':>7}  {'p corr.':>7}  {'Wilcoxon':>8}  {'d_z':>6}  {'r':>6}"
     ]
-    for row in comparisons:
+    for label, row in zip(labels, comparisons, strict=True):
         interval = "needs 2 patients"
         if row.interval is not None:
             interval = f"{row.interval[0]:+.4f} to {row.interval[1]:+.4f}"
@@ -183,7 +187,7 @@ def format_comparisons(comparisons: Sequence[Comparison]) -> str:
                 f"{row.tests.wilcoxon_p:>8.2g}  {effect:>6}  {row.tests.rank_biserial:>+6.2f}"
             )
         lines.append(
-            f"{_label(row):<{width}}  {row.num_cases:>5}  {row.mean_a:>7.4f}  {row.mean_b:>7.4f}  "
+            f"{label:<{width}}  {row.num_cases:>5}  {row.mean_a:>7.4f}  {row.mean_b:>7.4f}  "
             f"{row.difference:>+7.4f}  {interval:>18}{tests}"
         )
     lines.append(
@@ -193,20 +197,29 @@ def format_comparisons(comparisons: Sequence[Comparison]) -> str:
         "rank-biserial correlation."
     )
     lines += [
-        f"Warning: {_label(row)}: {few_patients_warning(row.num_patients)}"
-        for row in comparisons
+        f"Warning: {label}: {few_patients_warning(row.num_patients)}"
+        for label, row in zip(labels, comparisons, strict=True)
         if row.num_patients < FEW_PATIENTS
     ]
     lines += [
-        f"Note: {_label(row)}: folds differ, so the models saw other training cases."
-        for row in comparisons
+        f"Note: {label}: folds differ, so the models saw other training cases."
+        for label, row in zip(labels, comparisons, strict=True)
         if not row.same_folds
     ]
     return "\n".join(lines)
 
 
-def _label(row: Comparison) -> str:
-    return f"{Path(row.run_a).name} - {Path(row.run_b).name} ({row.name})"
+def _labels(comparisons: Sequence[Comparison]) -> list[str]:
+    """What each row is called: the ends of the folders' names that tell the runs apart."""
+    runs = {Path(run) for row in comparisons for run in (row.run_a, row.run_b)}
+    depth = 1
+    while len({run.parts[-depth:] for run in runs}) < len(runs):
+        depth += 1
+    return [
+        f"{Path(*Path(row.run_a).parts[-depth:])} - {Path(*Path(row.run_b).parts[-depth:])} "
+        f"({row.name})"
+        for row in comparisons
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +244,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(config.runs) < 2:
         raise DataError(
             f"a comparison needs at least two runs; got {len(config.runs)}. Name another one."
+        )
+    if config.num_resamples < 1:
+        raise ConfigError(
+            f"an interval needs resamples; got {config.num_resamples}. "
+            f"Use --num-resamples={NUM_RESAMPLES}."
         )
     first, *others = config.runs
     comparisons = compare_all(first, others, num_resamples=config.num_resamples, seed=config.seed)

@@ -21,9 +21,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from cmsad_jax.types import ConfigError
 from data_pipelines.case import TARGET_CLASSES, DataError, MissingDataError
 from data_pipelines.tables import read_table
-from data_pipelines.volume_io import read_volume
+from data_pipelines.volume_io import SUFFIXES, read_volume
 from experiments import lesions, statistics
 from experiments.metrics import METRICS, Row, case_metrics
 from experiments.options import REGISTRY
@@ -58,8 +59,8 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
           ``false_positives_on_negatives``: ``num_cases`` with any, mean, median, sd, max in ml.
 
     Raises:
-        DataError: no rows, a row twice or without some metric, or a row of a fold that ``folds``
-            lacks.
+        DataError: no rows, a row twice or without some metric, ``detection`` in some rows alone,
+            or a row of a fold that ``folds`` lacks.
     """
     _check_rows(rows, folds)
     rows = sorted(rows, key=lambda row: (_fold_key(row), row["case_id"]))
@@ -118,6 +119,13 @@ def _check_rows(rows: Sequence[Row], folds: Sequence[int]) -> None:
         raise DataError(
             f"every row must hold all metrics; got rows without {', '.join(lacking)}, as earlier "
             "versions wrote them. Evaluate the cases again with this version."
+        )
+    without = sorted({row["case_id"] for row in rows if "detection" not in row})
+    if 0 < len(without) < len({row["case_id"] for row in rows}):
+        raise DataError(
+            "predictions must be probabilities of all cases, or masks of all; got whole numbers in "
+            f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''} beside probabilities. "
+            "Save all as float32, or all as masks."
         )
     strays = [row for row in rows if folds and row.get("fold") not in folds]
     if strays:
@@ -278,6 +286,10 @@ class EvaluateConfig:
 
 def evaluate_folders(config: EvaluateConfig) -> dict[str, Any]:
     """Summary (without folds) of all files of ``config.predictions``, read one after the other."""
+    if not 0 < config.threshold < 1:
+        raise ConfigError(
+            f"threshold must lie between 0 and 1; got {config.threshold:g}. Use --threshold=0.5."
+        )
     names = _paired_names(config.predictions, config.labels)
     patients = _read_patients(config.patients, [_case_id(name) for name in names])
     return summarise([row for name in names for row in _evaluate_file(config, name, patients)])
@@ -292,7 +304,13 @@ def _read_patients(table: Path | None, cases: Sequence[str]) -> dict[str, str]:
     if table is None:
         return {case: case for case in cases}
     rows = read_table(table, ("case", "patient"), remedy="Name a table of cases and patients.")
-    patients = {row["case"]: row["patient"] for row in rows}
+    patients: dict[str, str] = {}
+    for row in rows:
+        if patients.setdefault(row["case"], row["patient"]) != row["patient"]:
+            raise DataError(
+                f"{table} must name one patient for each case; got {patients[row['case']]} and "
+                f"{row['patient']} for {row['case']}. Remove one of these rows."
+            )
     if lacking := [case for case in cases if not patients.get(case)]:
         raise DataError(
             f"{table} must name the patient of every case; got none of {', '.join(lacking[:5])}. "
@@ -307,10 +325,7 @@ def _paired_names(predictions: Path, labels: Path) -> list[str]:
             raise MissingDataError(
                 f"predictions and labels must be folders; got {folder}. Check the path."
             )
-    predicted, labelled = (
-        {path.name for path in folder.iterdir() if path.name.endswith((".nii.gz", ".nii"))}
-        for folder in (predictions, labels)
-    )
+    predicted, labelled = (_images(folder) for folder in (predictions, labels))
     if not predicted:
         raise MissingDataError(
             f"predictions must hold *.nii.gz or *.nii files; got none in {predictions}. "
@@ -323,6 +338,21 @@ def _paired_names(predictions: Path, labels: Path) -> list[str]:
             "without prediction. Add or remove these files."
         )
     return sorted(predicted)
+
+
+def _images(folder: Path) -> set[str]:
+    """Names of the files to evaluate; other kinds of image are refused rather than left out."""
+    images = {path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES)}
+    if others := sorted(name for name in images if not name.endswith((".nii.gz", ".nii"))):
+        raise DataError(
+            f"predictions and labels must be *.nii.gz or *.nii files; got {others[0]!a} in "
+            f"{folder}. Convert or rename it."
+        )
+    if strange := sorted(name for name in images if not name.isprintable()):
+        raise DataError(
+            f"file names must be printable text; got {strange[0]!a} in {folder}. Rename it."
+        )
+    return images
 
 
 def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str]) -> list[Row]:
@@ -386,7 +416,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             lines.append(f"{name}: {statistics.few_patients_warning(num)}")
     if detection := summary.get("detection"):
         lines.append(
-            f"lesions: AP {_number(detection['average_precision'])}, patient AUROC "
+            f"lesions: AP {_number(detection['average_precision'])}, AUROC of cases "
             f"{_number(detection['auroc'])}, PI-CAI score {_number(detection['picai_score'])}; "
             "sensitivity "
             + ", ".join(

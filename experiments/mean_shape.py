@@ -13,11 +13,11 @@ from experiments.config import Config
 def run(
     config: Config, source: loading.CaseSource, folds: splits.Folds, done: Collection[int]
 ) -> dict[str, Any]:
-    """Mean Dice of the training patients' mean label, and the number of positive cases.
+    """Mean Dice of the training patients' mean label, and over how many cases and classes.
 
     For each fold of ``done``, voxels whose label frequency over the training cases exceeds the
     threshold that gives the training cases the best mean Dice; measured like a prediction, in the
-    T2W frame.
+    T2W frame. Several classes are averaged over the cases that hold each, then with equal weight.
     """
     classes = config.data.classes
     grid, voxels = (), {}
@@ -26,7 +26,7 @@ def run(
         voxels[case.case_id] = [
             np.flatnonzero(case.label == index) for index in range(1, len(classes) + 1)
         ]
-    scores = []
+    scores: list[list[float]] = [[] for _ in classes]
     for fold in done:
         validation = folds.validation[fold]
         for index in range(len(classes)):
@@ -37,8 +37,17 @@ def run(
                 mask = preprocessing.to_original(shape, case)[..., 0] > 0.5
                 truth = case.original_truth == index + 1
                 if truth.any():
-                    scores.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
-    return {"mean_dice": float(np.mean(scores)) if scores else None, "num_cases": len(scores)}
+                    scores[index].append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+    return average(scores)
+
+
+def average(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean over the classes of the mean over the cases of each, as the headline of a run has it."""
+    means = [np.mean(of_class) for of_class in scores if of_class]
+    return {
+        "mean_dice": float(np.mean(means)) if means else None,
+        "num_cases": sum(map(len, scores)),
+    }
 
 
 def mean_shape(known: Sequence[np.ndarray], size: int) -> np.ndarray:

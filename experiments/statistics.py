@@ -118,6 +118,10 @@ def sums_of_patients(values: np.ndarray, patients: Sequence[str]) -> tuple[np.nd
 class PairedTests:
     """How far the patients' differences lie from 0, and what chance would give.
 
+    A patient counts by what all its cases add to the mean over cases: the sum of their differences,
+    over the mean number of cases. So the tests are of the difference that is reported, also where
+    some patients have more cases than others.
+
     Attributes:
         wilcoxon_p: Wilcoxon signed-rank test, two-sided; ties at 0 are left out.
         permutation_p: sign-flip permutation test of the mean, two-sided.
@@ -132,16 +136,16 @@ class PairedTests:
 
 
 def paired_tests(differences: np.ndarray, patients: Sequence[str], *, seed: int = 0) -> PairedTests:
-    """Tests of ``differences`` (one for each case, ``A - B``), after a mean for each patient."""
+    """Tests of the mean of ``differences`` (one for each case, ``A - B``) over patients."""
     sums, counts = sums_of_patients(differences, patients)
-    means = sums / counts
-    spread = float(means.std(ddof=1)) if means.size > 1 else 0.0
-    moved = means[means != 0]
+    parts = sums / counts.mean()  # their mean is the mean over cases
+    spread = float(parts.std(ddof=1)) if parts.size > 1 else 0.0
+    moved = parts[parts != 0]
     ranks = stats.rankdata(np.abs(moved))
     return PairedTests(
-        wilcoxon_p=float(wilcoxon_p(means)),
-        permutation_p=float(permutation_p(means, seed=seed)),
-        cohens_dz=float(means.mean()) / spread if spread > 1e-12 else None,
+        wilcoxon_p=float(wilcoxon_p(parts)),
+        permutation_p=float(permutation_p(parts, seed=seed)),
+        cohens_dz=float(parts.mean()) / spread if spread > 1e-12 else None,
         rank_biserial=float((np.sign(moved) * ranks).sum() / ranks.sum()) if moved.size else 0.0,
     )
 

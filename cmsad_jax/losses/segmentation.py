@@ -22,7 +22,7 @@ def dice_loss(
     the order of ``smooth``, so raise ``smooth`` to give such examples a say.
 
     Args:
-        logits: network output ``b *space k``. One is a sigmoid; of several, which are a softmax, the
+        logits: network output ``b *space k``. One is a sigmoid; several are a softmax, of which the
             first is the background.
         labels: integers ``b *space``; beside one logit, foreground is every value above 0.
         smooth: in voxels, added to numerator and denominator.
@@ -51,7 +51,7 @@ def tversky_loss(
     With 0.5 and 0.5 it is the Dice loss of twice the ``smooth``.
 
     Args:
-        logits: network output ``b *space k``. One is a sigmoid; of several, which are a softmax, the
+        logits: network output ``b *space k``. One is a sigmoid; several are a softmax, of which the
             first is the background.
         labels: integers ``b *space``; beside one logit, foreground is every value above 0.
         alpha: weight of false positives.
@@ -74,7 +74,7 @@ def cross_entropy_loss(logits: Logits, labels: Labels) -> PerExample:
     Equals the cross-entropy term of MONAI's ``DiceCELoss``.
 
     Args:
-        logits: network output ``b *space k``. One is a sigmoid; of several, which are a softmax, the
+        logits: network output ``b *space k``. One is a sigmoid; several are a softmax, of which the
             first is the background.
         labels: integers ``b *space``; beside one logit, foreground is every value above 0.
 
@@ -92,7 +92,7 @@ def focal_loss(
     Lin et al., ICCV 2017; equals MONAI's ``FocalLoss`` for one logit.
 
     Args:
-        logits: network output ``b *space k``. One is a sigmoid; of several, which are a softmax, the
+        logits: network output ``b *space k``. One is a sigmoid; several are a softmax, of which the
             first is the background.
         labels: integers ``b *space``; beside one logit, foreground is every value above 0.
         gamma: 0 is cross-entropy; larger dwells on voxels that are wrong.

@@ -179,6 +179,47 @@ def test_a_row_without_all_its_seeds_waits(three_rows, no_sizes):
     assert alone["against_full"] is None
 
 
+def test_a_row_without_all_its_folds_waits(three_rows, no_sizes):
+    folder, rows = three_rows
+    file = folder / "scff" / "seed_2" / "metrics.json"
+    metrics = json.loads(file.read_text("utf-8"))
+    of_one = summarise([row for row in metrics["metric_per_case"] if row["fold"] == 0], [0])
+    file.write_text(json.dumps(of_one | {"folds_done": [0]}), "utf-8")
+    assert list(write_table(folder, rows, (1, 2), late_fusion=False)["rows"]) == ["full", "concat"]
+
+
+def test_fewer_folds_than_are_done_may_be_asked_for(three_rows, no_sizes):
+    folder, rows = three_rows
+    fewer = [
+        dataclasses.replace(row, config=dataclasses.replace(row.config, folds=(1,))) for row in rows
+    ]
+    table = write_table(folder, fewer, (1, 2), late_fusion=False)["rows"]
+    assert [row["num_cases"] for row in table.values()] == [12, 12, 12]
+    odd = np.mean(
+        [
+            row["dice"]
+            for seed in (1, 2)
+            for row in read_metrics(folder / "full" / f"seed_{seed}")["metric_per_case"]
+            if row["fold"] == 1
+        ]
+    )
+    assert table["full"]["dice"] == pytest.approx(odd)
+
+
+def test_a_table_without_any_positive_case_compares_nothing(three_rows, no_sizes):
+    folder, rows = three_rows
+    for file in folder.glob("*/seed_*/metrics.json"):
+        metrics = json.loads(file.read_text("utf-8"))
+        cases = [
+            row | {"dice": None, "volume_truth_ml": 0.0, "false_positive_volume_ml": 0.0}
+            for row in metrics["metric_per_case"]
+        ]
+        file.write_text(json.dumps(summarise(cases, [0, 1]) | {"folds_done": [0, 1]}), "utf-8")
+    table = write_table(folder, rows, (1, 2), late_fusion=False)["rows"]
+    assert [row["against_full"] for row in table.values()] == [None, None, None]
+    assert "nan" not in (folder / "ablation.md").read_text("utf-8")
+
+
 def test_late_fusion_is_in_the_table_if_it_is_asked_for(three_rows, no_sizes):
     folder, rows = three_rows
     shutil.copytree(folder / "scff", folder / "late-fusion")

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataError, MissingDataError
-from experiments.compare import compare, compare_all, main
+from experiments.compare import compare, compare_all, format_comparisons, main
 from experiments.evaluate import summarise, write_metrics
 from experiments.metrics import METRICS
 
@@ -103,10 +104,29 @@ def test_runs_that_cannot_be_paired_are_refused(runs, tmp_path):
     with pytest.raises(DataError, match=r"same classes; got \['lesion'\] in .*\['gland'\]"):
         compare(a, gland)
     other = save_run(tmp_path / "other", {"p": 0.6, "q": 0.5, "r": None, "n": None})
-    with pytest.raises(DataError, match=r"same truth; got 1 \(r\) with lesion in one of them"):
+    with pytest.raises(DataError, match=r"same truth; got other volumes of lesion in 1 \(r\)\."):
         compare(a, other)
+    metrics = json.loads((a / "metrics.json").read_text("utf-8"))
+    metrics["metric_per_case"][-1]["volume_truth_ml"] *= 1.1
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    (larger / "metrics.json").write_text(json.dumps(metrics), "utf-8")
+    with pytest.raises(DataError, match="same truth; got other volumes of lesion in 1"):
+        compare(a, larger)
     negative = save_run(tmp_path / "negative", {"n": None})
     with pytest.raises(DataError, match="needs a positive case; got none"):
         compare(negative, negative)
     with pytest.raises(DataError, match="at least two runs; got 1"):
         main([str(a)])
+    with pytest.raises(ConfigError, match=r"needs resamples; got 0\. Use --num-resamples=10000"):
+        main([str(a), str(a), "--num-resamples=0"])
+
+
+def test_runs_of_equal_names_are_told_apart(tmp_path):
+    dice = {"p": 0.9, "q": 0.7}
+    for row in ("full", "scff", "concat"):
+        (tmp_path / row).mkdir()
+    runs = [save_run(tmp_path / row / "seed_1", dice) for row in ("full", "scff", "concat")]
+    text = format_comparisons(compare_all(runs[0], runs[1:]))
+    assert "\nfull/seed_1 - scff/seed_1 (lesion) " in text
+    assert "\nfull/seed_1 - concat/seed_1 (lesion) " in text

@@ -1,11 +1,13 @@
 import csv
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from cmsad_jax.types import ConfigError
 from data_pipelines.case import DataError, MissingDataError
 from data_pipelines.volume_io import write_nifti
 from experiments.evaluate import (
@@ -360,7 +362,7 @@ def test_probabilities_are_evaluated_for_detection_too(folders, tmp_path, capsys
     confidences = [entry["detection"]["confidence"] for entry in summary["metric_per_case"]]
     assert confidences == pytest.approx([0.8, 0.7])
     assert summarise(summary["metric_per_case"]) == summary
-    assert "AP 1.000, patient AUROC 1.000, PI-CAI score 1.000" in capsys.readouterr().out
+    assert "AP 1.000, AUROC of cases 1.000, PI-CAI score 1.000" in capsys.readouterr().out
     main([str(predictions), str(labels), "--target", "gland"])
     assert "lesions:" not in capsys.readouterr().out
 
@@ -395,6 +397,42 @@ def test_command_refuses_faulty_folders(folders, tmp_path):
         main(arguments)
     (labels / "x.nii.gz").unlink()
     with pytest.raises(MissingDataError, match=r"equal names; got \['x.nii.gz'\] without label"):
+        main(arguments)
+
+
+def test_masks_beside_probabilities_are_refused(folders):
+    predictions, labels = folders
+    probabilities = 0.8 * box((6, 8, 10), (1, 1, 1), (3, 4, 4)).astype(np.float32)
+    write_nifti(predictions / "x.nii.gz", probabilities, AFFINE)
+    with pytest.raises(DataError, match=r"or masks of all; got whole numbers in y beside"):
+        main([str(predictions), str(labels)])
+
+
+@pytest.mark.parametrize("threshold", ["50", "0", "nan"])
+def test_thresholds_that_no_probability_can_meet_are_refused(folders, threshold):
+    with pytest.raises(ConfigError, match=f"threshold must lie between 0 and 1; got {threshold}"):
+        main([*map(str, folders), f"--threshold={threshold}"])
+
+
+def test_a_case_of_two_patients_is_refused(folders, tmp_path):
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient\nx,p\ny,p\nx,q\n")
+    with pytest.raises(DataError, match=r"one patient for each case; got p and q for x\."):
+        main([*map(str, folders), f"--patients={table}"])
+
+
+def test_files_that_would_be_left_out_are_refused(folders):
+    predictions, labels = folders
+    arguments = [str(predictions), str(labels)]
+    for name in ("z.mha", "z.NII.GZ"):
+        (labels / name).touch()
+        with pytest.raises(DataError, match=rf"\*\.nii files; got '{name}' in .*labels"):
+            main(arguments)
+        (labels / name).unlink()
+    (predictions / "read me.txt").touch()
+    main(arguments)
+    (predictions / os.fsdecode(b"caf\xe9.nii")).touch()
+    with pytest.raises(DataError, match=r"printable text; got 'caf\\udce9\.nii' in"):
         main(arguments)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.mean_shape import mean_shape
+from experiments.mean_shape import average, mean_shape
 
 
 def test_mean_shape_fits_the_cases_best():
@@ -26,3 +26,11 @@ def test_mean_shape_is_that_of_whole_volumes():
     best = max(mean_dice(threshold) for threshold in np.unique(frequency[frequency > 0]))
     found = mean_shape([np.flatnonzero(label) for label in labels], 60)
     assert mean_dice(frequency[found].min()) == pytest.approx(best)
+
+
+def test_classes_have_equal_weight_whatever_the_number_of_their_cases():
+    assert average([[0.8, 0.8, 0.8, 0.8], [0.2], []]) == {
+        "mean_dice": pytest.approx(0.5),
+        "num_cases": 5,
+    }
+    assert average([[], []]) == {"mean_dice": None, "num_cases": 0}

@@ -114,6 +114,21 @@ def test_effect_sizes_by_hand():
     assert tests.cohens_dz == pytest.approx(1 / np.std([3, -1, 2, 0], ddof=1))
 
 
+def test_tests_are_of_the_mean_over_cases_where_patients_have_unequal_numbers():
+    rng = np.random.default_rng(0)
+    patients = [f"p{i:02d}" for i in range(20)] + [f"q{i}" for i in range(6) for _ in range(20)]
+    differences = np.r_[rng.normal(0.1, 0.02, 20), rng.normal(-0.08, 0.02, 120)]
+    tests = paired_tests(differences, patients)
+    assert differences.mean() < 0
+    assert tests.cohens_dz < 0
+    # by hand: one case of each p beside twenty of each q, 140 cases of 26 patients
+    sums = [*differences[:20], *differences[20:].reshape(6, 20).sum(1)]
+    parts = np.array(sums) * 26 / 140
+    assert parts.mean() == pytest.approx(differences.mean())
+    assert tests.cohens_dz == pytest.approx(parts.mean() / parts.std(ddof=1))
+    assert tests.permutation_p == permutation_p(parts)
+
+
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
