@@ -14,9 +14,9 @@ An artifact (``model.cmsad``) is a zip archive, nothing in it compressed:
 ``MODEL_CARD.md``, ``LICENSE``
     for people.
 
-``load`` needs jax and flatbuffers; neither Flax nor any code of the network. Nothing is ever
-unpacked to disk, and nothing in an archive is executed as Python. The checksums find damage, not
-malice: run models of people you trust.
+``load`` needs jax, jaxtyping and flatbuffers; neither Flax nor any code of the network. Nothing is
+ever unpacked to disk, and nothing in an archive is executed as Python. The checksums find damage,
+not malice: run models of people you trust.
 """
 
 import dataclasses

@@ -214,7 +214,7 @@ every case of the training data: predictions on these are no test.
 python -m experiments.predict --model model.cmsad --input CASES --output PREDICTIONS
 ```
 
-or, on arrays and with no other package than jax and flatbuffers,
+or, on arrays and with no other packages than jax, jaxtyping and flatbuffers,
 `cmsad_jax.export.load("model.cmsad")`. The weights are `weights/*.safetensors` of this archive, a
 zip file.
 """

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tyro
 
 import cmsad_jax
+from experiments import lesions
 from experiments.config import PRESETS, complete, flatten, parse, to_json
+from experiments.evaluate import summarise
+from experiments.metrics import METRICS, case_metrics
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -229,6 +233,23 @@ def test_site_builds_without_a_warning(tmp_path):
     api = (tmp_path / "api/index.html").read_text("utf-8")
     assert "cross_modal_distillation_loss" in api
     assert "Attention of one modality teaches that of another" in api
+    assert "Which modalities each example has" in api  # what an argument's type means
+    results = (tmp_path / "experiments/RESULTS/index.html").read_text("utf-8")
+    assert 'href="../../benchmarks/RESULTS/' in results
+    assert "csPCa_lesion_delineations" in (tmp_path / "data_pipelines/picai/index.html").read_text(
+        "utf-8"
+    )
+
+
+def test_every_metric_and_key_of_a_run_is_explained():
+    page = (ROOT / "docs/run_folder.md").read_text("utf-8")
+    row = {"case_id": "c", "patient_id": "p", "fold": 0, "class": "lesion"}
+    cube = np.zeros((4, 8, 8), np.uint8)
+    cube[1:3, 2:6, 2:6] = 1
+    row |= case_metrics(cube, cube, (3.0, 1.0, 1.0), ("lesion",))["lesion"]
+    row["detection"] = lesions.detect(cube.astype(np.float32), cube)
+    names = {*METRICS, *summarise([row], [0])}
+    assert not [name for name in sorted(names) if f"`{name}`" not in page]
 
 
 def test_completion_completes(tmp_path):
