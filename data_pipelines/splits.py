@@ -1,7 +1,8 @@
 """Cross-validation folds: grouped by patient, stratified by lesion presence, kept in a file.
 
-A fold file is JSON: ``{"sha256": ..., "folds": [{"train": [...], "val": [...]}, ...]}``. The bare
-list, in which PI-CAI publishes its folds, can be read as well.
+A fold file is JSON: ``{"sha256": ..., "folds": [{"train": [...], "val": [...]}, ...]}``, and has a
+list ``"names"`` where each fold is a group, such as a centre. The bare list, in which PI-CAI
+publishes its folds, can be read as well.
 """
 
 import dataclasses
@@ -37,9 +38,11 @@ class Folds:
 
     Attributes:
         validation: case ids of each fold, sorted.
+        names: what each fold leaves out, such as a centre; empty for folds drawn over patients.
     """
 
     validation: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.validation)
@@ -57,7 +60,8 @@ class Folds:
     def save(self, path: Path) -> None:
         """Write the fold file, whole or not at all."""
         folds = [{"train": self.training(i), "val": ids} for i, ids in enumerate(self.validation)]
-        content = json.dumps({"sha256": self.sha256, "folds": folds}, indent=1)
+        names = {"names": self.names} if self.names else {}
+        content = json.dumps({"sha256": self.sha256, **names, "folds": folds}, indent=1)
         with whole_file(path) as partial:
             partial.write_text(content + "\n")
 
@@ -67,7 +71,8 @@ class Folds:
         content = _read_json(path)
         if not isinstance(content, dict):
             raise DataError(f"{path} must be a fold file written by this project. {_PUBLISHED}")
-        folds = cls(tuple(tuple(fold["val"]) for fold in _fold_list(content, path)))
+        validation = tuple(tuple(fold["val"]) for fold in _fold_list(content, path))
+        folds = cls(validation, _names(content, len(validation), path))
         if folds.sha256 != content.get("sha256"):
             raise DataError(
                 f"{path} must hold the folds that its sha256 was taken of; got hash "
@@ -131,6 +136,7 @@ def group_folds(infos: Sequence[CaseInfo], *, group: str) -> Folds:
             a case given twice.
     """
     infos = sorted(infos, key=lambda info: info.case_id)
+    _check_unique(infos)
     known = sorted({name for info in infos for name in info.metadata})
     lacking = [info.case_id for info in infos if not info.metadata.get(group)]
     if lacking:
@@ -144,14 +150,25 @@ def group_folds(infos: Sequence[CaseInfo], *, group: str) -> Folds:
             f"there must be at least 2 groups; got {group} = {values[0]} alone. "
             "Group by another fact, or let the project draw folds over patients."
         )
-    folds = Folds(
-        tuple(
-            tuple(info.case_id for info in infos if info.metadata[group] == value)
-            for value in values
-        )
+    _check_one_group(infos, group)
+    members = (
+        tuple(info.case_id for info in infos if info.metadata[group] == value) for value in values
     )
-    check_folds(folds, infos, source=f"groups by {group}")
-    return folds
+    return Folds(tuple(members), tuple(values))
+
+
+def _check_one_group(infos: Sequence[CaseInfo], group: str) -> None:
+    """Refuse a patient whose cases are of several groups."""
+    group_of: dict[str, str] = {}
+    for info in infos:
+        value = info.metadata[group]
+        other = group_of.setdefault(info.patient_id, value)
+        if other != value:
+            raise DataError(
+                f"the cases of a patient must have one {group!r}, as they share a fold; got "
+                f"{other!r} and {value!r} for patient {info.patient_id}. Correct these values, "
+                "leave the patient out, or group by another fact."
+            )
 
 
 def load_published(path: Path, infos: Sequence[CaseInfo]) -> Folds:
@@ -164,11 +181,14 @@ def load_published(path: Path, infos: Sequence[CaseInfo]) -> Folds:
     Raises:
         MissingDataError: no such file.
         DataError: a case is in no fold or in several, a patient is in several, a fold keeps no
-            case, or a fold does not train on all cases that it does not validate.
+            case, or a fold does not train on all cases that it does not validate; or names that
+            are not one for each fold.
     """
     known = {info.case_id for info in infos}
-    published = _fold_list(_read_json(path), path)
-    folds = Folds(tuple(tuple(sorted(known & set(fold["val"]))) for fold in published))
+    content = _read_json(path)
+    published = _fold_list(content, path)
+    validation = tuple(tuple(sorted(known & set(fold["val"]))) for fold in published)
+    folds = Folds(validation, _names(content, len(validation), path))
     check_folds(folds, infos, source=path)
     for i, fold in enumerate(published):
         differing = (known & set(fold["train"])) ^ set(folds.training(i))
@@ -248,6 +268,18 @@ def _fold_list(content: object, path: Path) -> list[dict[str, list[str]]]:
     raise DataError(
         f'{path} must be a list of folds {{"train": [case ids], "val": [case ids]}}; got '
         f"something else. Correct the file."
+    )
+
+
+def _names(content: object, count: int, path: Path) -> tuple[str, ...]:
+    """The names of ``count`` folds in a file of this project; empty where it holds none."""
+    names = content.get("names", []) if isinstance(content, dict) else []
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if texts and len(names) in (0, count):
+        return tuple(names)
+    raise DataError(
+        f'{path} must give as "names" one text for each of its {count} folds, or none at all; got '
+        f"{names!r:.80}. Correct the file."
     )
 
 

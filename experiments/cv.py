@@ -126,7 +126,7 @@ def run_folds(
     positive = sum(info.positive for info in source.info)
     log(
         f"{len(source)} cases, {positive} with {config.data.target}, "
-        f"{config.num_folds} folds over patients; {devices[0].device_kind} x {len(devices)}; "
+        f"{folds_in_words(config, folds)}; {devices[0].device_kind} x {len(devices)}; "
         f"run folder {output}"
     )
     at_once = folds_at_once(config, devices)
@@ -152,6 +152,13 @@ def run_folds(
         return {}
     done = [fold for fold in range(config.num_folds) if is_done(output, fold)]
     return finish(config, output, mean_shape.run(config, source, folds, done))
+
+
+def folds_in_words(config: Config, folds: splits.Folds) -> str:
+    """How many folds of what, and which group each of them leaves out, in their order."""
+    over = f"by {config.group_by}" if config.group_by else "over patients"
+    names = f" ({', '.join(folds.names)})" if folds.names else ""
+    return f"{len(folds)} folds {over}{names}"
 
 
 def is_done(output: Path, fold: int) -> bool:

@@ -42,6 +42,7 @@ from experiments.wording import (
     Table,
     class_label,
     curve_label,
+    fold_name,
     interval,
     number,
     plural,
@@ -155,6 +156,7 @@ def _facts(run_dir: Path) -> dict[str, Any]:
     target = metrics.get("target", classes[0])
     folds = _read_json(run_dir / "folds.json")
     fold_list = folds.get("folds", []) if isinstance(folds, dict) else folds
+    names = folds.get("names", []) if isinstance(folds, dict) else []
     done = [entry["fold"] for entry in metrics["per_fold"]]
     num_folds = len(fold_list) or metrics.get("num_folds", len(done))
     history = read_history(run_dir)
@@ -173,9 +175,9 @@ def _facts(run_dir: Path) -> dict[str, Any]:
         "rule": "the largest of the class probabilities"
         if len(classes) > 1
         else f"probability above {metrics.get('threshold', 'not recorded')}",
-        "status": _status(done, num_folds),
+        "status": _status(done, num_folds, names),
         "complete": len(done) == num_folds,
-        "warnings": _warnings(metrics, classes),
+        "warnings": _warnings(metrics, classes, names),
         "tiles": _tiles(metrics, classes),
         "headline": [headline_table(metrics, name) for name in classes],
         "counts": count_table(metrics, classes),
@@ -185,9 +187,11 @@ def _facts(run_dir: Path) -> dict[str, Any]:
         else [],
         "definitions": DEFINITIONS,
         "beside": beside_table(metrics, classes),
-        "best": best_table(metrics),
-        "per_fold": fold_table(metrics, classes, num_folds),
-        "fold_colors": [(fold, fold_color(fold)) for fold in (done or sorted(history))],
+        "best": best_table(metrics, names),
+        "per_fold": fold_table(metrics, classes, num_folds, names),
+        "fold_colors": [
+            (fold_name(fold, names), fold_color(fold)) for fold in (done or sorted(history))
+        ],
         "result_charts": [
             chart
             for index, name in enumerate(classes)
@@ -196,13 +200,13 @@ def _facts(run_dir: Path) -> dict[str, Any]:
         "curve_charts": [
             curve_chart(history, name, f"t{index}") for index, name in enumerate(curves)
         ],
-        "curve_table": curve_table(history, curves),
+        "curve_table": curve_table(history, curves, names),
         "unused_terms": [curve_label(name) for name in unused],
         "pictures": pictures_of(run_dir, metrics, classes),
         "viewer": viewer_of(run_dir, metrics, classes),
-        "per_case": case_table(metrics),
-        "timing": timing_table(metrics, environment),
-        "folds_table": folds_table(fold_list),
+        "per_case": case_table(metrics, names),
+        "timing": timing_table(metrics, environment, names),
+        "folds_table": folds_table(fold_list, names),
         "folds_sha256": folds.get("sha256") if isinstance(folds, dict) else None,
         "config": flat_table("Configuration", config.get("config", config)),
         "data_fingerprint": config.get("data_fingerprint"),
@@ -215,7 +219,7 @@ def _facts(run_dir: Path) -> dict[str, Any]:
 # Facts as texts ---------------------------------------------------------------------------------
 
 
-def _status(done: Sequence[int], num_folds: int) -> str:
+def _status(done: Sequence[int], num_folds: int, names: Sequence[str]) -> str:
     if not num_folds:
         return "Evaluated without folds."
     missing = [fold for fold in range(num_folds) if fold not in done]
@@ -223,12 +227,14 @@ def _status(done: Sequence[int], num_folds: int) -> str:
         return f"All {num_folds} folds are done."
     return (
         f"Incomplete: {len(done)} of {num_folds} folds are done; missing: "
-        f"{', '.join(f'fold {fold}' for fold in missing)}. "
+        f"{', '.join(f'fold {fold_name(fold, names)}' for fold in missing)}. "
         "Every figure below is of the folds that are done."
     )
 
 
-def _warnings(metrics: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
+def _warnings(
+    metrics: Mapping[str, Any], classes: Sequence[str], names: Sequence[str]
+) -> list[str]:
     warnings = [
         f"No evaluated case holds any {class_label(name)}: Dice, sensitivity, precision and "
         "surface distances are undefined. Only false positives can be judged."
@@ -237,7 +243,7 @@ def _warnings(metrics: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     ]
     without = metrics["folds_without_positives"]
     if without and any(metrics["num_positive"].values()):
-        listed = ", ".join(f"fold {fold}" for fold in without)
+        listed = ", ".join(f"fold {fold_name(fold, names)}" for fold in without)
         warnings.append(f"No positive case in {listed}: Dice is undefined there.")
     for name in classes:
         num = metrics["num_patients"][name]["dice"]

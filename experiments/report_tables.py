@@ -1,4 +1,7 @@
-"""The tables of a run's report, each from the metrics or the facts that it shows."""
+"""The tables of a run's report, each from the metrics or the facts that it shows.
+
+``names`` are the groups that the folds leave out, in their order; empty for drawn folds.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +18,7 @@ from experiments.wording import (
     class_label,
     curve_label,
     duration,
+    fold_name,
     interval,
     number,
     text,
@@ -148,7 +152,7 @@ def beside_table(metrics: Mapping[str, Any], classes: Sequence[str]) -> Table | 
     )
 
 
-def best_table(metrics: Mapping[str, Any]) -> Table | None:
+def best_table(metrics: Mapping[str, Any], names: Sequence[str]) -> Table | None:
     """Checkpoints chosen on the validation fold, one row per fold, or what the key holds."""
     best = metrics.get("best_checkpoint")
     if not best:
@@ -156,14 +160,16 @@ def best_table(metrics: Mapping[str, Any]) -> Table | None:
     if all(isinstance(entry, Mapping) for entry in best.values()):
         columns = list(dict.fromkeys(key for entry in best.values() for key in entry))
         rows = [
-            (f"Fold {fold}", *(text(entry.get(key)) for key in columns))
+            (f"Fold {fold_name(int(fold), names)}", *(text(entry.get(key)) for key in columns))
             for fold, entry in best.items()
         ]
         return Table("Best checkpoints", ("", *(curve_label(key) for key in columns)), rows)
     return flat_table("Best checkpoints", best)
 
 
-def fold_table(metrics: Mapping[str, Any], classes: Sequence[str], num_folds: int) -> Table:
+def fold_table(
+    metrics: Mapping[str, Any], classes: Sequence[str], num_folds: int, names: Sequence[str]
+) -> Table:
     """One row for each fold, also for those that are missing."""
     shown = ("dice", "sensitivity", "precision", "hd95_mm", "assd_mm", "false_positive_volume_ml")
     entries = {entry["fold"]: entry for entry in metrics["per_fold"]}
@@ -171,7 +177,7 @@ def fold_table(metrics: Mapping[str, Any], classes: Sequence[str], num_folds: in
     rows = []
     for fold in range(max([num_folds, *(fold + 1 for fold in entries)])):
         for name in classes:
-            title = f"Fold {fold}, {name}" if several else f"Fold {fold}"
+            title = f"Fold {fold_name(fold, names)}" + (f", {name}" if several else "")
             entry = entries.get(fold)
             if entry is None:
                 rows.append((f"{title} (missing)", *([""] * (len(shown) + 3))))
@@ -189,7 +195,7 @@ def fold_table(metrics: Mapping[str, Any], classes: Sequence[str], num_folds: in
     return Table("Means per fold", columns, rows)
 
 
-def case_table(metrics: Mapping[str, Any]) -> Table:
+def case_table(metrics: Mapping[str, Any], names: Sequence[str]) -> Table:
     """One row for each case and class."""
     several = len(metrics["mean"]) > 1
     return Table(
@@ -199,7 +205,7 @@ def case_table(metrics: Mapping[str, Any]) -> Table:
             (
                 row["case_id"],
                 *((row["class"],) if several else ()),
-                text(row["fold"]),
+                UNDEFINED if row["fold"] is None else fold_name(row["fold"], names),
                 *(number(row[metric], metric) for metric in METRICS),
             )
             for row in metrics["metric_per_case"]
@@ -207,29 +213,32 @@ def case_table(metrics: Mapping[str, Any]) -> Table:
     )
 
 
-def timing_table(metrics: Mapping[str, Any], environment: Mapping[str, Any]) -> Table | None:
+def timing_table(
+    metrics: Mapping[str, Any], environment: Mapping[str, Any], names: Sequence[str]
+) -> Table | None:
     """Seconds per phase of the run, and speed per fold, as far as they were recorded."""
     rows = [
         (curve_label(phase), duration(seconds))
         for phase, seconds in _flatten(environment.get("wall_s") or {})
     ]
     for fold, summary in (metrics.get("fold_summaries") or {}).items():
+        title = f"Fold {fold_name(int(fold), names)}"
         for key, label in (
             ("first_step_s", "first step, with compilation"),
             ("train_s", "training"),
             ("predict_s", "prediction"),
         ):
             if key in summary:
-                rows.append((f"Fold {fold}: {label}", duration(summary[key])))
+                rows.append((f"{title}: {label}", duration(summary[key])))
         if "examples_per_s" in summary:
-            rows.append((f"Fold {fold}: examples per second", text(summary["examples_per_s"])))
+            rows.append((f"{title}: examples per second", text(summary["examples_per_s"])))
         if "peak_memory_gb" in summary:
             memory = f"{summary['peak_memory_gb']:.2f} GB"
-            rows.append((f"Fold {fold}: peak memory so far", memory))
+            rows.append((f"{title}: peak memory so far", memory))
     return Table("Time and memory", ("Phase", "Value"), rows) if rows else None
 
 
-def folds_table(folds: Sequence[Mapping[str, Sequence[str]]]) -> Table | None:
+def folds_table(folds: Sequence[Mapping[str, Sequence[str]]], names: Sequence[str]) -> Table | None:
     """Numbers of cases in each fold; None where the folds are not known."""
     if not folds:
         return None
@@ -237,15 +246,15 @@ def folds_table(folds: Sequence[Mapping[str, Sequence[str]]]) -> Table | None:
         "Folds",
         ("Fold", "Training cases", "Validation cases"),
         [
-            (f"Fold {index}", str(len(fold["train"])), str(len(fold["val"])))
+            (f"Fold {fold_name(index, names)}", str(len(fold["train"])), str(len(fold["val"])))
             for index, fold in enumerate(folds)
         ],
     )
 
 
-def curve_table(history: History, names: Sequence[str]) -> Table | None:
+def curve_table(history: History, curves: Sequence[str], names: Sequence[str]) -> Table | None:
     """The last value of each curve in each fold."""
-    if not names:
+    if not curves:
         return None
     rows = [
         (
@@ -255,9 +264,10 @@ def curve_table(history: History, names: Sequence[str]) -> Table | None:
                 for columns in history.values()
             ),
         )
-        for name in names
+        for name in curves
     ]
-    return Table("At the end of training", ("", *(f"Fold {fold}" for fold in history)), rows)
+    titles = (f"Fold {fold_name(fold, names)}" for fold in history)
+    return Table("At the end of training", ("", *titles), rows)
 
 
 def _last(values: np.ndarray) -> float | None:

@@ -105,6 +105,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def fold_name(fold: int, names: Sequence[str]) -> str:
+    """Number of a fold, with the group that it leaves out where folds have names."""
+    return f"{fold} ({names[fold]})" if fold < len(names) else str(fold)
+
+
 def class_label(name: str) -> str:
     """A class in words."""
     return CLASS_LABELS.get(name, name)

@@ -54,6 +54,30 @@ def test_folds_come_back_from_their_file(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["folds.json"]
 
 
+def test_names_of_folds_are_kept_outside_their_hash(tmp_path):
+    plain = make_folds(infos(12), num_folds=3)
+    named = Folds(plain.validation, ("A", "B", "C"))
+    assert named.sha256 == plain.sha256
+    path = tmp_path / "folds.json"
+    plain.save(path)
+    assert "names" not in json.loads(path.read_text("utf-8"))
+    named.save(path)
+    assert Folds.load(path) == load_published(path, infos(12)) == named
+
+
+@pytest.mark.parametrize("names", [["A", "B"], [1, 2, 3], "ABC"])
+def test_names_that_do_not_fit_the_folds_are_refused(tmp_path, names):
+    path = tmp_path / "folds.json"
+    make_folds(infos(12), num_folds=3).save(path)
+    content = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(content | {"names": names}))
+    message = r'as "names" one text for each of its 3 folds, or none at all; got .*. Correct the'
+    with pytest.raises(DataError, match=message):
+        Folds.load(path)
+    with pytest.raises(DataError, match=message):
+        load_published(path, infos(12))
+
+
 def test_a_changed_fold_file_is_refused(tmp_path):
     path = tmp_path / "folds.json"
     make_folds(infos(12), num_folds=3).save(path)
@@ -147,6 +171,7 @@ def test_each_centre_is_left_out_once():
     folds = group_folds(cases, group="center")
     assert folds.validation == (("a",), ("b", "d"), ("c",))
     assert folds.training(1) == ("a", "c")
+    assert folds.names == ("A", "B", "C")
 
 
 def test_groups_that_cannot_make_folds_are_refused():
@@ -154,5 +179,11 @@ def test_groups_that_cannot_make_folds_are_refused():
         group_folds([of_centre("a", "A"), of_centre("b", None)], group="center")
     with pytest.raises(DataError, match=r"at least 2 groups; got center = A alone"):
         group_folds([of_centre("a", "A"), of_centre("b", "A")], group="center")
-    with pytest.raises(DataError, match=r"cases of a patient must share a fold"):
+    with pytest.raises(
+        DataError,
+        match=r"must have one 'center', as they share a fold; got 'A' and 'B' for patient p. "
+        r"Correct these values, leave the patient out, or group by another fact.",
+    ):
         group_folds([of_centre("a", "A", "p"), of_centre("b", "B", "p")], group="center")
+    with pytest.raises(DataError, match=r"case ids must be unique; got a twice"):
+        group_folds([of_centre("a", "A"), of_centre("a", "B")], group="center")

@@ -383,6 +383,9 @@ def test_centres_become_folds(tmp_path, cache):
     )
     folds = cv.make_folds(config, source)
     assert [len(ids) for ids in folds.validation] == [5, 5]
+    assert cv.folds_in_words(config, folds) == "2 folds by center (A, B)"
+    drawn = dataclasses.replace(config, group_by=None)
+    assert cv.folds_in_words(drawn, cv.make_folds(drawn, source)) == "2 folds over patients"
     with pytest.raises(ConfigError, match=r"that of groups; got 3 and 2. Use --num-folds=2"):
         cv.make_folds(dataclasses.replace(config, num_folds=3), source)
     with pytest.raises(ConfigError, match="from a file or from groups; got both"):

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 
 from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.splits import Folds
 from experiments import pictures
 from experiments.evaluate import read_metrics
 from experiments.pictures import choose_cases, outline, slice_to_show
@@ -136,6 +137,23 @@ def test_missing_folds_are_named(reports):
         assert "Fold 4 (missing)" in text
 
 
+def test_folds_of_groups_are_named(tmp_path):
+    run = make_run(tmp_path / "run", num_folds=3, done=(0, 2), figures=False)
+    folds = Folds.load(run / "folds.json")
+    Folds(folds.validation, ("RUMC", "<PCNN>", "ZGT")).save(run / "folds.json")
+    html = write_report(run).read_text("utf-8")
+    markdown = (run / "report.md").read_text("utf-8")
+    for text in (html.replace("&lt;", "<").replace("&gt;", ">"), markdown):
+        assert "missing: fold 1 (<PCNN>)." in text
+        assert "Fold 1 (<PCNN>) (missing)" in text
+    for row in ("0 (RUMC) |", "2 (ZGT): training |", "2 (ZGT) | 12 | 6 |", "2 (ZGT) | 6 | 3 |"):
+        assert f"Fold {row}" in markdown
+    assert "| case_000 | 0 (RUMC) |" in markdown
+    assert "|  | Fold 0 (RUMC) | Fold 2 (ZGT) |" in markdown
+    assert html.count("</i>fold 0 (RUMC)</span>") == 2  # the legends
+    assert not re.search(r"[Ff]old \d(?! \()", "".join(read(html).texts))
+
+
 def test_run_without_positives_has_no_dice(reports):
     html, markdown = reports["no_positives"]
     assert "No evaluated case holds any lesion" in html
@@ -153,6 +171,9 @@ def test_a_single_fold_without_positives_is_named(tmp_path):
     assert "No positive case in fold 1: Dice is undefined there." in write_report(run).read_text(
         "utf-8"
     )
+    folds = Folds.load(run / "folds.json")
+    Folds(folds.validation, ("A", "B")).save(run / "folds.json")
+    assert "No positive case in fold 1 (B): Dice" in write_report(run).read_text("utf-8")
 
 
 def test_one_modality_and_several_classes(reports):
