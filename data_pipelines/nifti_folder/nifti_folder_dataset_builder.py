@@ -45,6 +45,9 @@ _STRUCTURES = {
 }
 """What nnU-Net labels that mean these targets are called."""
 
+_CLASSES = {"peripheral_zone": "pz", "transition_zone": "tz", "transitional_zone": "tz"}
+"""Long names of classes."""
+
 
 class Builder(FileCaseBuilder):
     """Cases in a folder of the user's own."""
@@ -250,12 +253,16 @@ def _check_classes(description: Mapping, config: DataConfig, path: Path) -> None
         foreground = {name: n for name, n in labels.items() if n not in (0, "0")}
         _check_one_class(foreground, config.target, path)
         return
-    given = {str(name).lower(): number for name, number in labels.items()}
+    names = {name: _plain(str(name)) for name in labels}
+    given = {_CLASSES.get(plain, plain): labels[name] for name, plain in names.items()}
     expected = {name: i + 1 for i, name in enumerate(config.classes)}
     if any(given.get(name) != number for name, number in expected.items()):
+        remedy = 'Renumber the labels, in labelsTr and in "labels",'
+        if not expected.keys() <= given.keys():
+            remedy = "Rename the labels, and renumber them if they differ,"
         raise DataError(
             f"{path} must number the classes of '{config.target}' as {expected}; got {labels}. "
-            "Renumber the labels or choose another --data.target."
+            f"{remedy} or choose another --data.target."
         )
 
 

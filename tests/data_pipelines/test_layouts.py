@@ -207,13 +207,41 @@ def test_unreadable_dataset_json_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "labels", [{"background": 0, "TZ": 1, "PZ": 2}, {"0": "background", "1": "tz", "2": "pz"}]
+    "labels",
+    [
+        {"background": 0, "TZ": 1, "PZ": 2},
+        {"0": "background", "1": "tz", "2": "pz"},
+        {"transition_zone": 1, "peripheral_zone": 2},
+    ],
 )
 def test_zones_in_another_order_are_refused(tmp_path, labels):
     description = {"channel_names": {"0": "DWI", "1": "T2W", "2": "ADC"}, "labels": labels}
     config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)
     assert FolderBuilder(dataclasses.replace(config, target="gland")).entries  # zones make it up
-    with pytest.raises(DataError, match=r"number the classes of 'zones' as {'pz': 1, 'tz': 2}"):
+    message = (
+        r"number the classes of 'zones' as {'pz': 1, 'tz': 2}; got .*. "
+        r'Renumber the labels, in labelsTr and in "labels", or choose another --data.target.'
+    )
+    with pytest.raises(DataError, match=message):
+        FolderBuilder(dataclasses.replace(config, target="zones"))
+
+
+@pytest.mark.parametrize("names", [("PZ", "tz"), ("peripheral_zone", "Transitional Zone")])
+def test_zones_go_by_short_and_long_names(tmp_path, names):
+    description = {"channel_names": {"0": "DWI", "1": "T2W", "2": "ADC"}}
+    description["labels"] = {"background": 0, names[0]: 1, names[1]: 2}
+    config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)
+    assert FolderBuilder(dataclasses.replace(config, target="zones")).entries
+
+
+def test_zones_of_unknown_names_are_to_be_renamed(tmp_path):
+    description = {"channel_names": {"0": "T2W"}, "labels": {"background": 0, "outer": 1, "tz": 2}}
+    config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)
+    message = (
+        r"got {'background': 0, 'outer': 1, 'tz': 2}. Rename the labels, and renumber them if they "
+        r"differ, or choose another --data.target."
+    )
+    with pytest.raises(DataError, match=message):
         FolderBuilder(dataclasses.replace(config, target="zones"))
 
 
