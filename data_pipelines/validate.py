@@ -2,8 +2,8 @@
 
 ``python -m data_pipelines.validate --data.name=picai --data.path=/data/picai`` reads all cases,
 prints one table of all problems and the fingerprint of the data set, and writes a contact sheet.
-The exit status is 0 only if the data set can be built. What was read is kept in ``data.cache``, so
-that building continues from there.
+The exit status is 0 if the data set can be built, and 2 if its errors keep it from that. What was
+read is kept in ``data.cache``, so that building continues from there.
 """
 
 import dataclasses
@@ -111,7 +111,7 @@ def main(arguments: Arguments) -> int:
     print(summary(findings))
     if findings.problems:
         print(validation.format_table(findings.problems))
-    return 1 if findings.num_errors else 0
+    return 2 if findings.num_errors else 0
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def plant_ten_faults(root: Path) -> tuple[DataConfig, dict[str, tuple[str, str, 
 def test_ten_planted_faults_are_told_in_one_run(tmp_path):
     config, faults = plant_ten_faults(tmp_path / "data")
     done = run(config, tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "the data set cannot be built; cases: 10, errors: 7" in done.stdout
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("cases      10 of 10 patients")
@@ -157,7 +157,7 @@ def test_files_that_are_not_fetched_are_named_for_every_case(tmp_path, capsys):
         (config.path / name).symlink_to(".git/annex/objects/absent")
     status = validate.main(validate.Arguments(config, num_workers=1, output=tmp_path / "out"))
     table = " ".join(capsys.readouterr().out.split())
-    assert status == 1
+    assert status == 2
     assert "errors: 3" in table
     assert table.count("a link") == 3
     with pytest.raises(DataError, match=r"b/t2w.nii.gz must be a file; got a link that leads now"):
