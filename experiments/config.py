@@ -115,7 +115,7 @@ class Config:
     folds_file: Path | None = None
     """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
     group_by: str | None = None
-    """Fact of the cases (PI-CAI: center) of which each fold leaves out one value."""
+    """Fact of cases (PI-CAI: center; own folder: group) of which each fold leaves out one value."""
     profile: Path | None = None
     """Folder for a trace of the first fold's training (Perfetto, TensorBoard); train few steps."""
     compilation_cache: bool = True
