@@ -298,6 +298,32 @@ def test_cases_are_found_in_every_layout(tmp_path):
     }
 
 
+def test_the_mask_of_the_gland_is_found_in_every_layout(tmp_path):
+    touch(tmp_path / "many", "x/t2w.mha", "x/adc.mha", "x/gland.nii.gz")
+    touch(tmp_path / "picai", "p/p_1_t2w.mha", "p/p_1_adc.mha", "p/p_1_gland.nii.gz")
+    touch(tmp_path / "nnunet", *(f"imagesTs/a_{end}.nii.gz" for end in ("0000", "0001", "gland")))
+    touch(tmp_path / "nnunet", *(f"imagesTs/b_{end}.nii.gz" for end in ("0000", "0001", "0002")))
+    touch(tmp_path / "nnunet", "imagesTs/c_0001.nii.gz", "glandTr/c.nii.gz")
+    touch(tmp_path / "decathlon", "imagesTs/d_4.nii.gz", "imagesTs/d_4_gland.nii.gz")
+    channels = {"0": "T2", "1": "ADC", "2": "gland"}
+    for name in ("nnunet", "decathlon"):
+        (tmp_path / name / "dataset.json").write_text(json.dumps({"channel_names": channels}))
+        channels.popitem()
+    found = {
+        case.case_id: case.gland.name if case.gland else None
+        for name in ("many", "picai", "nnunet", "decathlon")
+        for case in find_inputs(tmp_path / name, MODALITIES, with_gland=True)
+    }
+    assert found == {
+        "x": "gland.nii.gz",
+        "p_1": "p_1_gland.nii.gz",
+        "a": "a_gland.nii.gz",
+        "b": "b_0002.nii.gz",
+        "c": None,
+        "d_4": "d_4_gland.nii.gz",
+    }
+
+
 def test_modalities_along_a_fourth_axis_are_told_apart(tmp_path, artifact):
     """Files of the Decathlon, the modalities in another order than the model's."""
     fine = case_of("a").images["t2w"]
