@@ -159,6 +159,12 @@ def read_case(files: CaseFiles, data: DataConfig) -> Case:
     """
     if files.problems:
         raise DataError("\n".join(problem.text for problem in files.problems))
+    if data.preprocess.centre == GLAND and files.gland is None:
+        raise DataError(
+            f"a model that sees the grid around the gland needs a mask of it; got none for "
+            f"{files.case_id}. Add {GLAND}.nii.gz to the folder of the case, or "
+            f"{files.case_id}_{GLAND}.nii.gz beside its images."
+        )
     raw = RawCase(
         case_id=files.case_id,
         patient_id=files.patient_id,

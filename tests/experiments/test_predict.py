@@ -381,7 +381,9 @@ def test_dicom_folders_and_the_gland_for_the_crop_are_read(tmp_path, config):
     np.testing.assert_allclose(read.image, expected.image, atol=2)  # multiples of 1 / 2048
 
     (without,) = find_inputs(tmp_path, MODALITIES)
-    with pytest.raises(DataError, match="gland"):
+    with pytest.raises(
+        DataError, match=r"needs a mask of it; got none for a\. Add gland\.nii\.gz to"
+    ):
         read_case(without, data)
 
 
