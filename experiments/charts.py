@@ -32,10 +32,13 @@ def read_history(run_dir: Path) -> History:
     """Training curves of the folds that have any."""
     history: History = {}
     for file in run_dir.glob("fold_*/history.csv"):
+        fold = re.fullmatch(r"fold_(\d+)", file.parent.name)
+        if fold is None:  # a copy that somebody put aside
+            continue
         with file.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
         columns = [name for name in (rows[0] if rows else ()) if name and name != "step"]
-        history[int(file.parent.name.removeprefix("fold_"))] = {
+        history[int(fold[1])] = {
             name: {
                 "step": np.array([float(row["step"]) for row in rows if row[name]]),
                 "value": np.array([float(row[name]) for row in rows if row[name]]),

@@ -1,14 +1,18 @@
-"""Pictures of cases: the slice that tells most, and a viewer through all of them."""
+"""Pictures of cases: the slice that tells most, and a viewer through all of them.
+
+Both keep to the bytes they are given: where a grid is too large for them, it is thinned in plane.
+"""
 
 import base64
 import dataclasses
 import io
+import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.image
 import numpy as np
 import PIL.Image
 from markupsafe import Markup
@@ -27,20 +31,52 @@ class Picture:
     panels: Sequence[Drawing]
 
 
-def pictures_of(run_dir: Path, metrics: Mapping[str, Any], classes: Sequence[str]) -> list[Picture]:
-    """One picture of each case that ``choose_cases`` names."""
-    return [
-        _picture(file, title, rows, classes, metrics)
-        for file, title, rows in _chosen(run_dir, metrics)
-    ]
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """What a run kept of a case, on the reference grid or on every n-th voxel of it in plane."""
+
+    title: str
+    caption: str
+    modalities: Sequence[str]
+    images: np.ndarray  # d h w m
+    truth: np.ndarray  # d h w
+    mask: np.ndarray  # d h w
+    foreground: np.ndarray  # d h w
+    attention: np.ndarray | None  # d h w m s, with an h and a w of its own
+    spacing_mm: Sequence[float]
+    index: int  # of the slice that tells most
+
+
+def pictures_of(
+    run_dir: Path, metrics: Mapping[str, Any], classes: Sequence[str], limit_bytes: int
+) -> list[Picture]:
+    """One picture of each case that ``choose_cases`` names, smaller ones if they need too much."""
+    side = PANEL_SIDE
+    while True:
+        pictures = [
+            _picture(_read_case(*chosen, classes, metrics), len(classes), side)
+            for chosen in _chosen(run_dir, metrics)
+        ]
+        size = sum(len(panel.svg.encode()) for each in pictures for panel in each.panels)
+        if size <= limit_bytes or side == 1:
+            return pictures
+        side //= 2
+
+
+PANEL_SIDE = 384  # pixels: a panel is at most 260 wide, on many screens of two pixels each
 
 
 def _chosen(run_dir: Path, metrics: Mapping[str, Any]) -> list[tuple[Path, str, Sequence[Row]]]:
     """File, title and rows of each case to show."""
-    files = {file.stem: file for file in run_dir.glob("fold_*/figures/*.npz")}
     rows: dict[str, list[Row]] = {}
     for row in metrics["metric_per_case"]:
         rows.setdefault(row["case_id"], []).append(row)
+    folds = {row["fold"] for row in metrics["metric_per_case"]}
+    files = {
+        file.stem: file
+        for fold in folds
+        for file in (run_dir / f"fold_{fold}" / "figures").glob("*.npz")
+    }
     return [
         (files[case], f"{role}: {case}", rows[case])
         for case, role in choose_cases(rows, files.keys() & rows.keys()).items()
@@ -81,43 +117,99 @@ def _case_dice(rows: Sequence[Row]) -> float | None:
     return float(np.mean(dice)) if dice else None
 
 
-def _picture(
+def _read_case(
     file: Path,
     title: str,
     rows: Sequence[Row],
     classes: Sequence[str],
     metrics: Mapping[str, Any],
-) -> Picture:
+) -> _Case:
     with np.load(file, allow_pickle=False) as arrays:
         data = {name: arrays[name] for name in arrays.files}
-    truth = data["truth"]
     foreground, mask = _foreground(data["probability"], len(classes), metrics.get("threshold", 0.5))
-    index = slice_to_show(truth, mask, foreground)
-    spacing = data["spacing_mm"][1:]
-    outlines = [
-        *_outlines(truth[index], "truth", len(classes)),
-        *_outlines(mask[index], "prediction", len(classes)),
-    ]
-    modalities = [str(name) for name in data["modalities"]]
+    return _Case(
+        title=title,
+        caption=_caption(rows),
+        modalities=[str(name) for name in data["modalities"]],
+        images=data["image"],
+        truth=data["truth"],
+        mask=mask,
+        foreground=foreground,
+        attention=data.get("attention"),
+        spacing_mm=[float(step) for step in data["spacing_mm"]],
+        index=slice_to_show(data["truth"], mask, foreground),
+    )
+
+
+def _thinned(case: _Case, step: int) -> _Case:
+    """The case on a grid ``step`` times as coarse in plane: means of images, every n-th label."""
+    if step == 1:
+        return case
+    dz, dy, dx = case.spacing_mm
+    truth, attention = _block_centres(case.truth, step), case.attention
+    if attention is not None:
+        sides = attention.shape[1:3]
+        finer = max(-(-side // room) for side, room in zip(sides, truth.shape[1:], strict=True))
+        attention = _block_means(attention, min(finer, *sides))
+    return dataclasses.replace(
+        case,
+        caption=f"{case.caption}; shown at 1/{step} of the resolution in plane",
+        images=_block_means(case.images, step),
+        truth=truth,
+        mask=_block_centres(case.mask, step),
+        foreground=_block_means(case.foreground, step),
+        attention=attention,
+        spacing_mm=(dz, dy * step, dx * step),
+    )
+
+
+def _block_means(volume: np.ndarray, step: int) -> np.ndarray:
+    """Means over blocks of ``step`` x ``step`` voxels; what fills no block at the end is cut."""
+    depth, height, width = volume.shape[0], volume.shape[1] // step, volume.shape[2] // step
+    whole = volume[:, : height * step, : width * step]
+    blocks = whole.reshape(depth, height, step, width, step, *volume.shape[3:])
+    return blocks.mean((2, 4), dtype=np.float32)
+
+
+def _block_centres(volume: np.ndarray, step: int) -> np.ndarray:
+    """The voxel in the middle of each of the blocks of ``_block_means``."""
+    height, width = volume.shape[1] // step, volume.shape[2] // step
+    return volume[:, step // 2 :: step, step // 2 :: step][:, :height, :width]
+
+
+def _one_slice(case: _Case) -> _Case:
+    """The case without its other slices."""
+    kept = slice(case.index, case.index + 1)
+    arrays = {name: getattr(case, name)[kept] for name in ("images", "truth", "mask", "foreground")}
+    attention = None if case.attention is None else case.attention[kept]
+    return dataclasses.replace(case, attention=attention, index=0, **arrays)
+
+
+def _picture(case: _Case, num_classes: int, side: int) -> Picture:
+    """The slice that tells most, at most ``side`` pixels wide and high."""
+    depth, *plane = case.truth.shape
+    number_of_slice = f"slice {case.index + 1} of {depth}"
+    case = _thinned(_one_slice(case), min(-(-max(plane) // side), *plane))
+    truth_only = _outlines(case.truth[0], "truth", num_classes)
+    outlines = [*truth_only, *_outlines(case.mask[0], "prediction", num_classes)]
+    spacing = case.spacing_mm[1:]
     panels = [
-        _panel(name.upper(), _grey(data["image"][index, ..., m]), spacing, outlines)
-        for m, name in enumerate(modalities)
+        _panel(name.upper(), _grey(case.images[0, ..., m]), spacing, outlines)
+        for m, name in enumerate(case.modalities)
     ]
     panels.append(
-        _panel("Probability", _colored(foreground[index], "magma", 1.0), spacing, outlines)
+        _panel("Probability", _colored(case.foreground[0], "magma", 1.0), spacing, outlines)
     )
-    if "attention" in data:
-        truth_only = _outlines(truth[index], "truth", len(classes))
-        height, width = truth.shape[1:]
-        for m, name in enumerate(modalities):
-            stage = data["attention"].shape[-1] - 1
-            coarse = data["attention"][index, ..., m, stage].astype(np.float32)
-            attention = _enlarge(coarse, height, width)
+    if case.attention is not None:
+        stage = case.attention.shape[-1] - 1
+        for m, name in enumerate(case.modalities):
+            coarse = case.attention[0, ..., m, stage].astype(np.float32)
+            attention = _enlarge(coarse, *case.truth.shape[1:])
             image = _colored(attention, "viridis", float(attention.max()))
             title_of = f"Attention {name.upper()}, stage {stage}"
             panels.append(_panel(title_of, image, spacing, truth_only))
     return Picture(
-        title, f"{_caption(rows)}; slice {index + 1} of {len(truth)}", len(modalities) + 1, panels
+        case.title, f"{case.caption}; {number_of_slice}", len(case.modalities) + 1, panels
     )
 
 
@@ -190,14 +282,14 @@ def _radiological(array: np.ndarray) -> np.ndarray:
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
-    """uint8 ``h w 3`` between the 1st and 99.5th percentile of what is inside the field of view."""
+    """uint8 between the 1st and 99.5th percentile of what is inside the field of view."""
     image = image.astype(np.float32)
     inside = image[image != 0]
     if not inside.size:
-        return np.zeros((*image.shape, 3), np.uint8)
+        return np.zeros(image.shape, np.uint8)
     low, high = np.percentile(inside, (1, 99.5))
     scaled = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
-    return np.repeat((255 * scaled).astype(np.uint8)[..., None], 3, -1)
+    return (255 * scaled).astype(np.uint8)
 
 
 def _colored(image: np.ndarray, colormap: str, largest: float) -> np.ndarray:
@@ -207,14 +299,12 @@ def _colored(image: np.ndarray, colormap: str, largest: float) -> np.ndarray:
 
 
 def _panel(
-    title: str, image: np.ndarray, spacing_mm: np.ndarray, outlines: Sequence[tuple[str, str]]
+    title: str, image: np.ndarray, spacing_mm: Sequence[float], outlines: Sequence[tuple[str, str]]
 ) -> Drawing:
-    """A slice (``h w 3``) in its physical proportions with outlines on it, as SVG."""
+    """A slice (``h w`` or ``h w 3``) in its physical proportions with outlines on it, as SVG."""
     height, width = image.shape[:2]
-    dy, dx = (float(step) for step in spacing_mm)
-    buffer = io.BytesIO()
-    matplotlib.image.imsave(buffer, np.ascontiguousarray(_radiological(image)), format="png")
-    encoded = base64.b64encode(buffer.getvalue()).decode()
+    dy, dx = spacing_mm
+    uri = _data_uri(_radiological(image), "png")
     paths = "".join(
         f'<path class="{kind}" transform="scale({dx:g} {dy:g})" d="{path}"/>'
         for kind, path in outlines
@@ -225,99 +315,122 @@ def _panel(
         Markup(
             f'<svg class="panel" role="img" aria-label="{Markup.escape(title)}" '
             f'viewBox="0 0 {size}"><image width="{width * dx:g}" height="{height * dy:g}" '
-            f'preserveAspectRatio="none" href="data:image/png;base64,{encoded}"/>{paths}</svg>'
+            f'preserveAspectRatio="none" href="{uri}"/>{paths}</svg>'
         ),
     )
 
 
-# The viewer: every slice of a case, each layer one grey picture with the slices below each other --
+def _data_uri(image: np.ndarray, kind: str) -> str:
+    """A uint8 image, grey or coloured, as png or jpeg."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"quality": 85} if kind == "jpeg" else {"optimize": True}
+    PIL.Image.fromarray(np.ascontiguousarray(image)).save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# The viewer: every slice of a case, each layer one grey picture with the slices side by side ------
 
 
 def viewer_of(
-    run_dir: Path, metrics: Mapping[str, Any], classes: Sequence[str]
+    run_dir: Path, metrics: Mapping[str, Any], classes: Sequence[str], limit_bytes: int
 ) -> dict[str, Any] | None:
     """What ``report_viewer.js`` needs: the cases' layers and the colour maps; None without cases.
 
-    Cases that would make the page larger than ``VIEWER_BYTES`` are left out, the first one never.
+    The cases share ``limit_bytes``. One that exceeds its part is thinned in plane, and left out
+    where that does not suffice.
     """
-    cases: list[dict[str, Any]] = []
-    size, left_out = 0, 0
-    for file, title, rows in _chosen(run_dir, metrics):
-        case = _viewer_case(file, title, rows, classes, metrics)
-        size += sum(len(uri) for uri in _uris(case["layers"]))
-        if cases and size > VIEWER_BYTES:
-            left_out += 1
-            continue
-        cases.append(case)
-    if not cases:
+    chosen = _chosen(run_dir, metrics)
+    if not chosen:
         return None
+    colormaps = {name: _lookup(name) for name in ("magma", "viridis")}
+    room = limit_bytes - _json_bytes(colormaps)
+    cases = []
+    for position, each in enumerate(chosen):
+        share = room // (len(chosen) - position)
+        case = _case_within(_read_case(*each, classes, metrics), share)
+        if case is not None:
+            cases.append(case)
+            room -= _json_bytes(case)
     return {
         "cases": cases,
         "classes": [class_label(name) for name in classes],
-        "colormaps": {name: _lookup(name) for name in ("magma", "viridis")},
-        "left_out": left_out,
+        "colormaps": colormaps,
+        "left_out": len(chosen) - len(cases),
     }
 
 
-VIEWER_BYTES = 11_000_000
+def _json_bytes(value: Any) -> int:
+    return len(json.dumps(value))
 
 
-def _uris(layers: Any) -> list[str]:
-    if isinstance(layers, str):
-        return [layers]
-    values = layers.values() if isinstance(layers, Mapping) else layers
-    return [uri for value in values for uri in _uris(value)]
+def _case_within(case: _Case, limit_bytes: int) -> dict[str, Any] | None:
+    """The case as the viewer needs it, thinned in plane until it fits; None if it never does."""
+    depth, height, width = case.truth.shape
+    for step in range(1, min(height, width) + 1):
+        if _fits_browsers(depth, height // step, width // step):
+            shown = _viewer_case(_thinned(case, step))
+            if _json_bytes(shown) <= limit_bytes:
+                return shown
+    return None
 
 
-def _viewer_case(
-    file: Path,
-    title: str,
-    rows: Sequence[Row],
-    classes: Sequence[str],
-    metrics: Mapping[str, Any],
-) -> dict[str, Any]:
-    with np.load(file, allow_pickle=False) as arrays:
-        data = {name: arrays[name] for name in arrays.files}
-    truth = data["truth"]
-    foreground, mask = _foreground(data["probability"], len(classes), metrics.get("threshold", 0.5))
-    index = slice_to_show(truth, mask, foreground)
-    modalities = [str(name) for name in data["modalities"]]
+# What a canvas holds in every browser: Safari on a phone has the least area.
+CANVAS_PIXELS = 2**24
+CANVAS_SIDE = 2**14
+
+
+def _fits_browsers(depth: int, height: int, width: int) -> bool:
+    """Whether a sprite of that many slices can be read back from a canvas."""
+    columns = _columns(depth)
+    height, width = -(-depth // columns) * height, columns * width
+    return height * width <= CANVAS_PIXELS and max(height, width) <= CANVAS_SIDE
+
+
+def _columns(depth: int) -> int:
+    """Slices side by side in a sprite."""
+    return math.isqrt(depth - 1) + 1
+
+
+def _viewer_case(case: _Case) -> dict[str, Any]:
     layers: dict[str, Any] = {
         "images": {
-            name: _sprite(_grey(data["image"][..., m])[..., 0], lossy=True)
-            for m, name in enumerate(modalities)
+            name: _sprite(_grey(case.images[..., m]), lossy=True)
+            for m, name in enumerate(case.modalities)
         },
-        "truth": _sprite(truth),
-        "prediction": _sprite(mask),
-        "probability": _sprite(np.round(255 * foreground)),
+        "truth": _sprite(case.truth),
+        "prediction": _sprite(case.mask),
+        "probability": _sprite(np.round(255 * case.foreground), lossy=True),
         "attention": {},
     }
-    if "attention" in data:
+    if case.attention is not None:
         layers["attention"] = {
             name: [
-                _sprite(data["attention"][..., m, stage])
-                for stage in range(data["attention"].shape[-1])
+                _sprite(case.attention[..., m, stage], lossy=True)
+                for stage in range(case.attention.shape[-1])
             ]
-            for m, name in enumerate(modalities)
+            for m, name in enumerate(case.modalities)
         }
     return {
-        "title": title,
-        "caption": _caption(rows),
-        "shape": list(truth.shape),
-        "spacing_mm": [float(step) for step in data["spacing_mm"]],
-        "slice": index,
+        "title": case.title,
+        "caption": case.caption,
+        "shape": list(case.truth.shape),
+        "columns": _columns(len(case.truth)),
+        "spacing_mm": list(case.spacing_mm),
+        "slice": case.index,
         "layers": layers,
     }
 
 
 def _sprite(volume_8bit: np.ndarray, *, lossy: bool = False) -> str:
-    """Data URI of ``d h w`` values 0 to 255, slices below each other; large images as JPEG."""
-    flipped = np.ascontiguousarray(volume_8bit[:, ::-1, ::-1].astype(np.uint8))
-    image = PIL.Image.fromarray(flipped.reshape(-1, flipped.shape[-1]))
-    buffer = io.BytesIO()
-    kind = "jpeg" if lossy and flipped.size > 200_000 else "png"
-    image.save(buffer, kind, **({"quality": 85} if kind == "jpeg" else {"optimize": True}))
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    """Data URI of ``d h w`` values 0 to 255, slices row by row in a grid; large images as JPEG."""
+    depth, height, width = volume_8bit.shape
+    columns = _columns(depth)
+    rows = -(-depth // columns)
+    grid = np.zeros((rows * columns, height, width), np.uint8)
+    grid[:depth] = volume_8bit[:, ::-1, ::-1]
+    sheet = grid.reshape(rows, columns, height, width).swapaxes(1, 2)
+    kind = "jpeg" if lossy and grid.size > 200_000 else "png"
+    return _data_uri(sheet.reshape(rows * height, columns * width), kind)
 
 
 def _lookup(colormap: str) -> list[list[int]]:

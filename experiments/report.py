@@ -119,7 +119,9 @@ def write_report(run_dir: Path) -> Path:
         DataError: an earlier version wrote it, without the metrics of today.
     """
     run_dir = Path(run_dir)
-    facts = _facts(run_dir)
+    metrics = _read_metrics(run_dir)
+    classes = metrics.get("classes") or list(metrics["mean"])
+    facts = _facts(run_dir, metrics, classes)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: bool(name and ".html" in name),
@@ -130,9 +132,17 @@ def write_report(run_dir: Path) -> Path:
     )
     environment.filters["markdown"] = _markdown
     environment.policies["json.dumps_kwargs"] = {}  # modalities keep their order
-    for name in ("report.md", "report.html"):
-        write_text(run_dir / name, environment.get_template(f"{name}.j2").render(facts))
+    markdown, html = (environment.get_template(f"report.{kind}.j2") for kind in ("md", "html"))
+    write_text(run_dir / "report.md", markdown.render(facts))
+    room = PAGE_BYTES - len(html.render(facts | {"viewer": None}).encode()) - VIEWER_PROGRAM_BYTES
+    viewer = viewer_of(run_dir, metrics, classes, room)
+    write_text(run_dir / "report.html", html.render(facts | {"viewer": viewer}))
     return run_dir / "report.html"
+
+
+PAGE_BYTES = 15_000_000
+PICTURES_BYTES = 5_000_000
+VIEWER_PROGRAM_BYTES = 50_000  # controls, script, and what JSON and HTML escape
 
 
 def _markdown(table: Table) -> str:
@@ -147,12 +157,15 @@ def _markdown(table: Table) -> str:
     return f"## {table.title}\n\n{body}\n"
 
 
-def _facts(run_dir: Path) -> dict[str, Any]:
-    """Everything the two templates show."""
+def _read_metrics(run_dir: Path) -> dict[str, Any]:
     metrics = read_metrics(run_dir)
     if "interval" not in metrics:  # written by an earlier version
         metrics |= summarise(metrics["metric_per_case"], [e["fold"] for e in metrics["per_fold"]])
-    classes = metrics.get("classes") or list(metrics["mean"])
+    return metrics
+
+
+def _facts(run_dir: Path, metrics: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """Everything the two templates show but the viewer, which gets the room that is left."""
     target = metrics.get("target", classes[0])
     folds = _read_json(run_dir / "folds.json")
     fold_list = folds.get("folds", []) if isinstance(folds, dict) else folds
@@ -202,8 +215,7 @@ def _facts(run_dir: Path) -> dict[str, Any]:
         ],
         "curve_table": curve_table(history, curves, names),
         "unused_terms": [curve_label(name) for name in unused],
-        "pictures": pictures_of(run_dir, metrics, classes),
-        "viewer": viewer_of(run_dir, metrics, classes),
+        "pictures": pictures_of(run_dir, metrics, classes, PICTURES_BYTES),
         "per_case": case_table(metrics, names),
         "timing": timing_table(metrics, environment, names),
         "folds_table": folds_table(fold_list, names),

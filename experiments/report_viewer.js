@@ -1,6 +1,6 @@
 "use strict";
-// The report's slice viewer. Every layer of a case is one picture with the slices below each other;
-// a slice is composed voxel by voxel, then drawn in its physical proportions with outlines on top.
+// The report's slice viewer. Every layer of a case is one picture with the slices in a grid, row by
+// row; a slice is composed voxel by voxel, then drawn in its physical proportions with outlines on top.
 (() => {
   const data = JSON.parse(document.getElementById("viewer-data").textContent);
   const element = (id) => document.getElementById(id);
@@ -12,25 +12,30 @@
   let request = 0;
 
   function decode(uri) {
-    if (!decoded.has(uri)) {
-      decoded.set(uri, new Promise((resolve, reject) => {
-        const image = new Image();
-        image.onload = () => {
-          const sheet = document.createElement("canvas");
-          sheet.width = image.width;
-          sheet.height = image.height;
-          const context = sheet.getContext("2d", { willReadFrequently: true });
-          context.drawImage(image, 0, 0);
-          const rgba = context.getImageData(0, 0, image.width, image.height).data;
-          const grey = new Uint8Array(rgba.length / 4);
-          for (let i = 0; i < grey.length; i++) grey[i] = rgba[4 * i];
-          resolve({ grey, width: image.width, rows: image.height });
-        };
-        image.onerror = () => reject(new Error("a layer could not be decoded"));
-        image.src = uri;
-      }));
-    }
+    if (!decoded.has(uri)) decoded.set(uri, slicesOf(uri, current.shape[0], current.columns));
     return decoded.get(uri);
+  }
+
+  async function slicesOf(uri, depth, columns) {
+    const image = new Image();
+    await new Promise((resolve, reject) => {
+      image.onload = resolve;
+      image.onerror = reject;
+      image.src = uri;
+    });
+    const sheet = document.createElement("canvas");
+    sheet.width = image.width;
+    sheet.height = image.height;
+    const context = sheet.getContext("2d", { willReadFrequently: true });
+    context.drawImage(image, 0, 0);
+    const [width, rows] = [image.width / columns, image.height / Math.ceil(depth / columns)];
+    const grey = new Uint8Array(depth * rows * width);
+    for (let slice = 0; slice < depth; slice++) {
+      const [left, top] = [(slice % columns) * width, Math.floor(slice / columns) * rows];
+      const rgba = context.getImageData(left, top, width, rows).data;
+      for (let i = 0; i < rows * width; i++) grey[slice * rows * width + i] = rgba[4 * i];
+    }
+    return { grey, width, rows };
   }
 
   function layersInUse() {
@@ -47,6 +52,13 @@
 
   async function draw() {
     const mine = ++request;
+    const drawn = await compose(mine).then(() => true, () => false);
+    if (mine !== request) return;
+    if (!drawn) canvas.width = canvas.height; // empties it: no older picture under a newer choice
+    element("viewer-fault").hidden = drawn;
+  }
+
+  async function compose(mine) {
     const uris = layersInUse();
     const names = Object.keys(uris).filter((name) => uris[name]);
     const sheets = await Promise.all(names.map((name) => decode(uris[name])));
@@ -66,10 +78,9 @@
     }
 
     function sample(sheet, x, y) {
-      const rows = sheet.rows / depth;
-      const row = Math.floor((y * rows) / height);
+      const row = Math.floor((y * sheet.rows) / height);
       const column = Math.floor((x * sheet.width) / width);
-      return sheet.grey[(slice * rows + row) * sheet.width + column];
+      return sheet.grey[(slice * sheet.rows + row) * sheet.width + column];
     }
 
     const [, dy, dx] = current.spacing_mm;
@@ -130,6 +141,7 @@
 
   function chooseCase(index) {
     current = data.cases[index];
+    decoded.clear();
     range.max = current.shape[0] - 1;
     range.value = current.slice;
     element("viewer-caption").textContent = `${current.title}. ${current.caption}`;

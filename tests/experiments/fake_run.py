@@ -119,6 +119,24 @@ def make_run(
     return folder
 
 
+def keep_one_figure(run: Path, image: np.ndarray) -> None:
+    """Leave the run one pictured case: ``image`` (``d h w``) with a box of truth, one modality."""
+    first, *others = sorted(run.glob("fold_*/figures/*.npz"))
+    for file in others:
+        file.unlink()
+    truth = np.zeros(image.shape, np.uint8)
+    height, width = image.shape[1:]
+    truth[:, height // 4 : height // 2, width // 4 : width // 2] = 1
+    np.savez_compressed(
+        first,
+        image=image[..., None].astype(np.float16),
+        modalities=np.array(["t2w"]),
+        truth=truth,
+        probability=(0.9 * truth).astype(np.float16),
+        spacing_mm=np.array(SPACING_MM),
+    )
+
+
 def make_masks(
     rng: np.random.Generator, positive: bool, num_classes: int, *, miss: bool
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,11 +11,11 @@ import pytest
 
 from data_pipelines.case import DataError, MissingDataError
 from data_pipelines.splits import Folds
-from experiments import pictures
+from experiments import pictures, report
 from experiments.evaluate import read_metrics
 from experiments.pictures import choose_cases, outline, slice_to_show
 from experiments.report import main, write_report
-from tests.experiments.fake_run import make_run
+from tests.experiments.fake_run import keep_one_figure, make_run
 
 VARIANTS = {
     "full": {},
@@ -275,6 +276,10 @@ def test_roles_admit_when_a_better_case_has_no_picture():
     assert choose_cases(rows, ()) == {}
 
 
+def pixels(uri):
+    return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
 def viewer_data(html):
     return json.loads(re.search(r'id="viewer-data">(.*?)</script>', html, re.DOTALL)[1])
 
@@ -300,27 +305,148 @@ def test_viewer_holds_every_layer_of_every_case_shown(reports):
         assert list(layers["images"]) == list(layers["attention"]) == ["t2w", "adc", "hbv"]
         assert {len(stages) for stages in layers["attention"].values()} == {2}
         depth, height, width = case["shape"]
+        assert (depth, case["columns"]) == (8, 3)
         for uri in (layers["truth"], layers["prediction"], layers["probability"]):
-            image = PIL.Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
-            assert image.size == (width, depth * height)
+            assert pixels(uri).shape == (3 * height, 3 * width)
     assert data["colormaps"]["magma"][0] == [0, 0, 4]
+    assert data["left_out"] == 0
     zones = viewer_data(reports["zones"][0])["cases"][0]["layers"]["truth"]
-    labels = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(zones.split(",")[1]))))
-    assert set(np.unique(labels)) == {0, 1, 2}
+    assert set(np.unique(pixels(zones))) == {0, 1, 2}
 
 
-def test_cases_that_would_make_the_page_too_large_are_left_out(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "run", num_folds=2, history=False)
-    monkeypatch.setattr(pictures, "VIEWER_BYTES", 1000)
-    html = write_report(run).read_text("utf-8")
-    assert len(viewer_data(html)["cases"]) == 1
-    assert "Left out, to keep the page small: 3 further cases." in html
+def test_slices_lie_in_a_grid_row_by_row_and_radiological():
+    volume = np.arange(5 * 2 * 3).reshape(5, 2, 3)
+    sheet = pixels(pictures._sprite(volume))
+    assert sheet.shape == (2 * 2, 3 * 3)
+    for index in range(5):
+        row, column = divmod(index, 3)
+        tile = sheet[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+        np.testing.assert_array_equal(tile, volume[index, ::-1, ::-1])
+    assert not sheet[2:, 6:].any()
 
 
-def test_a_large_image_is_kept_as_jpeg_and_stays_under_the_limit():
-    rng = np.random.default_rng(0)
-    volume = np.clip(128 + 60 * rng.normal(size=(20, 256, 256)), 0, 255)
-    uri = pictures._sprite(volume, lossy=True)
+def test_a_large_image_is_kept_as_jpeg_within_what_image_formats_hold():
+    uri = pictures._sprite(np.full((300, 256, 256), 77), lossy=True)  # 76800 rows one by one
     assert uri.startswith("data:image/jpeg;base64,")
-    # Noise is the worst case: three modalities of one case fit.
-    assert 3 * len(uri) < pictures.VIEWER_BYTES
+    assert pixels(uri).shape == (17 * 256, 18 * 256)
+    assert np.abs(pixels(uri)[:256, :256].astype(int) - 77).max() <= 1
+
+
+def test_a_grid_beyond_what_browsers_hold_is_thinned_in_plane_and_says_so(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", num_folds=2, history=False)
+    monkeypatch.setattr(pictures, "CANVAS_PIXELS", 9 * 40 * 48 - 1)
+    html = write_report(run).read_text("utf-8")
+    for case in viewer_data(html)["cases"]:
+        assert case["shape"] == [8, 20, 24]
+        assert case["spacing_mm"] == [3, 2, 2]
+        assert case["caption"].endswith("shown at 1/2 of the resolution in plane")
+        assert pixels(case["layers"]["truth"]).shape == (3 * 20, 3 * 24)
+    assert html.count("1/2 of the resolution") == 4  # not the pictures: they have room
+    monkeypatch.setattr(pictures, "CANVAS_SIDE", 3 * 24 - 1)
+    assert viewer_data(write_report(run).read_text("utf-8"))["cases"][0]["shape"] == [8, 13, 16]
+
+
+def test_thinning_takes_means_of_images_and_middles_of_labels():
+    case = pictures._Case(
+        title="",
+        caption="",
+        modalities=["t2w"],
+        images=np.arange(2 * 5 * 7.0).reshape(2, 5, 7, 1),
+        truth=np.arange(2 * 5 * 7).reshape(2, 5, 7),
+        mask=np.zeros((2, 5, 7)),
+        foreground=np.ones((2, 5, 7)),
+        attention=np.arange(2 * 4 * 4.0).reshape(2, 4, 4, 1, 1),
+        spacing_mm=(3.0, 1.0, 0.5),
+        index=1,
+    )
+    thinned = pictures._thinned(case, 2)
+    assert thinned.images.shape == (2, 2, 3, 1)
+    assert thinned.images[1, 1, 2] == case.images[1, 2:4, 4:6].mean()
+    assert thinned.truth[1].tolist() == [[43, 45, 47], [57, 59, 61]]
+    assert thinned.foreground.shape == thinned.mask.shape == (2, 2, 3)
+    assert thinned.attention.shape == (2, 2, 2, 1, 1)  # no finer than the rest
+    assert thinned.attention[0, 0, 0] == case.attention[0, :2, :2].mean()
+    assert thinned.spacing_mm == (3.0, 2.0, 1.0)
+
+
+def noisy_run(folder):
+    """A run whose one picture is noise, which no format makes small."""
+    run = make_run(folder, num_folds=2, history=False)
+    keep_one_figure(run, np.random.default_rng(0).normal(size=(12, 256, 256)))
+    return run
+
+
+def test_page_keeps_to_its_limit_and_thins_even_the_first_case(tmp_path, monkeypatch):
+    run = noisy_run(tmp_path / "run")
+    assert write_report(run).stat().st_size > 800_000
+    monkeypatch.setattr(report, "PAGE_BYTES", 600_000)
+    html = write_report(run).read_text("utf-8")
+    assert 300_000 < len(html.encode()) < 600_000
+    (case,) = viewer_data(html)["cases"]
+    assert case["shape"] == [12, 128, 128]
+    assert "1/2 of the resolution" in case["caption"]
+
+
+def test_pictures_keep_to_their_limit(tmp_path, monkeypatch):
+    run = noisy_run(tmp_path / "run")
+
+    def size():
+        html = write_report(run).read_text("utf-8")
+        shown = re.search(r'<section id="pictures">.*?</section>', html, re.DOTALL)[0]
+        return len(shown), re.findall(r"shown at 1/\d+ of the resolution", shown)
+
+    whole, said = size()
+    assert whole > 60_000
+    assert said == []
+    monkeypatch.setattr(report, "PICTURES_BYTES", 30_000)
+    small, said = size()
+    assert small < 32_000
+    assert said == ["shown at 1/2 of the resolution"]
+    monkeypatch.setattr(report, "PICTURES_BYTES", 0)  # the smallest possible, not an endless search
+    assert size()[0] < 5_000
+
+
+def test_outlines_of_noise_count_as_well(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).random((1, 200, 200)) > 0.5
+    monkeypatch.setattr(pictures, "outline", lambda mask: "x" * int(mask.sum()))
+    monkeypatch.setattr(pictures, "_chosen", lambda *_: [()])
+    case = pictures._Case(
+        "", "", ["t2w"], noise[..., None], noise, noise, noise, None, (3, 1, 1), 0
+    )
+    monkeypatch.setattr(pictures, "_read_case", lambda *_: case)
+    (picture,) = pictures.pictures_of(tmp_path, {}, ["lesion"], 50_000)
+    assert sum(len(panel.svg) for panel in picture.panels) < 50_000
+    assert "1/2 of the resolution" in picture.caption
+
+
+def test_cases_without_room_are_left_out_with_the_reason(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", num_folds=2, history=False)
+    monkeypatch.setattr(report, "PAGE_BYTES", 1000)
+    html = write_report(run).read_text("utf-8")
+    assert (
+        "Left out, as the page has no room for their slices even at low resolution: "
+        "4 of the cases pictured above." in html
+    )
+    assert "Their masks and probabilities lie in the folders of the folds." in html
+    assert "viewer-data" not in html
+    assert read(html).open == []
+
+
+def test_folders_put_aside_in_a_run_change_nothing(tmp_path):
+    run = make_run(tmp_path / "run", num_folds=2)
+    page = write_report(run)
+    before = page.read_text("utf-8")
+    for name in ("fold_0_old", "fold_x", "fold_"):
+        shutil.copytree(run / "fold_1", run / name)
+        for file in (run / "fold_0" / "figures").iterdir():
+            (run / name / "figures" / file.name).write_bytes(b"of an earlier attempt")
+    assert write_report(run).read_text("utf-8") == before
+
+
+def test_pictures_are_of_the_folds_that_are_done(tmp_path):
+    run = make_run(tmp_path / "run", num_folds=3, done=(0, 1), history=False)
+    before = write_report(run).read_text("utf-8")
+    (run / "fold_2" / "figures").mkdir(parents=True)
+    for file in (run / "fold_0" / "figures").iterdir():
+        (run / "fold_2" / "figures" / file.name).write_bytes(b"of a fold that still runs")
+    assert write_report(run).read_text("utf-8") == before

@@ -1,17 +1,23 @@
 """The report in a real browser: no errors, fits its window, the viewer scrolls and switches."""
 
+import io
 import os
+import re
 import shutil
 
+import numpy as np
+import PIL.Image
 import pytest
 from playwright.sync_api import sync_playwright
 
 from experiments.report import write_report
-from tests.experiments.fake_run import make_run
+from tests.experiments.fake_run import keep_one_figure, make_run
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+
+DRAWN = "document.getElementById('slice-output').textContent"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,7 @@ def open_page(browser, report):
     """Open the report; whatever it asks of the network or complains of fails the test."""
     pages, faults = [], []
 
-    def open_at(width, scheme="light", **options):
+    def open_at(width, scheme="light", *, file=report, waiting_for=DRAWN, **options):
         page = browser.new_page(
             viewport={"width": width, "height": 800}, color_scheme=scheme, **options
         )
@@ -49,9 +55,9 @@ def open_page(browser, report):
                 None if request.url.startswith(("file:", "data:")) else faults.append(request.url)
             ),
         )
-        page.goto(report.as_uri())
+        page.goto(file.as_uri())
         if options.get("java_script_enabled", True):
-            page.wait_for_function("document.getElementById('slice-output').textContent")
+            page.wait_for_function(waiting_for)
         return page
 
     yield open_at
@@ -142,6 +148,46 @@ def test_page_prints_without_controls(open_page):
     assert not page.locator(".viewer .controls").is_visible()
     assert page.locator("svg.panel").first.is_visible()
     assert len(page.pdf()) > 10_000
+
+
+def test_slices_of_a_tall_grid_are_shown_where_one_column_would_be_too_high(open_page, tmp_path):
+    run = make_run(tmp_path / "run", num_folds=2, history=False)
+    depth = 700
+    # 70000 rows one by one; the slices brighten from 0 to 255
+    ramp = np.linspace(1, 2, depth)[:, None, None]
+    keep_one_figure(run, np.broadcast_to(ramp, (depth, 100, 40)))
+    page = open_page(1280, file=write_report(run))
+    page.locator("#slice-canvas").scroll_into_view_if_needed()
+    for index in (1, 26, 27, 350, 699):
+        page.locator("#slice-range").fill(str(index))
+        page.wait_for_timeout(60)
+        assert page.locator("#slice-output").inner_text() == f"{index + 1} of {depth}"
+        shown = PIL.Image.open(io.BytesIO(page.locator("#slice-canvas").screenshot()))
+        red, green, blue = shown.convert("RGB").getpixel((shown.width // 2, 10))
+        assert red == green == blue
+        assert abs(red - 255 * np.clip((index / (depth - 1) - 0.01) / 0.985, 0, 1)) < 4
+
+
+def test_a_layer_that_cannot_be_decoded_is_said(open_page, report, tmp_path):
+    broken = tmp_path / "report.html"
+    text = report.read_text("utf-8")
+    broken.write_text(re.sub(r'("prediction": "data:image/png;base64,)[^"]*', r"\1AAAA", text))
+    page = open_page(1280, file=report)
+    assert not page.locator("#viewer-fault").is_visible()
+    page = open_page(1280, file=broken, waiting_for="document.getElementById('viewer-fault')")
+    fault = page.get_by_role("alert")
+    fault.wait_for(state="visible")
+    assert fault.inner_text() == (
+        "This browser cannot show one of the chosen layers. Choose others, or open the page in "
+        "another browser."
+    )
+    assert not page.evaluate(
+        "document.getElementById('slice-canvas').getContext('2d')"
+        ".getImageData(0, 0, 99, 99).data.some(Boolean)"
+    )
+    page.locator("#layer-prediction").uncheck()
+    page.wait_for_function(DRAWN)
+    assert not fault.is_visible()
 
 
 def test_page_can_be_read_without_javascript(open_page):
