@@ -150,6 +150,21 @@ def test_page_prints_without_controls(open_page):
     assert len(page.pdf()) > 10_000
 
 
+def test_every_table_fits_a_printed_page(open_page):
+    page = open_page(676)  # A4 without its margins
+    page.emulate_media(media="print")
+    page.evaluate("document.querySelector('#cases tbody th').textContent = 'patient'.repeat(12)")
+    tables = page.evaluate(
+        """[...document.querySelectorAll(".scroll")].map((table) => [
+            table.querySelector("caption").textContent, getComputedStyle(table).overflowX,
+            table.scrollWidth - table.clientWidth, table.scrollHeight - table.clientHeight])"""
+    )
+    assert "Every case" in [title for title, *_ in tables]
+    for table in tables:
+        assert table[1:] == ["visible", 0, 0]
+    assert page.evaluate("document.documentElement.scrollWidth") == 676
+
+
 def test_slices_of_a_tall_grid_are_shown_where_one_column_would_be_too_high(open_page, tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
     depth = 700
