@@ -443,7 +443,10 @@ def mean_pool(image: np.ndarray, largest: int = 64) -> np.ndarray:
 
 
 def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, Any]:
-    """Gather the folds that are done into ``metrics.json``, the CSV and the report; print them."""
+    """Gather the folds that are done into ``metrics.json``, the CSV and the report; print them.
+
+    The report comes last: should it fail, the results are on disk and on the screen.
+    """
     done = {}
     for fold in range(config.num_folds):
         file = output / f"fold_{fold}" / "metrics.json"
@@ -463,8 +466,6 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
     }
     with naming_path(output / "metrics.json"):
         evaluate.write_metrics(metrics, output / "metrics.json", output / "metrics.csv")
-    with naming_path(output / "report.html"):
-        page = report.write_report(output)
     log(evaluate.format_summary(metrics))
     shape = baseline["mean_dice"]
     if shape is not None:
@@ -472,6 +473,8 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
     missing = [str(fold) for fold in range(config.num_folds) if fold not in done]
     if missing:
         log(f"folds still to run: {' '.join(missing)} (the same command with --folds, or without)")
+    with naming_path(output / "report.html"):
+        page = report.write_report(output)
     log(f"report: {page}")
     return metrics
 

@@ -11,7 +11,8 @@ import pytest
 
 from data_pipelines.case import DataError, MissingDataError
 from data_pipelines.splits import Folds
-from experiments import pictures, report
+from experiments import cv, pictures, report
+from experiments.config import Config, complete
 from experiments.evaluate import read_metrics
 from experiments.pictures import choose_cases, outline, slice_to_show
 from experiments.report import main, write_report
@@ -450,3 +451,29 @@ def test_pictures_are_of_the_folds_that_are_done(tmp_path):
     for file in (run / "fold_0" / "figures").iterdir():
         (run / "fold_2" / "figures" / file.name).write_bytes(b"of a fold that still runs")
     assert write_report(run).read_text("utf-8") == before
+
+
+def test_a_failing_report_costs_nothing_of_the_results(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", num_folds=2, history=False)
+    rows = read_metrics(run)["metric_per_case"]
+    for fold in range(2):
+        record = {
+            "metric_per_case": [row for row in rows if row["fold"] == fold],
+            "summary": {"best": None},
+        }
+        (run / f"fold_{fold}" / "metrics.json").write_text(json.dumps(record))
+    (run / "metrics.json").unlink()
+
+    def fail(run_dir):
+        raise OSError("broken data stream")
+
+    monkeypatch.setattr(report, "write_report", fail)
+    config = complete(Config(num_folds=2, output=run))
+    with pytest.raises(OSError, match="cannot write: broken data stream") as raised:
+        cv.finish(config, run, {"mean_dice": 0.123, "num_cases": 7})
+    assert raised.value.filename == str(run / "report.html")  # run_main ends with status 3
+    printed = capsys.readouterr().out
+    assert "lesion     dice" in printed
+    assert "Dice 0.123" in printed
+    assert "report:" not in printed
+    assert read_metrics(run)["folds_done"] == [0, 1]
