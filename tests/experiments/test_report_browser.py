@@ -186,7 +186,8 @@ def test_slices_of_a_tall_grid_are_shown_where_one_column_would_be_too_high(open
 def test_a_layer_that_cannot_be_decoded_is_said(open_page, report, tmp_path):
     broken = tmp_path / "report.html"
     text = report.read_text("utf-8")
-    broken.write_text(re.sub(r'("prediction": "data:image/png;base64,)[^"]*', r"\1AAAA", text))
+    text = re.sub(r'("prediction": "data:image/png;base64,)[^"]*', r"\1AAAA", text)
+    broken.write_text(text, "utf-8")
     page = open_page(1280, file=report)
     assert not page.locator("#viewer-fault").is_visible()
     page = open_page(1280, file=broken, waiting_for="document.getElementById('viewer-fault')")
