@@ -76,9 +76,11 @@ def parallelize(
     once, stacked along a new first axis. ``compiler_options`` are XLA's, under ``jit``.
 
     Raises:
-        ConfigError: for ``pmap`` with several processes; from ``place_batch``, if a batch does not
-            divide by the number of devices.
+        ConfigError: for another ``mode``, or ``pmap`` with several processes; from
+            ``place_batch``, if a batch does not divide by the number of devices.
     """
+    if mode not in ("jit", "pmap"):
+        raise ConfigError(f"mode must be jit or pmap; got {mode!r}. Use mode='jit'.")
     devices = list(jax.devices() if devices is None else devices)
 
     def checked(batch):

@@ -31,6 +31,7 @@ Batch = Mapping[str, Shaped[Array | np.ndarray, "b ..."]]
 is random for each example, ``b 2`` words of uint32 from a host, or ``b`` keys of ``jax.random``."""
 
 BATCH = ("image", "label", "present", "key")
+"""What a ``Batch`` must hold."""
 
 Metrics = dict[str, Float[Array, ""]]
 

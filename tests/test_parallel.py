@@ -5,6 +5,7 @@ steps of 1e-2, where a lost or doubled gradient changes the losses by tens of pe
 """
 
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -74,6 +75,11 @@ def test_a_batch_that_cannot_be_cut_is_refused():
     state, step = small_step(accumulation=3)
     with pytest.raises(ConfigError, match=r"divisible by train.accumulation; got 4 and 3. Use"):
         step(state, tiny_batch(batch=4, modalities=2))
+
+
+def test_an_unknown_mode_is_refused_also_where_types_are_not_checked():
+    with pytest.raises(ConfigError, match=r"mode must be jit or pmap; got 'pjit'\. Use mode='jit'"):
+        inspect.unwrap(parallel.parallelize)(lambda state, batch: (state, batch), mode="pjit")
 
 
 def test_several_steps_in_one_program(alone):
