@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from data_pipelines import beam, examination, staging, validation
+from data_pipelines import beam, examination, identity, staging, validation
 from data_pipelines.case import DataConfig, DataError, MissingDataError, RawCase, raise_all
 from data_pipelines.examination import Examination
 from data_pipelines.files import whole_file
@@ -31,17 +32,6 @@ from data_pipelines.volume_io import read_volume
 SPLIT = "train"
 _INFO_FILE = "cases.json"
 _HASHED_FIELDS = ("target", "modalities", "allow_missing", "preprocess")
-_SOURCES = (
-    "case.py",
-    "case_builder.py",
-    "dicom.py",
-    "examination.py",
-    "file_checks.py",
-    "preprocessing.py",
-    "records.py",
-    "tables.py",
-    "volume_io.py",
-)
 
 
 class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -300,12 +290,9 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _dependencies(self) -> dict[str, Any]:
         """What every stored case depends on: settings and code."""
         config = dataclasses.asdict(self.data_config)
-        package = Path(__file__).parent
-        code = [package / name for name in _SOURCES]
-        code += sorted((package / self.name).glob("*.py"))
         return {
             "settings": {name: config[name] for name in (*_HASHED_FIELDS, *self.hashed_fields)},
-            "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in code],
+            "code": identity.code_sha256(Path(inspect.getfile(type(self)))),
         }
 
     def _config_name(self) -> str:

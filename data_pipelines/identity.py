@@ -1,0 +1,89 @@
+"""What the stored cases of a data set depend on in code: the modules that its builder imports.
+
+The digest follows the imports of the builder's file through this package, wherever the code is
+moved to, and reads what the code does: comments, docstrings and layout change nothing.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+
+
+def code_sha256(start: Path, package: Path = PACKAGE) -> str:
+    """sha256 of the meaning of ``start`` and of all modules of ``package`` that it leads to.
+
+    Args:
+        start: a Python file, inside the package or outside.
+        package: folder of the package whose modules are followed; other packages are not.
+    """
+    meanings = {}
+    waiting = [start.resolve()]
+    while waiting:
+        file = waiting.pop()
+        name = _module_name(file, package)
+        if name in meanings:
+            continue
+        tree = ast.parse(file.read_text("utf-8"))
+        meanings[name] = _meaning(tree)
+        waiting += _imported(tree, name, package.resolve())
+    return hashlib.sha256(json.dumps(sorted(meanings.items())).encode()).hexdigest()
+
+
+def _module_name(file: Path, package: Path) -> str:
+    """Dotted name of a file of the package, with ``__init__``; of another file its bare name."""
+    root = package.resolve().parent
+    inside = file.is_relative_to(package.resolve())
+    return ".".join(file.relative_to(root).with_suffix("").parts) if inside else file.stem
+
+
+def _imported(tree: ast.Module, name: str, package: Path) -> Iterator[Path]:
+    """Files of the package that a module imports, also inside its functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origin = (node.module or "").split(".") if node.module else []
+            if node.level:
+                origin = [*name.split(".")[: -node.level], *origin]
+            targets = [".".join([*origin, alias.name]) for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            parts = target.split(".")
+            if parts[0] != package.name:
+                continue
+            for length in range(1, len(parts) + 1):  # a package runs before its modules
+                path = package.parent.joinpath(*parts[:length])
+                for file in (path.with_suffix(".py"), path / "__init__.py"):
+                    if file.is_file():
+                        yield file
+
+
+def _meaning(node: Any) -> Any:
+    """A syntax tree as JSON, without docstrings and what differs between versions of Python."""
+    if isinstance(node, ast.AST):
+        fields = {
+            field: _meaning(value)
+            for field, value in ast.iter_fields(node)
+            if value is not None and value != []
+        }
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            fields["body"] = [_meaning(part) for part in node.body if not _is_text(part)]
+        return [type(node).__name__, fields]
+    if isinstance(node, list):
+        return [_meaning(part) for part in node]
+    return repr(node)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    """Whether a statement is a bare string, as docstrings of functions and of fields are."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
