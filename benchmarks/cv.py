@@ -28,7 +28,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import timing
-from data_pipelines import loading
+from data_pipelines.serving import loading
 from experiments import cv, train
 from experiments.config import PRESETS, Config, complete
 from experiments.runtime import (

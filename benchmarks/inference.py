@@ -44,10 +44,10 @@ from cmsad_jax.modules.baselines import count_operations
 from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from cmsad_jax.training import init_state
-from data_pipelines import volume_io
 from data_pipelines.case import Volume
 from data_pipelines.phantom.anatomy import case_id_of
 from data_pipelines.phantom.phantom import make_case
+from data_pipelines.reading import volume_io
 from experiments import predict
 from experiments.config import PRESETS, Config, complete, window
 from experiments.export import describe, model_card

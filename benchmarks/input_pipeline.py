@@ -22,8 +22,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks import timing
-from data_pipelines import loading
-from data_pipelines.case import DataConfig
+from data_pipelines.config import DataConfig
+from data_pipelines.serving import loading
 
 CROP = (12, 48, 48)
 BATCH_SIZE = 2

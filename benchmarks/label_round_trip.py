@@ -21,8 +21,10 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from benchmarks import timing
-from data_pipelines.case import Case, PreprocessConfig, Volume
-from data_pipelines.preprocessing import reference_grid, resample_label, to_original
+from data_pipelines.case import Case, Volume
+from data_pipelines.config import PreprocessConfig
+from data_pipelines.preparing.geometry import resample_label
+from data_pipelines.preparing.preprocessing import reference_grid, to_original
 
 T2W_MM = 0.4
 STORED_MM = 0.5

@@ -10,8 +10,9 @@ machines. A run finds what was built by the same ``--data`` options.
 
 import dataclasses
 
-from data_pipelines import command_line, loading, validate
-from data_pipelines.case import DataConfig
+from data_pipelines import command_line, validate
+from data_pipelines.config import DataConfig
+from data_pipelines.serving import loading
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What one case is: modalities and targets, raw volumes with their geometry, the stored record.
+"""What one case is: raw volumes with their geometry, and the stored record.
 
 A *raw case* is what a reader finds on disk: volumes on their own grids. A *case* is what the
 builders store and the loaders return: every modality on one reference grid, scaled, with all that
@@ -6,59 +6,12 @@ is needed to bring a prediction back into the frame of the original T2W file.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
 
 import numpy as np
 
-MODALITIES = ("t2w", "adc", "hbv")
-"""The field's set: T2-weighted, apparent diffusion coefficient, high-b-value diffusion."""
-
-TARGET_CLASSES: dict[str, tuple[str, ...]] = {
-    "lesion": ("lesion",),
-    "gland": ("gland",),
-    "zones": ("pz", "tz"),
-}
-"""Foreground classes of each target, in label order: class ``i`` is stored as ``i + 1``."""
-
 STORED_UNIT = 1 / 2048
 """Scaled intensities are stored as int16 multiples of this (range -16 to 16)."""
-
-
-class DataError(ValueError):
-    """A fault of the user's data; the message holds the rule, what came and the remedy.
-
-    Attributes:
-        file: the file at fault, where it is one file's fault.
-        part: the modality at fault, or ``label`` or ``gland``.
-    """
-
-    file: Path | None = None
-    part: str | None = None
-
-
-class MissingDataError(DataError, FileNotFoundError):
-    """A file or folder that must exist does not."""
-
-
-class DataErrors(DataError):
-    """Several faults at once, one a line of the message."""
-
-    def __init__(self, errors: Sequence[DataError]):
-        super().__init__("\n".join(str(error) for error in errors))
-        self.errors = tuple(errors)
-
-    def __reduce__(self):
-        return type(self), (self.errors,)
-
-
-def raise_all(errors: Sequence[DataError]) -> None:
-    """Raise nothing, the one error, or all of them as one."""
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise DataErrors(errors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,53 +111,17 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreprocessConfig:
-    """The reference grid and the intensity scaling. Saved with the data set and each checkpoint."""
+class CaseInfo:
+    """What the folds must know of a case.
 
-    spacing_mm: tuple[float, float, float] = (3.0, 2.0, 2.0)
-    """Voxel size of the reference grid in mm, d h w."""
-    size: tuple[int, int, int] = (20, 48, 48)
-    """Voxels of the reference grid, d h w."""
-    centre: Literal["image", "gland"] = "image"
-    """Centre of the reference grid: the T2W image's, or a gland mask's (needed to predict too)."""
-    label_sampling: Literal["linear", "nearest"] = "linear"
-    """How labels go between grids: the class of the largest linear weight, or the nearest voxel."""
-    clip_percentiles: tuple[float, float] = (0.5, 99.5)
-    """Intensities are clipped to these percentiles of the crop before they are scaled."""
+    Attributes:
+        case_id: unique name of the study.
+        patient_id: who was imaged.
+        positive: whether the label holds any foreground.
+        metadata: further facts, such as PI-CAI's ``center``.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which data are read, and how they are stored."""
-
-    name: str = "phantom"
-    """Builder: phantom, picai, prostate158, msd_prostate or nifti_folder."""
-    path: Path | None = None
-    """Where the user's files lie (not needed by the phantom)."""
-    target: Literal["lesion", "gland", "zones"] = "lesion"
-    """What is segmented."""
-    modalities: tuple[str, ...] = MODALITIES
-    """Contrasts to use, in channel order."""
-    allow_missing: bool = False
-    """Accept cases that lack a modality (they are marked absent) instead of refusing them."""
-    reader: Literal[1, 2] = 1
-    """Prostate158 only: whose labels are used."""
-    num_cases: int = 100
-    """Phantom only: number of patients to make."""
-    seed: int = 0
-    """Phantom only: which population to draw."""
-    cache: Path = Path("~/.cache/cmsad_jax")
-    """Where built data sets are kept; one folder per configuration."""
-    preprocess: PreprocessConfig = PreprocessConfig()
-    residency: Literal["auto", "device", "host"] = "auto"
-    """Where training cases lie; auto: on an accelerator of which they fill less than a quarter."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the foreground classes."""
-        return TARGET_CLASSES[self.target]
-
-    @property
-    def num_classes(self) -> int:
-        """Network outputs ``k``: 1 (sigmoid) for one class, else the classes and background."""
-        return 1 if len(self.classes) == 1 else len(self.classes) + 1
+    case_id: str
+    patient_id: str
+    positive: bool
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)

@@ -6,7 +6,7 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 
 T = TypeVar("T")
 

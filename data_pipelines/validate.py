@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipelines import command_line, contact_sheet, examination, loading, validation
-from data_pipelines.case import DataConfig, DataError
-from data_pipelines.case_builder import CaseBuilder
+from data_pipelines import command_line, faults
+from data_pipelines.building.case_builder import CaseBuilder
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError
+from data_pipelines.preparing import contact_sheet, examination
+from data_pipelines.serving import loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Findings(NamedTuple):
         num_cases: how many cases there are.
     """
 
-    problems: list[validation.Problem]
+    problems: list[faults.Problem]
     facts: dict[str, examination.Facts]
     tiles: list[contact_sheet.Tile]
     num_cases: int
@@ -76,7 +79,7 @@ def check(
     if builder.is_prepared():
         return
     findings = validate(builder, num_workers=num_workers)
-    table = validation.format_table(findings.problems)
+    table = faults.format_table(findings.problems)
     if findings.num_errors:
         raise DataError(f"{summary(findings)}\n{table}")
     if table:
@@ -110,7 +113,7 @@ def main(arguments: Arguments) -> int:
             print(f"contact sheet: {path}")
     print(summary(findings))
     if findings.problems:
-        print(validation.format_table(findings.problems))
+        print(faults.format_table(findings.problems))
     return 2 if findings.num_errors else 0
 
 

@@ -23,9 +23,10 @@ import tyro
 
 from cmsad_jax.modules import baselines
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading, splits
-from data_pipelines.case import DataError, spacing_of
-from data_pipelines.volume_io import read_volume
+from data_pipelines.case import spacing_of
+from data_pipelines.faults import DataError
+from data_pipelines.reading.volume_io import read_volume
+from data_pipelines.serving import loading, splits
 from experiments import cv, evaluate, jobs, lesions, report
 from experiments.ablation_table import (
     FULL,

@@ -11,7 +11,7 @@ import numpy as np
 
 from cmsad_jax.modules import baselines
 from cmsad_jax.modules.network import NetworkConfig
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 from experiments import evaluate, statistics
 from experiments.config import Config, window
 

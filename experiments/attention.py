@@ -17,7 +17,7 @@ import scipy.stats
 import tyro
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 from experiments import statistics
 from experiments.config import Accelerator
 from experiments.export import read_run

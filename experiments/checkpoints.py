@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.faults import DataError, MissingDataError
 from experiments.config import Config, differences, from_json, to_json
 from experiments.runtime import log, naming_path
 

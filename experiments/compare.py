@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 from experiments.evaluate import read_metrics, write_text
 from experiments.metrics import Row
 from experiments.options import REGISTRY

@@ -21,7 +21,7 @@ from cmsad_jax.modules.encoder import EncoderConfig
 from cmsad_jax.modules.network import NetworkConfig
 from cmsad_jax.training import LossConfig, OptimizerConfig
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataConfig, PreprocessConfig
+from data_pipelines.config import DataConfig, PreprocessConfig
 from experiments.options import REGISTRY
 
 T = TypeVar("T")

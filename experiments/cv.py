@@ -17,8 +17,12 @@ import jax
 import numpy as np
 
 from cmsad_jax.types import ConfigError, Device
-from data_pipelines import loading, preprocessing, splits, validate, volume_io
-from data_pipelines.case import Case, DataError, spacing_of
+from data_pipelines import validate
+from data_pipelines.case import Case, spacing_of
+from data_pipelines.faults import DataError
+from data_pipelines.preparing import preprocessing
+from data_pipelines.reading import volume_io
+from data_pipelines.serving import loading, splits
 from experiments import evaluate, feed, hosts, lesions, mean_shape, report, tensorboard
 from experiments.checkpoints import file_sha256
 from experiments.config import Config, differences, flatten, from_json, parse, to_json

@@ -22,9 +22,10 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import TARGET_CLASSES, DataError, MissingDataError
-from data_pipelines.tables import read_table
-from data_pipelines.volume_io import SUFFIXES, read_volume
+from data_pipelines.config import TARGET_CLASSES
+from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.reading.tables import read_table
+from data_pipelines.reading.volume_io import SUFFIXES, read_volume
 from experiments import lesions, statistics
 from experiments.metrics import METRICS, Row, case_metrics
 from experiments.options import REGISTRY

@@ -9,8 +9,8 @@ import jax
 
 from cmsad_jax.residency import take_crops
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT
+from data_pipelines.serving import loading
 from experiments import memory
 from experiments.config import Config
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmsad_jax.training import TrainState
-from data_pipelines import loading
+from data_pipelines.serving import loading
 from experiments import hosts
 from experiments.checkpoints import Checkpoints, newest_intact
 from experiments.config import Config, to_json

@@ -5,10 +5,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_pipelines import preprocessing, volume_io
-from data_pipelines.case import Case, DataConfig, DataError, MissingDataError, RawCase
+from data_pipelines.case import Case, RawCase
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError, MissingDataError, Problem
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import GLAND, modality_of
-from data_pipelines.validation import CaseFiles, Problem
+from data_pipelines.preparing import preprocessing
+from data_pipelines.reading import volume_io
+from data_pipelines.reading.case_files import CaseFiles
 
 
 def find_inputs(

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import loading, preprocessing, splits
+from data_pipelines.preparing import preprocessing
+from data_pipelines.serving import loading, splits
 from experiments.config import Config
 
 

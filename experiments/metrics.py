@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import surface_distance
 
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 
 METRICS = (
     "dice",

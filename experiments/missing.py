@@ -15,8 +15,9 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
-from data_pipelines import preprocessing
-from data_pipelines.case import Case, DataError, spacing_of
+from data_pipelines.case import Case, spacing_of
+from data_pipelines.faults import DataError
+from data_pipelines.preparing import preprocessing
 from experiments import statistics
 from experiments.config import Accelerator
 from experiments.export import read_run

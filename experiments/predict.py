@@ -26,15 +26,12 @@ from scipy import ndimage
 from cmsad_jax import __version__, export
 from cmsad_jax.inference import EnsemblePrediction, entropy
 from cmsad_jax.types import ConfigError
-from data_pipelines import preprocessing, validation, volume_io
-from data_pipelines.case import (
-    STORED_UNIT,
-    Case,
-    DataConfig,
-    DataError,
-    PreprocessConfig,
-)
-from data_pipelines.validation import CaseFiles
+from data_pipelines.case import STORED_UNIT, Case
+from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.faults import DataError
+from data_pipelines.preparing import preprocessing
+from data_pipelines.reading import case_files, volume_io
+from data_pipelines.reading.case_files import CaseFiles
 from experiments.config import Accelerator, from_json
 from experiments.evaluate import write_text
 from experiments.export import write_artifact
@@ -389,7 +386,7 @@ def predict_cases(
     extras = record.facts["extras"]
     repeated = {
         problem.case_id: problem
-        for problem in validation.check_ids(entry.case_id for entry in entries)
+        for problem in case_files.check_ids(entry.case_id for entry in entries)
     }
 
     def read(entry: CaseFiles) -> tuple[Case | DataError, float]:

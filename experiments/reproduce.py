@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from cmsad_jax.training import TrainState
-from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.faults import DataError, MissingDataError
 from experiments.config import Config, from_json
 from experiments.fold import state_arrays
 from experiments.runtime import run_main

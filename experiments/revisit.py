@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import tyro
 
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading, splits
-from data_pipelines.case import Case, DataError
+from data_pipelines.case import Case
+from data_pipelines.faults import DataError
+from data_pipelines.serving import loading, splits
 from experiments.checkpoints import load_params
 from experiments.config import Accelerator, Config
 from experiments.evaluate import write_text

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from cmsad_jax.types import ConfigError, Device
 from data_pipelines import files
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 
 T = TypeVar("T")
 P = ParamSpec("P")

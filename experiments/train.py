@@ -21,8 +21,8 @@ from cmsad_jax.inference import sliding_window
 from cmsad_jax.modules.network import CMSAD, apply, probabilities
 from cmsad_jax.training import TrainState, init_state, train_step, train_steps
 from cmsad_jax.types import ConfigError, Device
-from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT, Case
+from data_pipelines.serving import loading
 from experiments import hosts, memory
 from experiments.config import Config, window
 from experiments.feed import Feed

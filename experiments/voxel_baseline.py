@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
-from data_pipelines import loading
 from data_pipelines.case import STORED_UNIT
+from data_pipelines.serving import loading
 from experiments.config import Config, parse
 from experiments.cv import make_folds
 from experiments.runtime import progress, run_main

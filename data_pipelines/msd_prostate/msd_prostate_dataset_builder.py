@@ -4,10 +4,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipelines.case import DataConfig, DataError, MissingDataError
-from data_pipelines.case_builder import FileCaseBuilder
-from data_pipelines.preprocessing import REFERENCE
-from data_pipelines.validation import CaseFiles
+from data_pipelines.building.case_builder import FileCaseBuilder
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.preparing.preprocessing import REFERENCE
+from data_pipelines.reading.case_files import CaseFiles
 
 CHANNELS = {"t2w": 0, "adc": 1}
 """Where each modality lies along the fourth axis of an image file."""

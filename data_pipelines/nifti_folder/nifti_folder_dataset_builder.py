@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.case import DataConfig, DataError, MissingDataError
-from data_pipelines.case_builder import FileCaseBuilder
-from data_pipelines.preprocessing import REFERENCE
-from data_pipelines.tables import read_table
-from data_pipelines.validation import CaseFiles, Problem
-from data_pipelines.volume_io import SUFFIXES
+from data_pipelines.building.case_builder import FileCaseBuilder
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError, MissingDataError, Problem
+from data_pipelines.preparing.preprocessing import REFERENCE
+from data_pipelines.reading.case_files import CaseFiles
+from data_pipelines.reading.tables import read_table
+from data_pipelines.reading.volume_io import SUFFIXES
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "t2w": ("t2", "t2_tra", "t2_tse", "t2_weighted"),

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from data_pipelines.case import DataError, RawCase
-from data_pipelines.case_builder import CaseBuilder
+from data_pipelines.building.case_builder import CaseBuilder
+from data_pipelines.case import RawCase
+from data_pipelines.faults import DataError
 from data_pipelines.phantom.anatomy import case_id_of
 from data_pipelines.phantom.phantom import make_case
 

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.case import DataConfig, DataError, MissingDataError, RawCase, Volume
-from data_pipelines.case_builder import FileCaseBuilder
-from data_pipelines.examination import frames_apart
-from data_pipelines.preprocessing import REFERENCE, resample
-from data_pipelines.tables import read_table
-from data_pipelines.validation import CaseFiles, Problem
-from data_pipelines.volume_io import read_volume
+from data_pipelines.building.case_builder import FileCaseBuilder
+from data_pipelines.case import RawCase, Volume
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError, MissingDataError, Problem
+from data_pipelines.preparing.examination import frames_apart
+from data_pipelines.preparing.geometry import resample
+from data_pipelines.preparing.preprocessing import REFERENCE
+from data_pipelines.reading.case_files import CaseFiles
+from data_pipelines.reading.tables import read_table
+from data_pipelines.reading.volume_io import read_volume
 
 LABEL_FOLDERS: dict[str, tuple[str, ...]] = {
     "lesion": (

@@ -5,10 +5,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipelines.case import DataConfig, MissingDataError
-from data_pipelines.case_builder import FileCaseBuilder
-from data_pipelines.preprocessing import REFERENCE
-from data_pipelines.validation import CaseFiles
+from data_pipelines.building.case_builder import FileCaseBuilder
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import MissingDataError
+from data_pipelines.preparing.preprocessing import REFERENCE
+from data_pipelines.reading.case_files import CaseFiles
 
 FILES = {"t2w": "t2", "adc": "adc", "hbv": "dwi"}
 """Name of each modality's file."""

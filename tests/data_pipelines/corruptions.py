@@ -19,8 +19,9 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from data_pipelines.case import DataError, Volume
-from data_pipelines.volume_io import read_volume
+from data_pipelines.case import Volume
+from data_pipelines.faults import DataError
+from data_pipelines.reading.volume_io import read_volume
 from tests.data_pipelines.fabricate import affine
 
 SHAPE = (8, 24, 24)

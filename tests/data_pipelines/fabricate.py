@@ -6,7 +6,8 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from data_pipelines.case import DataConfig, PreprocessConfig, RawCase, Volume
+from data_pipelines.case import RawCase, Volume
+from data_pipelines.config import DataConfig, PreprocessConfig
 
 SMALL = PreprocessConfig(spacing_mm=(3.0, 1.0, 1.0), size=(6, 16, 16))
 

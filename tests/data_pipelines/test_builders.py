@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import case_builder
-from data_pipelines.case import Case, DataConfig, DataError, PreprocessConfig
-from data_pipelines.examination import examine
+from data_pipelines.building import case_builder
+from data_pipelines.building.records import decode, encode
+from data_pipelines.case import Case, CaseInfo
+from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.faults import DataError, Problem
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder as FolderBuilder
-from data_pipelines.preprocessing import preprocess_case
-from data_pipelines.records import decode, encode
-from data_pipelines.splits import CaseInfo, group_folds
-from data_pipelines.validation import Problem
+from data_pipelines.preparing.examination import examine
+from data_pipelines.preparing.preprocessing import preprocess_case
+from data_pipelines.serving.splits import group_folds
 from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_folder
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from data_pipelines import build, command_line, validate
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 
 
 @pytest.mark.parametrize("program", [build, validate])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.volume_io import read_volume
+from data_pipelines.reading.volume_io import read_volume
 from tests.data_pipelines.corruptions import KINDS, meant, outcome, whole_file
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.identity import PACKAGE, code_sha256
+from data_pipelines.building.identity import PACKAGE, code_sha256
 from data_pipelines.nifti_folder import nifti_folder_dataset_builder as builder
 
 FILE = Path(builder.__file__).relative_to(PACKAGE.parent)

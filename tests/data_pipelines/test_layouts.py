@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipelines.case import DataConfig, DataError, MissingDataError
+from data_pipelines.case import CaseInfo
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder as FolderBuilder
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import modality_of
 from data_pipelines.picai.picai_dataset_builder import Builder as PicaiBuilder
-from data_pipelines.splits import CaseInfo
 from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_dicom, write_folder
 from tests.data_pipelines.test_builders import assert_same, build
 

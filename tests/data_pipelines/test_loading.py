@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import loading
-from data_pipelines.case import STORED_UNIT, Case, DataConfig, DataError
-from data_pipelines.loading import (
+from data_pipelines.building.records import encode
+from data_pipelines.case import STORED_UNIT, Case, CaseInfo
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError
+from data_pipelines.serving import loading
+from data_pipelines.serving.loading import (
     CaseSource,
     build,
     eval_cases,
@@ -19,8 +22,6 @@ from data_pipelines.loading import (
     train_batches,
     train_plans,
 )
-from data_pipelines.records import encode
-from data_pipelines.splits import CaseInfo
 
 SHAPE = (4, 12, 10)
 CROP = (2, 8, 6)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_pipelines.case import DataConfig, DataError
+from data_pipelines.building.records import decode
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError
 from data_pipelines.phantom import phantom
 from data_pipelines.phantom.anatomy import (
     AFMS,
@@ -27,8 +29,8 @@ from data_pipelines.phantom.anatomy import (
 )
 from data_pipelines.phantom.phantom import make_case
 from data_pipelines.phantom.phantom_dataset_builder import Builder
-from data_pipelines.preprocessing import preprocess_case, resample
-from data_pipelines.records import decode
+from data_pipelines.preparing.geometry import resample
+from data_pipelines.preparing.preprocessing import preprocess_case
 
 NUM_POSITIVE = 110
 QUANTILES = (5, 25, 50, 75, 95)

@@ -11,23 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from data_pipelines.case import (
-    STORED_UNIT,
-    DataConfig,
-    DataError,
-    MissingDataError,
-    PreprocessConfig,
-    Volume,
-)
+from data_pipelines.case import STORED_UNIT, Volume
+from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.picai.picai_dataset_builder import Builder
-from data_pipelines.preprocessing import (
-    check_preprocess,
-    overlaps,
-    preprocess_case,
-    resample,
-    to_original,
-)
-from data_pipelines.volume_io import read_volume, write_nifti
+from data_pipelines.preparing.geometry import overlaps, resample
+from data_pipelines.preparing.preprocessing import check_preprocess, preprocess_case, to_original
+from data_pipelines.reading.volume_io import read_volume, write_nifti
 from tests.data_pipelines.fabricate import SMALL, affine, raw_case, save
 
 CONFIG = DataConfig(preprocess=SMALL)

@@ -9,12 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_pipelines import splits
-from data_pipelines.case import DataConfig, DataError, MissingDataError, Volume
-from data_pipelines.loading import builder_names, open_builder
+from data_pipelines.building.records import decode
+from data_pipelines.case import CaseInfo, Volume
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.picai.picai_dataset_builder import on_t2w_grid
-from data_pipelines.records import decode
-from data_pipelines.splits import CaseInfo
+from data_pipelines.serving import splits
+from data_pipelines.serving.loading import builder_names, open_builder
 from tests.data_pipelines.fabricate import SMALL, raw_case, save
 
 PACKAGE = Path(__file__).parents[2] / "data_pipelines"

@@ -6,19 +6,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from data_pipelines.case import (
-    DataConfig,
-    PreprocessConfig,
-    Volume,
-)
+from data_pipelines.case import Volume
+from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.picai.picai_dataset_builder import Builder
-from data_pipelines.preprocessing import (
-    canonical,
-    reference_grid,
-    resample,
-    resample_label,
-)
-from data_pipelines.volume_io import read_volume
+from data_pipelines.preparing.geometry import canonical, resample, resample_label
+from data_pipelines.preparing.preprocessing import reference_grid
+from data_pipelines.reading.volume_io import read_volume
 from tests.data_pipelines.fabricate import raw_case
 from tests.data_pipelines.test_preprocessing import ORIENTATIONS, rotation, stored_in
 

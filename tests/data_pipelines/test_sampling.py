@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_pipelines.case import DataError
-from data_pipelines.sampling import SamplingPlan
+from data_pipelines.faults import DataError
+from data_pipelines.serving.sampling import SamplingPlan
 
 SHAPE = (4, 9, 7)
 CROP = (2, 5, 4)

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from data_pipelines.case import DataError, MissingDataError
-from data_pipelines.splits import (
-    CaseInfo,
+from data_pipelines.case import CaseInfo
+from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.serving.splits import (
     Folds,
     check_folds,
     group_folds,

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import staging
-from data_pipelines.case import DataConfig, DataError
-from data_pipelines.examination import Examination, examine
+from data_pipelines.building import staging
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError
+from data_pipelines.preparing.examination import Examination, examine
 from tests.data_pipelines.fabricate import SMALL, raw_case
 
 CONFIG = DataConfig(preprocess=SMALL)

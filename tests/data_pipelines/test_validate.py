@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import contact_sheet, validate
-from data_pipelines.case import DataConfig, DataError, Volume
-from data_pipelines.examination import Facts, duplicates, examine, fingerprint
-from data_pipelines.loading import open_builder
-from data_pipelines.preprocessing import preprocess_case
-from data_pipelines.validation import Problem, format_table
+from data_pipelines import validate
+from data_pipelines.case import Volume
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError, Problem, format_table
+from data_pipelines.preparing import contact_sheet
+from data_pipelines.preparing.examination import Facts, duplicates, examine, fingerprint
+from data_pipelines.preparing.preprocessing import preprocess_case
+from data_pipelines.serving.loading import open_builder
 from tests.data_pipelines.fabricate import SMALL, raw_case, write_folder
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from data_pipelines.case import DataError, MissingDataError, Volume
-from data_pipelines.volume_io import read_volume, write_nifti
+from data_pipelines.case import Volume
+from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.reading.volume_io import read_volume, write_nifti
 from tests.data_pipelines.fabricate import affine, raw_case, save, write_dicom
 
 

@@ -20,9 +20,9 @@ import pytest
 from cmsad_jax.augmentation import AugmentationConfig
 from cmsad_jax.modules import EncoderConfig, FusionConfig, NetworkConfig
 from cmsad_jax.training import LossConfig
-from data_pipelines import volume_io
 from data_pipelines.phantom.anatomy import case_id_of
 from data_pipelines.phantom.phantom import make_case
+from data_pipelines.reading import volume_io
 from experiments import config, cv, missing
 from experiments.config import PRESETS, complete
 from experiments.train import compile_programs

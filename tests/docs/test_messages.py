@@ -12,7 +12,7 @@ import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines import build, validate
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 from experiments import ablation, compare, config, evaluate, export, fit, predict
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.splits import Folds
+from data_pipelines.serving.splits import Folds
 from experiments.evaluate import summarise, write_metrics
 from experiments.lesions import detect
 from experiments.metrics import case_metrics

@@ -8,10 +8,11 @@ import pytest
 
 from cmsad_jax.modules import baselines
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading
-from data_pipelines.case import DataError, spacing_of
-from data_pipelines.splits import Folds
-from data_pipelines.volume_io import write_nifti
+from data_pipelines.case import spacing_of
+from data_pipelines.faults import DataError
+from data_pipelines.reading.volume_io import write_nifti
+from data_pipelines.serving import loading
+from data_pipelines.serving.splits import Folds
 from experiments import ablation, ablation_table
 from experiments.ablation_table import run_folder, write_table
 from experiments.config import window

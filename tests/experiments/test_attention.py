@@ -11,8 +11,8 @@ import pytest
 from cmsad_jax.modules import CMSAD
 from cmsad_jax.modules.network import apply
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading, splits
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
+from data_pipelines.serving import loading, splits
 from experiments import attention, revisit
 from experiments.checkpoints import load_params
 from experiments.train import scaled_image

@@ -17,7 +17,7 @@ import pytest
 
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.faults import DataError, MissingDataError
 from experiments import checkpoints
 from experiments.checkpoints import Checkpoints, CorruptCheckpointError, load_params, read_record
 from experiments.config import Config, from_json

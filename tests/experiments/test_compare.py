@@ -3,7 +3,7 @@ import json
 import pytest
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.faults import DataError, MissingDataError
 from experiments.compare import compare, compare_all, format_comparisons, main
 from experiments.evaluate import summarise, write_metrics
 from experiments.metrics import METRICS

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataConfig, PreprocessConfig
+from data_pipelines.config import DataConfig, PreprocessConfig
 from experiments import runtime
 from experiments.config import PRESETS, TrainConfig, complete, differences, parse, to_json
 

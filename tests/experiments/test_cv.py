@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
+from data_pipelines.serving import loading
 from experiments import cv, reproduce, train
 from experiments.checkpoints import Checkpoints, load_params
 from experiments.config import complete

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 from experiments import cv
 from experiments.config import Config, TrainConfig, complete
 from tests.data_pipelines.fabricate import raw_case, write_folder

@@ -8,8 +8,8 @@ import pytest
 from scipy import ndimage
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataError, MissingDataError
-from data_pipelines.volume_io import write_nifti
+from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.reading.volume_io import write_nifti
 from experiments.evaluate import (
     format_summary,
     main,

@@ -10,7 +10,7 @@ import safetensors.numpy
 import cmsad_jax.export
 from cmsad_jax.named_weights import flatten_weights
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 from experiments import export
 from experiments.config import Config, from_json, to_json
 from experiments.evaluate import read_metrics

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading
-from data_pipelines.splits import CaseInfo
+from data_pipelines.case import CaseInfo
+from data_pipelines.serving import loading
 from experiments.config import Config, TrainConfig
 from experiments.feed import choose_residency, training_feed
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading
+from data_pipelines.serving import loading
 from experiments import ablation, jobs
 from experiments.evaluate import read_metrics
 from experiments.runtime import RunError

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from cmsad_jax.types import ConfigError
-from data_pipelines import loading, preprocessing, splits
-from data_pipelines.case import DataError, spacing_of
+from data_pipelines.case import spacing_of
+from data_pipelines.faults import DataError
+from data_pipelines.preparing import preprocessing
+from data_pipelines.serving import loading, splits
 from experiments import missing
 from experiments.checkpoints import load_params
 from experiments.metrics import case_metrics

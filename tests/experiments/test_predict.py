@@ -14,8 +14,9 @@ import SimpleITK as sitk
 
 import cmsad_jax.export
 from cmsad_jax.types import ConfigError
-from data_pipelines import preprocessing
-from data_pipelines.case import DataError, Volume
+from data_pipelines.case import Volume
+from data_pipelines.faults import DataError
+from data_pipelines.preparing import preprocessing
 from experiments import cv, export, predict
 from experiments.inputs import find_inputs, read_case
 from experiments.train import compile_programs

@@ -9,8 +9,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_pipelines.case import DataError, MissingDataError
-from data_pipelines.splits import Folds
+from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.serving.splits import Folds
 from experiments import cv, pictures, report
 from experiments.config import Config, complete
 from experiments.evaluate import read_metrics

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 from experiments import memory
 from experiments.config import PRESETS, complete
 from experiments.runtime import (

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cmsad_jax.modules import EncoderConfig
-from data_pipelines import loading
-from data_pipelines.case import DataConfig, PreprocessConfig
+from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.serving import loading
 from experiments import cv, reproduce, train
 from experiments.config import Config, PredictConfig, TrainConfig, complete
 from experiments.train import compile_programs

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from cmsad_jax.modules import CMSAD, EncoderConfig, FusionConfig
 from cmsad_jax.training import TrainState
-from data_pipelines import loading, splits
-from data_pipelines.case import DataConfig, PreprocessConfig
+from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.serving import loading, splits
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config, TrainConfig, complete, to_json
 from tests.networks import random_params

@@ -8,9 +8,10 @@ from unittest import mock
 
 import numpy as np
 
-from data_pipelines.case import DataConfig, DataError
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder, find_cases
-from data_pipelines.validation import CaseFiles
+from data_pipelines.reading.case_files import CaseFiles
 from experiments.reproduce import read
 
 _STEMS = (

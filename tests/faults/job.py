@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from cmsad_jax.modules import EncoderConfig, FusionConfig, NetworkConfig
-from data_pipelines import loading
-from data_pipelines.case import DataConfig, PreprocessConfig
+from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.serving import loading
 from experiments import checkpoints, cv, fold, train
 from experiments.config import Config, PredictConfig, TrainConfig, complete
 from experiments.runtime import run_main

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from data_pipelines import loading
+from data_pipelines.serving import loading
 from experiments.checkpoints import SCHEMA, load_params
 from experiments.cv import weights_sha256
 from experiments.fold import Fold

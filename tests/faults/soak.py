@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from data_pipelines import loading
+from data_pipelines.serving import loading
 from experiments.fold import Fold
 from experiments.train import compile_programs, train_folds
 from tests.faults.job import tiny

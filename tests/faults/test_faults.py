@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from cmsad_jax.training import TrainState
-from data_pipelines import loading
-from data_pipelines.case import DataError
-from data_pipelines.splits import make_folds
-from data_pipelines.validation import check_ids
+from data_pipelines.faults import DataError
+from data_pipelines.reading.case_files import check_ids
+from data_pipelines.serving import loading
+from data_pipelines.serving.splits import make_folds
 from experiments import cv
 from experiments.checkpoints import Checkpoints
 from experiments.fold import Fold, write_history

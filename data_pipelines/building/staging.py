@@ -21,10 +21,10 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.case import Case, DataError
-from data_pipelines.examination import Examination, Facts
+from data_pipelines.case import Case
+from data_pipelines.faults import DataError, Problem
 from data_pipelines.files import whole_file
-from data_pipelines.validation import Problem
+from data_pipelines.preparing.examination import Examination, Facts
 
 _CASES_WORTH_A_POOL = 200
 _MAX_DEFAULT_WORKERS = 8

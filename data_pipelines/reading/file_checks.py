@@ -16,7 +16,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.faults import DataError, MissingDataError
 
 MAX_VOXELS = 2**26
 """Largest volume that is read: 1024 x 1024 x 64 voxels."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.faults import DataError, MissingDataError
 
 CONVERTER = "Convert the series with dcm2niix and give the file of the image that is meant"
 

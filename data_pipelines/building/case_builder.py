@@ -20,14 +20,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from data_pipelines import beam, examination, identity, staging, validation
-from data_pipelines.case import DataConfig, DataError, MissingDataError, RawCase, raise_all
-from data_pipelines.examination import Examination
+from data_pipelines import faults
+from data_pipelines.building import beam, identity, staging
+from data_pipelines.building.records import decode, encode, features, text_of
+from data_pipelines.case import CaseInfo, RawCase
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError, MissingDataError, raise_all
 from data_pipelines.files import whole_file
-from data_pipelines.preprocessing import check_preprocess
-from data_pipelines.records import decode, encode, features, text_of
-from data_pipelines.splits import CaseInfo
-from data_pipelines.volume_io import read_volume
+from data_pipelines.preparing import examination
+from data_pipelines.preparing.examination import Examination
+from data_pipelines.preparing.preprocessing import check_preprocess
+from data_pipelines.reading import case_files
+from data_pipelines.reading.volume_io import read_volume
 
 SPLIT = "train"
 _INFO_FILE = "cases.json"
@@ -79,17 +83,17 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """What ``read_case`` reads for ``entry``, by name; nothing if the case is computed."""
         return {}
 
-    def find_problems(self, entry: Any) -> list[validation.Problem]:
+    def find_problems(self, entry: Any) -> list[faults.Problem]:
         """What is wrong with a case as far as it shows without reading its files."""
         return []
 
-    def check_list(self) -> list[validation.Problem]:
+    def check_list(self) -> list[faults.Problem]:
         """What is wrong with the list of cases; a subclass may add to it."""
         return self.check_ids()
 
-    def check_ids(self) -> list[validation.Problem]:
+    def check_ids(self) -> list[faults.Problem]:
         """Case ids that occur twice or cannot become file names."""
-        return validation.check_ids(entry.case_id for entry in self.entries)
+        return case_files.check_ids(entry.case_id for entry in self.entries)
 
     def read_available(self, entry: Any) -> tuple[RawCase | None, list[DataError]]:
         """What can be read of a case, and the faults of the rest."""
@@ -98,7 +102,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         except DataError as error:
             return None, [error]
 
-    def suspicions(self, entry: Any, raw: RawCase) -> list[validation.Problem]:
+    def suspicions(self, entry: Any, raw: RawCase) -> list[faults.Problem]:
         """Problems that only this data set knows of."""
         return []
 
@@ -342,7 +346,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 class FileCaseBuilder(CaseBuilder, skip_registration=True):
     """A data set of image files: ``find_cases`` lists ``validation.CaseFiles``."""
 
-    entries: list[validation.CaseFiles]
+    entries: list[case_files.CaseFiles]
 
     def root(self) -> Path:
         """The user's folder, ``config.path``."""
@@ -353,15 +357,15 @@ class FileCaseBuilder(CaseBuilder, skip_registration=True):
             raise MissingDataError(f"no folder at {path}. Check --data.path.")
         return path.expanduser()
 
-    def files(self, entry: validation.CaseFiles) -> Mapping[str, Path]:
+    def files(self, entry: case_files.CaseFiles) -> Mapping[str, Path]:
         """All files of a case, by modality and as ``label`` and ``gland``."""
         return entry.files
 
-    def find_problems(self, entry: validation.CaseFiles) -> list[validation.Problem]:
+    def find_problems(self, entry: case_files.CaseFiles) -> list[faults.Problem]:
         """Files that are missing or too many."""
-        return validation.check_entry(entry, self.data_config)
+        return case_files.check_entry(entry, self.data_config)
 
-    def read_available(self, entry: validation.CaseFiles) -> tuple[RawCase | None, list[DataError]]:
+    def read_available(self, entry: case_files.CaseFiles) -> tuple[RawCase | None, list[DataError]]:
         """Read what can be read of a case, and say of the rest why not."""
         faults: list[DataError] = []
         volumes = {}
@@ -387,7 +391,7 @@ class FileCaseBuilder(CaseBuilder, skip_registration=True):
         )
         return raw, faults
 
-    def read_case(self, entry: validation.CaseFiles) -> RawCase:
+    def read_case(self, entry: case_files.CaseFiles) -> RawCase:
         """Read the volumes that are there; what is missing stays missing."""
         raw, faults = self.read_available(entry)
         raise_all(faults)
@@ -413,7 +417,7 @@ def _record(found: Examination) -> dict[str, Any]:
     return {**encode(found.case), "metadata": json.dumps(dict(found.metadata))}
 
 
-def _problems(found: Examination) -> tuple[validation.Problem, ...]:
+def _problems(found: Examination) -> tuple[faults.Problem, ...]:
     return found.problems
 
 

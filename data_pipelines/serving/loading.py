@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from data_pipelines.case import STORED_UNIT, Case, DataConfig, DataError
-from data_pipelines.case_builder import CaseBuilder
-from data_pipelines.records import decode
-from data_pipelines.sampling import SamplingPlan
-from data_pipelines.splits import CaseInfo
+from data_pipelines.building.case_builder import CaseBuilder
+from data_pipelines.building.records import decode
+from data_pipelines.case import STORED_UNIT, Case, CaseInfo
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError
+from data_pipelines.serving.sampling import SamplingPlan
 
 Batch = dict[str, np.ndarray]
 """``image``: float32 ``b d h w m``; ``label``: int32 ``b d h w``; ``present``: bool ``b m``;
@@ -178,7 +179,7 @@ def _whole(folder: Path | None, what: str) -> Iterator[None]:
 
 def builder_names() -> tuple[str, ...]:
     """Data sets that can be built: folders of this package with a builder of their name."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return tuple(
         sorted(
             file.parent.name

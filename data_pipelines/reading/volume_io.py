@@ -13,9 +13,10 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from data_pipelines import dicom, file_checks
-from data_pipelines.case import DataError, MissingDataError, Volume
+from data_pipelines.case import Volume
+from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.files import whole_file
+from data_pipelines.reading import dicom, file_checks
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd")

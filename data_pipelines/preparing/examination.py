@@ -15,16 +15,11 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from data_pipelines.case import Case, DataConfig, DataError, DataErrors, RawCase, Volume
-from data_pipelines.preprocessing import (
-    canonical,
-    coverage,
-    overlaps,
-    preprocess_case,
-    reference_grid,
-    reference_image,
-)
-from data_pipelines.validation import Problem
+from data_pipelines.case import Case, RawCase, Volume
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError, DataErrors, Problem
+from data_pipelines.preparing.geometry import canonical, coverage, overlaps
+from data_pipelines.preparing.preprocessing import preprocess_case, reference_grid, reference_image
 
 _FAR_MM = 1.0
 _FAR_DEGREES = 1.0

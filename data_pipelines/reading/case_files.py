@@ -1,52 +1,15 @@
-"""Problems of a user's data, and those that show in the list of the files alone."""
+"""The files of one case as a reader found them, and what shows in their list alone."""
 
 import dataclasses
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
-from data_pipelines.case import DataConfig
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import Problem
 
-_SENTENCE_END = re.compile(r"\.\s+(?=[A-Z])")
 _CASE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One fault of one case, told as rule, what came, and remedy.
-
-    Attributes:
-        case_id: the case at fault.
-        file: the file at fault, if it is one file's fault.
-        text: ``rule; what came. Remedy.``
-        level: a data set with an error cannot be built; a warning is worth a look.
-    """
-
-    case_id: str
-    file: Path | None
-    text: str
-    level: Literal["error", "warning"] = "error"
-
-    def __str__(self) -> str:
-        return f"{self.case_id}: {self.text}"
-
-    @property
-    def rule(self) -> str:
-        """What must hold."""
-        return self.text.partition("; ")[0]
-
-    @property
-    def came(self) -> str:
-        """What was found instead."""
-        return _SENTENCE_END.split(self.text.partition("; ")[2], maxsplit=1)[0].rstrip(".")
-
-    @property
-    def remedy(self) -> str:
-        """What to do."""
-        return (*_SENTENCE_END.split(self.text.partition("; ")[2], maxsplit=1), "")[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,42 +90,6 @@ def check_ids(case_ids: Iterable[str]) -> list[Problem]:
 def check_entry(entry: CaseFiles, config: DataConfig) -> list[Problem]:
     """What is wrong with the list of a case's files: those that are missing or too many."""
     return [*entry.problems, *_missing(entry, config)]
-
-
-def format_table(problems: Sequence[Problem], *, width: int = 132) -> str:
-    """The problems as a table: case, file, rule, what came, remedy; errors first."""
-    if not problems:
-        return ""
-    header = ("", "case", "file", "rule", "what came", "remedy")
-    rows = [
-        (
-            problem.level,
-            problem.case_id,
-            problem.file.name if problem.file else "",
-            *(
-                text.replace(str(problem.file), "the file") if problem.file else text
-                for text in (problem.rule, problem.came, problem.remedy)
-            ),
-        )
-        for problem in sorted(problems, key=lambda p: (p.level, p.case_id))
-    ]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(2)]
-    widths.append(min(max(len(row[2]) for row in (header, *rows)), 28))
-    rest = max((width - sum(widths) - 5 * 2) // 3, 16)
-    widths += [rest] * 3
-    lines = [*_wrapped(header, widths), "  ".join("-" * n for n in widths)]
-    for row in rows:
-        lines += _wrapped(row, widths)
-    return "\n".join(lines)
-
-
-def _wrapped(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    cells = [
-        textwrap.wrap(text, n, break_on_hyphens=False) for text, n in zip(row, widths, strict=True)
-    ]
-    for i in range(max(map(len, cells))):
-        columns = [cell[i] if i < len(cell) else "" for cell in cells]
-        yield "  ".join(f"{c:{n}}" for c, n in zip(columns, widths, strict=True)).rstrip()
 
 
 def _missing(entry: CaseFiles, config: DataConfig) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 
 _DELIMITERS = ",;\t"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 
 
 def map_all(function: Callable[[Any], Any], items: Sequence[Any]) -> Any:

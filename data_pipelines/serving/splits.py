@@ -8,28 +8,12 @@ publishes its folds, can be read as well.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data_pipelines.case import DataError, MissingDataError
+from data_pipelines.case import CaseInfo
+from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.files import whole_file
-
-
-@dataclasses.dataclass(frozen=True)
-class CaseInfo:
-    """What the folds must know of a case.
-
-    Attributes:
-        case_id: unique name of the study.
-        patient_id: who was imaged.
-        positive: whether the label holds any foreground.
-        metadata: further facts, such as PI-CAI's ``center``.
-    """
-
-    case_id: str
-    patient_id: str
-    positive: bool
-    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from data_pipelines.case import DataError
+from data_pipelines.faults import DataError
 
 _RANDOM, _FOREGROUND, _CROP = range(3)
 """What a word is drawn for; part of its seed."""

@@ -1,0 +1,69 @@
+"""What is asked of the data: the data set, its target and modalities, and the reference grid."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+MODALITIES = ("t2w", "adc", "hbv")
+"""The field's set: T2-weighted, apparent diffusion coefficient, high-b-value diffusion."""
+
+
+TARGET_CLASSES: dict[str, tuple[str, ...]] = {
+    "lesion": ("lesion",),
+    "gland": ("gland",),
+    "zones": ("pz", "tz"),
+}
+"""Foreground classes of each target, in label order: class ``i`` is stored as ``i + 1``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessConfig:
+    """The reference grid and the intensity scaling. Saved with the data set and each checkpoint."""
+
+    spacing_mm: tuple[float, float, float] = (3.0, 2.0, 2.0)
+    """Voxel size of the reference grid in mm, d h w."""
+    size: tuple[int, int, int] = (20, 48, 48)
+    """Voxels of the reference grid, d h w."""
+    centre: Literal["image", "gland"] = "image"
+    """Centre of the reference grid: the T2W image's, or a gland mask's (needed to predict too)."""
+    label_sampling: Literal["linear", "nearest"] = "linear"
+    """How labels go between grids: the class of the largest linear weight, or the nearest voxel."""
+    clip_percentiles: tuple[float, float] = (0.5, 99.5)
+    """Intensities are clipped to these percentiles of the crop before they are scaled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data are read, and how they are stored."""
+
+    name: str = "phantom"
+    """Builder: phantom, picai, prostate158, msd_prostate or nifti_folder."""
+    path: Path | None = None
+    """Where the user's files lie (not needed by the phantom)."""
+    target: Literal["lesion", "gland", "zones"] = "lesion"
+    """What is segmented."""
+    modalities: tuple[str, ...] = MODALITIES
+    """Contrasts to use, in channel order."""
+    allow_missing: bool = False
+    """Accept cases that lack a modality (they are marked absent) instead of refusing them."""
+    reader: Literal[1, 2] = 1
+    """Prostate158 only: whose labels are used."""
+    num_cases: int = 100
+    """Phantom only: number of patients to make."""
+    seed: int = 0
+    """Phantom only: which population to draw."""
+    cache: Path = Path("~/.cache/cmsad_jax")
+    """Where built data sets are kept; one folder per configuration."""
+    preprocess: PreprocessConfig = PreprocessConfig()
+    residency: Literal["auto", "device", "host"] = "auto"
+    """Where training cases lie; auto: on an accelerator of which they fill less than a quarter."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the foreground classes."""
+        return TARGET_CLASSES[self.target]
+
+    @property
+    def num_classes(self) -> int:
+        """Network outputs ``k``: 1 (sigmoid) for one class, else the classes and background."""
+        return 1 if len(self.classes) == 1 else len(self.classes) + 1
