@@ -30,13 +30,15 @@ import jax
 from benchmarks import timing
 from data_pipelines.serving import loading
 from experiments import cv, train
-from experiments.config import PRESETS, Config, complete
 from experiments.runtime import (
     keep_compiled,
     peak_memory_bytes,
     select_accelerator,
     uncollected,
 )
+from experiments.settings.command_line import complete
+from experiments.settings.config import Config
+from experiments.settings.presets import PRESETS
 
 RESIDENCIES = ("host", "device")
 

@@ -26,8 +26,8 @@ from benchmarks.shapes import Convolution, Stage, convolutions, stages
 from benchmarks.timing import Foreign, Operation
 from cmsad_jax import kernels
 from cmsad_jax.losses.distillation import AttentionConfig, cross_modal_distillation_loss
-from experiments.config import PRESETS
 from experiments.runtime import select_accelerator
+from experiments.settings.presets import PRESETS
 
 MODALITIES = ("t2w", "adc", "hbv")
 NUM_STAGES = 3

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.pytorch import torch
 from cmsad_jax.inference import importance, window_starts
-from experiments.config import Config
+from experiments.settings.config import Config
 
 
 def flat_weights(params: Any) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from experiments.config import PRESETS, window
+from experiments.settings.config import window
+from experiments.settings.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,9 @@ from cmsad_jax.modules.baselines import count_operations
 from cmsad_jax.modules.fusion import FusionConfig
 from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.training import init_state, train_step
-from experiments.config import PRESETS, Config, window
 from experiments.runtime import select_accelerator
+from experiments.settings.config import Config, window
+from experiments.settings.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,10 +37,12 @@ from experiments.ablation_table import (
     summarise_row,
     write_table,
 )
-from experiments.config import PRESETS, Config, DistributedConfig, complete, parse, window
 from experiments.metrics import case_metrics
-from experiments.options import REGISTRY
 from experiments.runtime import log, run_main, select_accelerator
+from experiments.settings.command_line import complete, parse
+from experiments.settings.config import Config, DistributedConfig, window
+from experiments.settings.options import REGISTRY
+from experiments.settings.presets import PRESETS
 from experiments.train import to_mask
 
 _NO_DISTILLATION = {

@@ -13,7 +13,7 @@ from cmsad_jax.modules import baselines
 from cmsad_jax.modules.network import NetworkConfig
 from data_pipelines.faults import DataError
 from experiments import evaluate, statistics
-from experiments.config import Config, window
+from experiments.settings.config import Config, window
 
 FULL = "full"
 LATE = "late-fusion"

@@ -19,11 +19,11 @@ import tyro
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments import statistics
-from experiments.config import Accelerator
 from experiments.export import read_run
-from experiments.options import REGISTRY
 from experiments.revisit import RevisitCommand, open_run
 from experiments.runtime import log, run_main, select_accelerator
+from experiments.settings.config import Accelerator
+from experiments.settings.options import REGISTRY
 from experiments.train import compile_programs, predict_case
 
 

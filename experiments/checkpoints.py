@@ -33,8 +33,9 @@ import orbax.checkpoint as ocp
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
-from experiments.config import Config, differences, from_json, to_json
 from experiments.runtime import log, naming_path
+from experiments.settings.config import Config
+from experiments.settings.stored import differences, from_json, to_json
 
 SCHEMA = 2
 """Version of the layout above. Raise it with any change of it, and add to ``MIGRATIONS``.

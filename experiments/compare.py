@@ -19,8 +19,8 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments.evaluate import read_metrics, write_text
 from experiments.metrics import Row
-from experiments.options import REGISTRY
 from experiments.runtime import run_main
+from experiments.settings.options import REGISTRY
 from experiments.statistics import (
     FEW_PATIENTS,
     NUM_RESAMPLES,

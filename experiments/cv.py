@@ -25,7 +25,6 @@ from data_pipelines.reading import volume_io
 from data_pipelines.serving import loading, splits
 from experiments import evaluate, feed, hosts, lesions, mean_shape, report, tensorboard
 from experiments.checkpoints import file_sha256
-from experiments.config import Config, differences, flatten, from_json, parse, to_json
 from experiments.fold import Fold
 from experiments.metrics import case_metrics
 from experiments.runtime import (
@@ -46,6 +45,9 @@ from experiments.runtime import (
     select_accelerator,
     whole_file,
 )
+from experiments.settings.command_line import parse
+from experiments.settings.config import Config
+from experiments.settings.stored import differences, flatten, from_json, to_json
 from experiments.train import (
     Programs,
     compile_programs,

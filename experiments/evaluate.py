@@ -28,8 +28,8 @@ from data_pipelines.reading.tables import read_table
 from data_pipelines.reading.volume_io import SUFFIXES, read_volume
 from experiments import lesions, statistics
 from experiments.metrics import METRICS, Row, case_metrics
-from experiments.options import REGISTRY
 from experiments.runtime import read_json, run_main, whole_file
+from experiments.settings.options import REGISTRY
 
 
 def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:

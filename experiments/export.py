@@ -17,9 +17,10 @@ from cmsad_jax import export
 from cmsad_jax.named_weights import flatten_weights, to_safetensors, unflatten_weights
 from cmsad_jax.types import ConfigError
 from experiments.checkpoints import load_params
-from experiments.config import Config, from_json, window
-from experiments.options import REGISTRY
 from experiments.runtime import log, read_json, run_main, select_accelerator
+from experiments.settings.config import Config, window
+from experiments.settings.options import REGISTRY
+from experiments.settings.stored import from_json
 from experiments.train import attention_window, predict_window
 
 UNSTATED_LICENSE = (

@@ -12,7 +12,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT
 from data_pipelines.serving import loading
 from experiments import memory
-from experiments.config import Config
+from experiments.settings.config import Config
 
 DEVICE_SHARE = 0.25
 """Part of a device's memory that training cases may fill without being asked to."""

@@ -19,11 +19,12 @@ import tyro
 
 from cmsad_jax.types import ConfigError
 from experiments import memory
-from experiments.config import Config, parse, window
 from experiments.feed import DEVICE_SHARE
 from experiments.memory import GIB
-from experiments.options import REGISTRY
 from experiments.runtime import log, run_main, select_accelerator
+from experiments.settings.command_line import parse
+from experiments.settings.config import Config, window
+from experiments.settings.options import REGISTRY
 from experiments.train import compile_programs
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

@@ -18,9 +18,10 @@ from cmsad_jax.training import TrainState
 from data_pipelines.serving import loading
 from experiments import hosts
 from experiments.checkpoints import Checkpoints, newest_intact
-from experiments.config import Config, to_json
 from experiments.feed import Feed, training_feed
 from experiments.runtime import RunError, log, whole_file
+from experiments.settings.config import Config
+from experiments.settings.stored import to_json
 
 LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""

@@ -17,8 +17,8 @@ from typing import Any, cast
 
 from cmsad_jax.types import ConfigError
 from experiments import cv
-from experiments.config import Config
 from experiments.runtime import RunError, log, progress, run_main, select_accelerator
+from experiments.settings.config import Config
 from experiments.train import compile_programs
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipelines.preparing import preprocessing
 from data_pipelines.serving import loading, splits
-from experiments.config import Config
+from experiments.settings.config import Config
 
 
 def run(

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.config import Config
 from experiments.runtime import RunError, log
+from experiments.settings.config import Config
 
 GIB = 2**30
 

@@ -19,12 +19,12 @@ from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from experiments import statistics
-from experiments.config import Accelerator
 from experiments.export import read_run
 from experiments.metrics import case_metrics
-from experiments.options import REGISTRY
 from experiments.revisit import RevisitCommand, open_run
 from experiments.runtime import log, run_main, select_accelerator
+from experiments.settings.config import Accelerator
+from experiments.settings.options import REGISTRY
 from experiments.train import compile_programs, predict_case, to_mask
 
 NOTHING = "nothing"

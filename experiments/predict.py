@@ -32,12 +32,13 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import case_files, volume_io
 from data_pipelines.reading.case_files import CaseFiles
-from experiments.config import Accelerator, from_json
 from experiments.evaluate import write_text
 from experiments.export import write_artifact
 from experiments.inputs import find_inputs, read_case
-from experiments.options import REGISTRY
 from experiments.runtime import log, progress, read_json, run_main, select_accelerator
+from experiments.settings.config import Accelerator
+from experiments.settings.options import REGISTRY
+from experiments.settings.stored import from_json
 from experiments.train import to_mask
 
 T = TypeVar("T")

@@ -13,10 +13,10 @@ from data_pipelines.case import Case
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading, splits
 from experiments.checkpoints import load_params
-from experiments.config import Accelerator, Config
 from experiments.evaluate import write_text
 from experiments.export import read_run, run_members
 from experiments.runtime import progress
+from experiments.settings.config import Accelerator, Config
 
 
 @dataclasses.dataclass(frozen=True)

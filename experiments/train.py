@@ -24,10 +24,10 @@ from cmsad_jax.types import ConfigError, Device
 from data_pipelines.case import STORED_UNIT, Case
 from data_pipelines.serving import loading
 from experiments import hosts, memory
-from experiments.config import Config, window
 from experiments.feed import Feed
 from experiments.fold import Call, Fold, FoldInTraining, train_batches
 from experiments.runtime import deferred_signals, progress, uncollected
+from experiments.settings.config import Config, window
 
 MOST_STEPS_PER_CALL = 10
 """On accelerators, without being asked; signals are heeded between calls."""

@@ -16,9 +16,10 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from data_pipelines.case import STORED_UNIT
 from data_pipelines.serving import loading
-from experiments.config import Config, parse
 from experiments.cv import make_folds
 from experiments.runtime import progress, run_main
+from experiments.settings.command_line import parse
+from experiments.settings.config import Config
 
 BACKGROUND_VOXELS = 2000
 """Background voxels drawn from each training case; of the foreground all are used."""

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from benchmarks import cv
-from experiments.config import PRESETS
+from experiments.settings.presets import PRESETS
 
 
 def test_hours_of_a_run_follow_from_steps_looks_and_cases():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from benchmarks import inference
-from experiments.config import PRESETS
+from experiments.settings.presets import PRESETS
 
 
 @pytest.mark.slow

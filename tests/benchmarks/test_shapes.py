@@ -5,7 +5,7 @@ import math
 import pytest
 
 from benchmarks.shapes import Convolution, convolutions, stages
-from experiments.config import PRESETS
+from experiments.settings.presets import PRESETS
 
 
 def test_output_of_a_strided_convolution():

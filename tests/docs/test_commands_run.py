@@ -23,8 +23,10 @@ from cmsad_jax.training import LossConfig
 from data_pipelines.phantom.anatomy import case_id_of
 from data_pipelines.phantom.phantom import make_case
 from data_pipelines.reading import volume_io
-from experiments import config, cv, missing
-from experiments.config import PRESETS, complete
+from experiments import cv, missing
+from experiments.settings import presets
+from experiments.settings.command_line import complete
+from experiments.settings.presets import PRESETS
 from experiments.train import compile_programs
 from tests.docs.test_documentation import ROOT, commands
 
@@ -94,7 +96,7 @@ def test_story_is_in_the_documentation():
 
 def test_commands_run_with_a_tiny_network(tmp_path, monkeypatch, capsys):
     data = dataclasses.replace(TINY.data, cache=tmp_path / "cache")
-    monkeypatch.setitem(config.PRESETS, "small", dataclasses.replace(TINY, data=data))
+    monkeypatch.setitem(presets.PRESETS, "small", dataclasses.replace(TINY, data=data))
     # To compile is most of the time: all runs here share one set of programs.
     programs = compile_programs(complete(TINY), jax.devices()[:1])
     for module in (cv, missing):

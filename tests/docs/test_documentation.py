@@ -16,9 +16,11 @@ import tyro
 
 import cmsad_jax
 from experiments import lesions
-from experiments.config import PRESETS, complete, flatten, parse, to_json
 from experiments.evaluate import summarise
 from experiments.metrics import METRICS, case_metrics
+from experiments.settings.command_line import complete, parse
+from experiments.settings.presets import PRESETS
+from experiments.settings.stored import flatten, to_json
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

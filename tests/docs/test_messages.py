@@ -13,7 +13,8 @@ import tyro
 from cmsad_jax.types import ConfigError
 from data_pipelines import build, validate
 from data_pipelines.faults import DataError
-from experiments import ablation, compare, config, evaluate, export, fit, predict
+from experiments import ablation, compare, evaluate, export, fit, predict
+from experiments.settings import command_line
 
 ROOT = Path(__file__).parents[2]
 FIELD = "\0"
@@ -43,7 +44,7 @@ def programs() -> dict[str, Callable[[list[str]], object]]:
         "experiments.fit": of(fit.FitCommand, []),
         "experiments.predict": of(predict.PredictCommand, ["--model", "m", "--input", "i", *paths]),
         "data_pipelines.build": of(build.Arguments, [], **strict),
-        "experiments.cv": config.parse,
+        "experiments.cv": command_line.parse,
     }
 
 

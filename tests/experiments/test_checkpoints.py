@@ -20,8 +20,9 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
 from experiments import checkpoints
 from experiments.checkpoints import Checkpoints, CorruptCheckpointError, load_params, read_record
-from experiments.config import Config, from_json
 from experiments.cv import weights_sha256
+from experiments.settings.config import Config
+from experiments.settings.stored import from_json
 from tests.faults.corruption import DAMAGES, filled, survives
 from tests.faults.job import tiny
 

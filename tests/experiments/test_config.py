@@ -7,7 +7,10 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig, PreprocessConfig
 from experiments import runtime
-from experiments.config import PRESETS, TrainConfig, complete, differences, parse, to_json
+from experiments.settings.command_line import complete, parse
+from experiments.settings.config import TrainConfig
+from experiments.settings.presets import PRESETS
+from experiments.settings.stored import differences, to_json
 
 
 def test_presets_are_consistent_and_become_json():

@@ -20,8 +20,8 @@ from data_pipelines.faults import DataError
 from data_pipelines.serving import loading
 from experiments import cv, reproduce, train
 from experiments.checkpoints import Checkpoints, load_params
-from experiments.config import complete
 from experiments.runtime import RunError, locked
+from experiments.settings.command_line import complete
 from experiments.train import compile_programs, to_mask
 from tests.data_pipelines.fabricate import raw_case, write_folder
 from tests.experiments.test_tensorboard import read_events

@@ -15,8 +15,8 @@ from cmsad_jax.modules import FusionConfig
 from cmsad_jax.training import LossConfig
 from experiments import cv
 from experiments.checkpoints import load_params
-from experiments.config import Config, PredictConfig
 from experiments.runtime import Interrupted, RunError, Stop
+from experiments.settings.config import Config, PredictConfig
 from experiments.train import compile_programs
 from tests.experiments.tiny_run import history, poisoned, shared_programs, tiny
 from tests.processes import start_two
@@ -178,7 +178,7 @@ ONE_OF_TWO = """
 import sys
 from pathlib import Path
 from experiments import cv, hosts
-from experiments.config import DistributedConfig
+from experiments.settings.config import DistributedConfig
 from tests.experiments.test_cv_arrangements import plain
 
 process, port, output, cache = int(sys.argv[1]), *sys.argv[2:]

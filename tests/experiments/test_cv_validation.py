@@ -6,7 +6,8 @@ import pytest
 
 from data_pipelines.faults import DataError
 from experiments import cv
-from experiments.config import Config, TrainConfig, complete
+from experiments.settings.command_line import complete
+from experiments.settings.config import Config, TrainConfig
 from tests.data_pipelines.fabricate import raw_case, write_folder
 
 

@@ -12,8 +12,9 @@ from cmsad_jax.named_weights import flatten_weights
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments import export
-from experiments.config import Config, from_json, to_json
 from experiments.evaluate import read_metrics
+from experiments.settings.config import Config
+from experiments.settings.stored import from_json, to_json
 from tests.experiments.untrained_run import make_untrained_run, tiny_config
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from cmsad_jax.types import ConfigError
 from experiments import memory
-from experiments.config import PRESETS, complete
 from experiments.fold import Fold
+from experiments.settings.command_line import complete
+from experiments.settings.presets import PRESETS
 from experiments.train import compile_programs, devices_of, folds_at_once, groups
 
 SMALL = PRESETS["small"]

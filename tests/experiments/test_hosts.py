@@ -5,8 +5,8 @@ import pytest
 
 from cmsad_jax.types import ConfigError
 from experiments import hosts
-from experiments.config import DistributedConfig
 from experiments.runtime import RunError
+from experiments.settings.config import DistributedConfig
 
 
 @pytest.fixture

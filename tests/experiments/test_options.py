@@ -20,7 +20,9 @@ from experiments import (
     report,
     reproduce,
 )
-from experiments.config import PRESETS, Config, parse
+from experiments.settings.command_line import parse
+from experiments.settings.config import Config
+from experiments.settings.presets import PRESETS
 
 COMMANDS = {
     "ablation": ablation.AblationConfig,

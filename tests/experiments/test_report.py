@@ -12,10 +12,11 @@ import pytest
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.serving.splits import Folds
 from experiments import cv, pictures, report
-from experiments.config import Config, complete
 from experiments.evaluate import read_metrics
 from experiments.pictures import choose_cases, outline, slice_to_show
 from experiments.report import main, write_report
+from experiments.settings.command_line import complete
+from experiments.settings.config import Config
 from tests.experiments.fake_run import keep_one_figure, make_run
 
 VARIANTS = {

@@ -16,7 +16,6 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments import memory
-from experiments.config import PRESETS, complete
 from experiments.runtime import (
     TEMPORARY,
     Interrupted,
@@ -29,6 +28,8 @@ from experiments.runtime import (
     uncollected,
     whole_file,
 )
+from experiments.settings.command_line import complete
+from experiments.settings.presets import PRESETS
 from tests.processes import start_two
 
 HOLD = """
@@ -157,7 +158,7 @@ def test_signal_that_python_drops_is_answered_at_the_next_section(handlers, caps
 TWO_PROCESSES = """
 import sys, time
 import jax
-from experiments.config import DistributedConfig
+from experiments.settings.config import DistributedConfig
 from experiments.hosts import join
 from experiments.runtime import deferred_signals, run_main
 def main():

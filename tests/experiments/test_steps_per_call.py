@@ -8,8 +8,10 @@ import pytest
 
 from cmsad_jax.parallel import ParallelStep
 from cmsad_jax.types import ConfigError
-from experiments.config import PRESETS, TrainConfig, complete
 from experiments.feed import Feed
+from experiments.settings.command_line import complete
+from experiments.settings.config import TrainConfig
+from experiments.settings.presets import PRESETS
 from experiments.train import Programs, next_call, steps_per_call, validation_steps
 
 

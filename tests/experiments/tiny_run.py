@@ -13,7 +13,8 @@ from cmsad_jax.modules import EncoderConfig
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.serving import loading
 from experiments import cv, reproduce, train
-from experiments.config import Config, PredictConfig, TrainConfig, complete
+from experiments.settings.command_line import complete
+from experiments.settings.config import Config, PredictConfig, TrainConfig
 from experiments.train import compile_programs
 
 ENCODER = EncoderConfig(

@@ -21,7 +21,7 @@ from tyro.constructors import (
 from cmsad_jax.modules.network import NetworkConfig
 
 FROM_THE_DATA = ("modalities", "num_classes")
-"""Fields of the network that ``experiments.config.complete`` fills in."""
+"""Fields of the network that ``experiments.settings.command_line.complete`` fills in."""
 
 REGISTRY = ConstructorRegistry()
 

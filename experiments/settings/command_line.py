@@ -1,0 +1,160 @@
+"""The configuration of a run from the command line: preset first, then each option; checked."""
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from cmsad_jax.types import ConfigError
+from data_pipelines.config import DataConfig
+from experiments.settings.config import Config, window
+from experiments.settings.options import REGISTRY
+from experiments.settings.presets import PRESETS
+
+_RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            "train.steps",
+            "train.batch_size",
+            "train.validations",
+            "train.checkpoint_every",
+            "train.max_skipped",
+            "train.accumulation",
+            "predict.batch_size",
+        ),
+    ),
+    ("at least 2", lambda value: value >= 2, ("num_folds",)),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        ("seed", "train.optimizer.weight_decay", "train.read_threads", "predict.figures"),
+    ),
+    (
+        "above 0",
+        lambda value: 0 < value < math.inf,
+        ("train.optimizer.learning_rate", "train.optimizer.clip_norm"),
+    ),
+    (
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        ("train.foreground_share", "train.optimizer.warmup_fraction"),
+    ),
+    (
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        ("train.modality_dropout", "train.average_decay", "predict.overlap"),
+    ),
+    ("between 0 and 1", lambda value: 0 < value < 1, ("predict.threshold",)),
+)
+"""What fields of a run must be, where no other part of the configuration has a say."""
+
+
+def parse(
+    arguments: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str = "Cross-validation of CMSAD over patients, from files to a report. "
+    "Sizes are in the order d h w: slices, rows, columns.",
+) -> Config:
+    """Configuration from command-line arguments: preset first, then each option.
+
+    ``prog`` and ``description`` are what ``--help`` says of the program.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = "small"
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    if name not in PRESETS:
+        raise ConfigError(
+            f"preset must be one of {', '.join(PRESETS)}; got {name!r}. Use --preset=small."
+        )
+    config = tyro.cli(
+        Config,
+        prog=prog,
+        description=description,
+        args=arguments,
+        default=PRESETS[name],
+        config=(tyro.conf.FlagConversionOff,),
+        registry=REGISTRY,
+    )
+    return complete(config)
+
+
+def complete(config: Config) -> Config:
+    """The configuration with what follows from the data filled in, and checked.
+
+    The network's inputs and outputs are the data's modalities and classes.
+    """
+    data, train = config.data, config.train
+    network = dataclasses.replace(
+        config.network, modalities=data.modalities, num_classes=data.num_classes
+    )
+    for rule, holds, fields in _RULES:
+        for field in fields:
+            value, usual = (_field(tree, field) for tree in (config, Config()))
+            if not holds(value):
+                option = field.replace("_", "-")
+                raise ConfigError(
+                    f"{option} must be {rule}; got {value}. Use --{option}={usual:g}, the default."
+                )
+    if train.steps_per_call is not None and train.steps_per_call < 1:
+        raise ConfigError(
+            f"train.steps-per-call must be at least 1; got {train.steps_per_call}. "
+            "Use --train.steps-per-call=1."
+        )
+    size = data.preprocess.size
+    if any(n > limit for n, limit in zip(train.crop, size, strict=True)):
+        raise ConfigError(
+            f"the crop must fit into the volume; got crop {train.crop} and volume {size}. "
+            f"Use --train.crop {' '.join(map(str, size))} or less, "
+            "or a larger --data.preprocess.size."
+        )
+    if network.encoder.rank == 2 and train.crop[0] != 1:
+        raise ConfigError(
+            f"a network of slices takes crops of depth 1; got {train.crop}. "
+            f"Use --train.crop 1 {train.crop[1]} {train.crop[2]}."
+        )
+    network.encoder.stage_shapes(window(config))
+    config.loss.distilled_stages(network.encoder.num_stages)
+    if config.deterministic and config.parallel == "pmap":
+        raise ConfigError(
+            "a deterministic run needs compiler options, which pmap does not take; "
+            "got --deterministic=True and --parallel=pmap. Use --parallel=jit."
+        )
+    at_once = config.folds_at_once
+    if at_once != "auto" and at_once < 1:
+        raise ConfigError(
+            f"folds-at-once must be auto or at least 1; got {at_once}. Use --folds-at-once=auto."
+        )
+    if at_once != "auto" and at_once > 1 and config.parallel == "pmap":
+        raise ConfigError(
+            "folds side by side share a mesh, which pmap does not know; "
+            f"got --folds-at-once={at_once} and --parallel=pmap. Use --parallel=jit."
+        )
+    folds = config.folds
+    if folds is not None and any(not 0 <= fold < config.num_folds for fold in folds):
+        raise ConfigError(
+            f"folds must be among 0 to {config.num_folds - 1}; got {folds}. "
+            "Name existing folds after --folds."
+        )
+    config = dataclasses.replace(config, network=network)
+    if config.output is None:
+        parts = [config.preset, data.name, data.target]
+        if data.modalities != DataConfig().modalities:
+            parts.append("+".join(data.modalities))
+        config = dataclasses.replace(config, output=Path("runs") / "-".join(parts))
+    return config
+
+
+def _field(config: Config, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)

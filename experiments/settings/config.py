@@ -1,0 +1,117 @@
+"""What a run is asked to be: frozen dataclasses, composed of those of the library and the data."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from cmsad_jax.augmentation import AugmentationConfig
+from cmsad_jax.modules.network import NetworkConfig
+from cmsad_jax.training import LossConfig, OptimizerConfig
+from data_pipelines.config import DataConfig
+
+Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How the network is trained."""
+
+    steps: int = 250
+    """Updates for each fold."""
+    batch_size: int = 2
+    """Examples for each update, over all devices."""
+    crop: tuple[int, int, int] = (12, 48, 48)
+    """Voxels d h w of a training crop and of the sliding window; depth 1 for networks of slices."""
+    foreground_share: float = 1 / 3
+    """Share of the crops that hold foreground, balanced over the positive cases."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    modality_dropout: float = 0.0
+    """Probability of withholding each modality from an example (0.2 prepares for its lack)."""
+    average_decay: float = 0.98
+    """Decay a step of the moving average of the weights that is evaluated; 0 evaluates the last."""
+    validations: int = 2
+    """How often the validation fold is looked at, at even distances, to choose 'best'."""
+    read_threads: int = 2
+    """Threads that read cases; does not change the batches."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, which a killed run continues from with the same result."""
+    max_skipped: int = 10
+    """Updates in a row that may be skipped because loss or gradient is not finite."""
+    steps_per_call: int | None = None
+    """Steps in a call of the device; losses stay the same. By default 1 on CPUs, else up to 10."""
+    accumulation: int = 1
+    """Parts of a batch that go through the network one after another, to save memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes in one run, each with its own devices and its part of every batch."""
+
+    launcher: Literal["auto", "detect", "none"] = "auto"
+    """Who says how many processes; auto: Slurm or Open MPI; detect: JAX; none: there is one."""
+    coordinator: str | None = None
+    """Address host:port of process 0, where processes are started by hand."""
+    num_processes: int | None = None
+    """How many are started by hand."""
+    process_id: int | None = None
+    """Which of them this is, from 0; process 0 writes the run folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """How whole volumes are predicted and turned into masks; fixed before anything is trained."""
+
+    overlap: float = 0.5
+    """Least share of a window that its neighbour sees as well."""
+    batch_size: int = 1
+    """Windows for each call; changes speed and memory alone."""
+    flip: bool = True
+    """Average over the left-right mirror image."""
+    threshold: float = 0.5
+    """Probability above which a voxel belongs to the target."""
+    figures: int = 4
+    """Cases of each fold that are kept for the report's pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One cross-validation run."""
+
+    preset: Literal["small", "volume3d", "slice2d"] = "small"
+    """Defaults to start from: a small network for CPUs, or volumes or slices for accelerators."""
+    accelerator: Accelerator = "auto"
+    """Where to compute; auto takes the best there is."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How a step is spread over the devices."""
+    distributed: DistributedConfig = DistributedConfig()
+    deterministic: bool = False
+    """On GPUs, give the same bits again on devices of one kind, at some cost; CPUs always do."""
+    output: Path | None = None
+    """Run folder; by default named after preset, data, target and modalities under runs/."""
+    num_folds: int = 5
+    """Folds over patients, stratified by presence of the target."""
+    folds: tuple[int, ...] | None = None
+    """Folds to run now; a later run completes the rest. All by default."""
+    folds_at_once: Literal["auto"] | int = "auto"
+    """How many folds train side by side; auto: one on each equal part of several accelerators."""
+    folds_file: Path | None = None
+    """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
+    group_by: str | None = None
+    """Fact of cases (PI-CAI: center; own folder: group) of which each fold leaves out one value."""
+    profile: Path | None = None
+    """Folder for a trace of the first fold's training (Perfetto, TensorBoard); train few steps."""
+    compilation_cache: bool = True
+    """Keep compiled programs beside the built data sets, so that the next run starts sooner."""
+    seed: int = 0
+    """Seed of folds, weights, sampling and augmentation."""
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+def window(config: Config) -> tuple[int, ...]:
+    """Spatial shape that the network sees: the crop, without depth for a network of slices."""
+    return config.train.crop[-config.network.encoder.rank :]

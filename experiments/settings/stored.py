@@ -1,0 +1,87 @@
+"""Configurations as JSON: written, read again, compared."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from cmsad_jax.types import ConfigError
+
+T = TypeVar("T")
+
+
+# Fields that say where and how much of a run is done, not what it is.
+_NOT_IDENTITY = (
+    "accelerator",
+    "deterministic",
+    "output",
+    "folds",
+    "folds_at_once",
+    "parallel",
+    "profile",
+    "compilation_cache",
+    "data.cache",
+    "data.residency",
+    "train.read_threads",
+    "train.steps_per_call",
+    "distributed.launcher",
+    "distributed.coordinator",
+    "distributed.num_processes",
+    "distributed.process_id",
+    "train.accumulation",
+    "network.rematerialize",
+    "train.checkpoint_every",
+    "train.max_skipped",
+)
+
+
+def to_json(config: Any) -> Any:
+    """A configuration as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(kind: type[T], values: Any) -> T:
+    """A configuration from its JSON values; a field that is not there has its default.
+
+    Raises:
+        ConfigError: for a field that ``kind`` does not have.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ConfigError(
+            f"a stored configuration must have the fields of this version; got {unknown[0]!r} in "
+            f"{kind.__name__}. Use the version of cmsad-jax that wrote it."
+        )
+    return kind(**{name: _from_json(hints[name], value) for name, value in values.items()})
+
+
+def _from_json(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(cast(type, hint), value)
+    if isinstance(value, list):
+        return tuple(_from_json(None, item) for item in value)
+    if isinstance(value, str) and Path in (hint, *typing.get_args(hint)):
+        return Path(value)
+    return value
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines ``field: old -> new`` for what makes two runs different (JSON configurations)."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{field}: {before.get(field)} -> {after.get(field)}"
+        for field in sorted(before.keys() | after.keys())
+        if field not in _NOT_IDENTITY and before.get(field) != after.get(field)
+    ]
