@@ -30,7 +30,7 @@ import jax
 from benchmarks import timing
 from data_pipelines.serving import loading
 from experiments import cv, train
-from experiments.runtime import (
+from experiments.process.accelerator import (
     keep_compiled,
     peak_memory_bytes,
     select_accelerator,

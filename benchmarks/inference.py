@@ -51,7 +51,7 @@ from data_pipelines.reading import volume_io
 from experiments import predict
 from experiments.export import describe, model_card
 from experiments.inputs import find_inputs, read_case
-from experiments.runtime import select_accelerator
+from experiments.process.accelerator import select_accelerator
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, window
 from experiments.settings.presets import PRESETS

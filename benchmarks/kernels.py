@@ -26,7 +26,7 @@ from benchmarks.shapes import Convolution, Stage, convolutions, stages
 from benchmarks.timing import Foreign, Operation
 from cmsad_jax import kernels
 from cmsad_jax.losses.distillation import AttentionConfig, cross_modal_distillation_loss
-from experiments.runtime import select_accelerator
+from experiments.process.accelerator import select_accelerator
 from experiments.settings.presets import PRESETS
 
 MODALITIES = ("t2w", "adc", "hbv")

@@ -26,7 +26,7 @@ from cmsad_jax.modules.baselines import count_operations
 from cmsad_jax.modules.fusion import FusionConfig
 from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.training import init_state, train_step
-from experiments.runtime import select_accelerator
+from experiments.process.accelerator import select_accelerator
 from experiments.settings.config import Config, window
 from experiments.settings.presets import PRESETS
 

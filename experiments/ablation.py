@@ -38,7 +38,8 @@ from experiments.ablation_table import (
     write_table,
 )
 from experiments.metrics import case_metrics
-from experiments.runtime import log, run_main, select_accelerator
+from experiments.process.accelerator import select_accelerator
+from experiments.process.console import log, run_main
 from experiments.settings.command_line import complete, parse
 from experiments.settings.config import Config, DistributedConfig, window
 from experiments.settings.options import REGISTRY

@@ -13,6 +13,7 @@ from cmsad_jax.modules import baselines
 from cmsad_jax.modules.network import NetworkConfig
 from data_pipelines.faults import DataError
 from experiments import evaluate, statistics
+from experiments.process import storage
 from experiments.settings.config import Config, window
 
 FULL = "full"
@@ -78,8 +79,8 @@ def write_table(
         },
     }
     text = json.dumps(table, indent=1, allow_nan=False)
-    evaluate.write_text(output / "ablation.json", text + "\n")
-    evaluate.write_text(output / "ablation.md", format_table(table) + "\n")
+    storage.write_text(output / "ablation.json", text + "\n")
+    storage.write_text(output / "ablation.md", format_table(table) + "\n")
     return table
 
 

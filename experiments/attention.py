@@ -20,8 +20,9 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments import statistics
 from experiments.export import read_run
+from experiments.process.accelerator import select_accelerator
+from experiments.process.console import log, run_main
 from experiments.revisit import RevisitCommand, open_run
-from experiments.runtime import log, run_main, select_accelerator
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
 from experiments.train import compile_programs, predict_case

@@ -14,7 +14,6 @@ verifies the manifest first, because Orbax restores flipped bytes without notici
 
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -33,7 +32,8 @@ import orbax.checkpoint as ocp
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
-from experiments.runtime import log, naming_path
+from experiments.process.console import log
+from experiments.process.storage import file_sha256, naming_path
 from experiments.settings.config import Config
 from experiments.settings.stored import differences, from_json, to_json
 
@@ -43,11 +43,14 @@ SCHEMA = 2
 1: the optimizer's moments were trees as the weights are; 2: they are one array for all weights.
 """
 
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict}
 """From version ``n`` to ``n + 1``: what turns a record of the one into a record of the other."""
 
+
 KEEP = {"last": 2, "best": 1}
 """How many checkpoints of each name are kept; the older ``last`` serves if the newer is damaged."""
+
 
 _STATE, _RECORD, _MANIFEST = "state", "record.json", "manifest.json"
 
@@ -216,6 +219,8 @@ def _without_late_answers(fault: "sys.UnraisableHookArgs") -> None:
 
 
 _report_unraisable = sys.unraisablehook
+
+
 sys.unraisablehook = _without_late_answers
 
 
@@ -423,9 +428,3 @@ def _sums(path: Path) -> dict[str, str]:
 
 def _files(path: Path) -> Iterator[Path]:
     return (file for file in sorted(path.rglob("*")) if not file.is_dir())
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

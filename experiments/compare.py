@@ -17,9 +17,10 @@ import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
-from experiments.evaluate import read_metrics, write_text
+from experiments.evaluate import read_metrics
 from experiments.metrics import Row
-from experiments.runtime import run_main
+from experiments.process.console import run_main
+from experiments.process.storage import write_text
 from experiments.settings.options import REGISTRY
 from experiments.statistics import (
     FEW_PATIENTS,

@@ -23,27 +23,29 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import volume_io
 from data_pipelines.serving import loading, splits
-from experiments import evaluate, feed, hosts, lesions, mean_shape, report, tensorboard
-from experiments.checkpoints import file_sha256
+from experiments import evaluate, feed, lesions, mean_shape, report, tensorboard
 from experiments.fold import Fold
 from experiments.metrics import case_metrics
-from experiments.runtime import (
-    LOCK,
-    TEMPORARY,
-    deferred_signals,
-    environment,
+from experiments.process import hosts
+from experiments.process.accelerator import (
     keep_compiled,
-    locked,
-    log,
-    naming_path,
     peak_memory_bytes,
     profiled,
-    progress,
+    select_accelerator,
+)
+from experiments.process.console import log, progress, run_main
+from experiments.process.environment import environment
+from experiments.process.signals import deferred_signals
+from experiments.process.storage import (
+    LOCK,
+    TEMPORARY,
+    file_sha256,
+    locked,
+    naming_path,
     read_json,
     remove_temporary_files,
-    run_main,
-    select_accelerator,
     whole_file,
+    write_json,
 )
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
@@ -64,7 +66,7 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
     """Run the folds asked for and report on all that are done; returns what ``metrics.json`` holds.
 
     ``programs`` are those of a run that differs in seed and folder alone; None compiles them. Of
-    several processes (``experiments.hosts``) the first alone writes and returns something.
+    several processes (``experiments.process.hosts``) the first alone writes and returns something.
 
     Raises:
         ConfigError: for settings that cannot work, or a run folder of another configuration.
@@ -483,12 +485,6 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
         page = report.write_report(output)
     log(f"report: {page}")
     return metrics
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ from data_pipelines.reading.tables import read_table
 from data_pipelines.reading.volume_io import SUFFIXES, read_volume
 from experiments import lesions, statistics
 from experiments.metrics import METRICS, Row, case_metrics
-from experiments.runtime import read_json, run_main, whole_file
+from experiments.process.console import run_main
+from experiments.process.storage import read_json, write_text
 from experiments.settings.options import REGISTRY
 
 
@@ -248,12 +249,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that the file appears whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def read_metrics(run: Path) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from cmsad_jax import export
 from cmsad_jax.named_weights import flatten_weights, to_safetensors, unflatten_weights
 from cmsad_jax.types import ConfigError
 from experiments.checkpoints import load_params
-from experiments.runtime import log, read_json, run_main, select_accelerator
+from experiments.process.accelerator import select_accelerator
+from experiments.process.console import log, run_main
+from experiments.process.storage import read_json
 from experiments.settings.config import Config, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.stored import from_json

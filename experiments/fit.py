@@ -21,7 +21,8 @@ from cmsad_jax.types import ConfigError
 from experiments import memory
 from experiments.feed import DEVICE_SHARE
 from experiments.memory import GIB
-from experiments.runtime import log, run_main, select_accelerator
+from experiments.process.accelerator import select_accelerator
+from experiments.process.console import log, run_main
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config, window
 from experiments.settings.options import REGISTRY

@@ -16,10 +16,11 @@ import numpy as np
 
 from cmsad_jax.training import TrainState
 from data_pipelines.serving import loading
-from experiments import hosts
 from experiments.checkpoints import Checkpoints, newest_intact
 from experiments.feed import Feed, training_feed
-from experiments.runtime import RunError, log, whole_file
+from experiments.process import hosts
+from experiments.process.console import RunError, log
+from experiments.process.storage import whole_file
 from experiments.settings.config import Config
 from experiments.settings.stored import to_json
 

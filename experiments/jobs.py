@@ -17,7 +17,8 @@ from typing import Any, cast
 
 from cmsad_jax.types import ConfigError
 from experiments import cv
-from experiments.runtime import RunError, log, progress, run_main, select_accelerator
+from experiments.process.accelerator import select_accelerator
+from experiments.process.console import RunError, log, progress, run_main
 from experiments.settings.config import Config
 from experiments.train import compile_programs
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.runtime import RunError, log
+from experiments.process.console import RunError, log
 from experiments.settings.config import Config
 
 GIB = 2**30

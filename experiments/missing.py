@@ -21,8 +21,9 @@ from data_pipelines.preparing import preprocessing
 from experiments import statistics
 from experiments.export import read_run
 from experiments.metrics import case_metrics
+from experiments.process.accelerator import select_accelerator
+from experiments.process.console import log, run_main
 from experiments.revisit import RevisitCommand, open_run
-from experiments.runtime import log, run_main, select_accelerator
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
 from experiments.train import compile_programs, predict_case, to_mask

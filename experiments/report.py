@@ -21,8 +21,10 @@ from experiments.charts import (
     read_history,
     result_charts,
 )
-from experiments.evaluate import read_metrics, summarise, write_text
+from experiments.evaluate import read_metrics, summarise
 from experiments.pictures import pictures_of, viewer_of
+from experiments.process.console import run_main
+from experiments.process.storage import read_json, write_text
 from experiments.report_tables import (
     beside_table,
     best_table,
@@ -36,7 +38,6 @@ from experiments.report_tables import (
     headline_table,
     timing_table,
 )
-from experiments.runtime import read_json, run_main
 from experiments.statistics import FEW_PATIENTS, few_patients_warning
 from experiments.wording import (
     Table,

@@ -19,7 +19,7 @@ import tyro
 from cmsad_jax.training import TrainState
 from data_pipelines.faults import DataError, MissingDataError
 from experiments.fold import state_arrays
-from experiments.runtime import run_main
+from experiments.process.console import run_main
 from experiments.settings.config import Config
 from experiments.settings.stored import from_json
 from experiments.train import compile_programs

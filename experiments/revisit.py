@@ -13,9 +13,9 @@ from data_pipelines.case import Case
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading, splits
 from experiments.checkpoints import load_params
-from experiments.evaluate import write_text
 from experiments.export import read_run, run_members
-from experiments.runtime import progress
+from experiments.process.console import progress
+from experiments.process.storage import write_text
 from experiments.settings.config import Accelerator, Config
 
 

@@ -23,10 +23,13 @@ from cmsad_jax.training import TrainState, init_state, train_step, train_steps
 from cmsad_jax.types import ConfigError, Device
 from data_pipelines.case import STORED_UNIT, Case
 from data_pipelines.serving import loading
-from experiments import hosts, memory
+from experiments import memory
 from experiments.feed import Feed
 from experiments.fold import Call, Fold, FoldInTraining, train_batches
-from experiments.runtime import deferred_signals, progress, uncollected
+from experiments.process import hosts
+from experiments.process.accelerator import uncollected
+from experiments.process.console import progress
+from experiments.process.signals import deferred_signals
 from experiments.settings.config import Config, window
 
 MOST_STEPS_PER_CALL = 10

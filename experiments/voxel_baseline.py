@@ -17,7 +17,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from data_pipelines.case import STORED_UNIT
 from data_pipelines.serving import loading
 from experiments.cv import make_folds
-from experiments.runtime import progress, run_main
+from experiments.process.console import progress, run_main
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
 

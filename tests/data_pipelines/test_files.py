@@ -7,7 +7,7 @@ import pytest
 from data_pipelines.files import whole_file
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder
 from data_pipelines.serving.splits import Folds
-from experiments.runtime import TEMPORARY
+from experiments.process.storage import TEMPORARY
 from tests.data_pipelines.fabricate import raw_case, write_folder
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig, PreprocessConfig
-from experiments import runtime
+from experiments.process import accelerator, console
 from experiments.settings.command_line import complete, parse
 from experiments.settings.config import TrainConfig
 from experiments.settings.presets import PRESETS
@@ -124,10 +124,10 @@ def test_missing_accelerator_is_named_with_a_remedy(monkeypatch):
     def none_found():
         raise RuntimeError("Unable to initialize backend 'tpu'")
 
-    monkeypatch.setattr(runtime.jax, "devices", none_found)
-    monkeypatch.setattr(runtime.jax.config, "update", lambda name, value: None)
+    monkeypatch.setattr(accelerator.jax, "devices", none_found)
+    monkeypatch.setattr(accelerator.jax.config, "update", lambda name, value: None)
     with pytest.raises(ConfigError, match=r"got --accelerator=tpu.*Use --accelerator=auto"):
-        runtime.select_accelerator("tpu")
+        accelerator.select_accelerator("tpu")
 
 
 def test_user_mistake_ends_without_traceback(capsys):
@@ -135,6 +135,6 @@ def test_user_mistake_ends_without_traceback(capsys):
         raise ConfigError("rule; got x. Do y.")
 
     with pytest.raises(SystemExit) as stopped:
-        runtime.run_main(main)
+        console.run_main(main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: rule; got x. Do y.\n"

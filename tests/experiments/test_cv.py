@@ -20,7 +20,8 @@ from data_pipelines.faults import DataError
 from data_pipelines.serving import loading
 from experiments import cv, reproduce, train
 from experiments.checkpoints import Checkpoints, load_params
-from experiments.runtime import RunError, locked
+from experiments.process.console import RunError
+from experiments.process.storage import locked
 from experiments.settings.command_line import complete
 from experiments.train import compile_programs, to_mask
 from tests.data_pipelines.fabricate import raw_case, write_folder

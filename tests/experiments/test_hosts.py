@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cmsad_jax.types import ConfigError
-from experiments import hosts
-from experiments.runtime import RunError
+from experiments.process import hosts
+from experiments.process.console import RunError
 from experiments.settings.config import DistributedConfig
 
 

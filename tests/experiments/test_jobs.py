@@ -8,7 +8,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.serving import loading
 from experiments import ablation, jobs
 from experiments.evaluate import read_metrics
-from experiments.runtime import RunError
+from experiments.process.console import RunError
 from tests.faults.job import tiny
 
 

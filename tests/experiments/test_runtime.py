@@ -16,16 +16,14 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments import memory
-from experiments.runtime import (
+from experiments.process.accelerator import uncollected
+from experiments.process.console import RunError, run_main
+from experiments.process.signals import Interrupted, deferred_signals
+from experiments.process.storage import (
     TEMPORARY,
-    Interrupted,
-    RunError,
-    deferred_signals,
     locked,
     naming_path,
     remove_temporary_files,
-    run_main,
-    uncollected,
     whole_file,
 )
 from experiments.settings.command_line import complete
@@ -35,7 +33,9 @@ from tests.processes import start_two
 HOLD = """
 import hashlib, sys
 from pathlib import Path
-from experiments.runtime import deferred_signals, locked, run_main
+from experiments.process.console import run_main
+from experiments.process.signals import deferred_signals
+from experiments.process.storage import locked
 def main():
     with locked(Path(sys.argv[1])), deferred_signals() as stop:
         print("ready", flush=True)
@@ -99,7 +99,7 @@ def test_signal_is_raised_at_the_end_of_the_section():
 def test_peak_memory_is_that_of_this_process_alone():
     program = """
 import jax, subprocess, sys
-from experiments.runtime import peak_memory_bytes
+from experiments.process.accelerator import peak_memory_bytes
 if len(sys.argv) == 1:
     held = bytearray(3 * 2**29)
     for i in range(0, len(held), 4096):
@@ -159,8 +159,9 @@ TWO_PROCESSES = """
 import sys, time
 import jax
 from experiments.settings.config import DistributedConfig
-from experiments.hosts import join
-from experiments.runtime import deferred_signals, run_main
+from experiments.process.hosts import join
+from experiments.process.console import run_main
+from experiments.process.signals import deferred_signals
 def main():
     process, port = int(sys.argv[1]), sys.argv[2]
     join(DistributedConfig("auto", f"127.0.0.1:{port}", 2, process))
@@ -338,7 +339,7 @@ def test_memory_that_runs_out_is_explained_and_other_errors_pass():
 
 MANY_CALLS = """
 import resource, sys
-from experiments.runtime import select_accelerator
+from experiments.process.accelerator import select_accelerator
 if sys.argv[1] == "kept":
     select_accelerator("cpu")
 import jax, jax.numpy as jnp

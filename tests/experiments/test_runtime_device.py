@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.runtime import keep_compiled, peak_memory_bytes, profiled
+from experiments.process.accelerator import keep_compiled, peak_memory_bytes, profiled
 from experiments.train import compiler_options
 
 

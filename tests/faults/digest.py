@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.checkpoints import newest_intact
-from experiments.runtime import LOCK
+from experiments.process.storage import LOCK
 
 TIMES = {
     "first_step_s",

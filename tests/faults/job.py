@@ -20,7 +20,7 @@ from cmsad_jax.modules import EncoderConfig, FusionConfig, NetworkConfig
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.serving import loading
 from experiments import checkpoints, cv, fold, train
-from experiments.runtime import run_main
+from experiments.process.console import run_main
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, PredictConfig, TrainConfig
 

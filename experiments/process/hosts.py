@@ -16,7 +16,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from cmsad_jax.types import ConfigError
-from experiments.runtime import RunError, share_signals
+from experiments.process.console import RunError
+from experiments.process.signals import share_signals
 from experiments.settings.config import DistributedConfig
 
 T = TypeVar("T")

@@ -1,0 +1,80 @@
+"""What a command says, and how it ends: log lines, progress, errors without tracebacks."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import jax
+from tqdm import tqdm
+
+from cmsad_jax.types import ConfigError
+from data_pipelines.faults import DataError
+from experiments.process.signals import SIGNALS, Interrupted, Stop
+
+T = TypeVar("T")
+
+
+def progress(
+    items: Iterable[T], *, description: str, total: int | None = None, initial: int = 0
+) -> "tqdm[T]":
+    """A progress bar on a terminal; nothing where output goes to a file."""
+    return tqdm(
+        items,
+        desc=description,
+        total=total,
+        initial=initial,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+        smoothing=0.1,
+    )
+
+
+def log(message: str) -> None:
+    """A line of the run's account on stdout, at once; of several processes, the first says it."""
+    if jax.distributed.is_initialized() and jax.process_index() > 0:
+        return
+    print(f"{message}\n", end="", flush=True)  # in one piece, whichever thread says it
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on until its cause is removed; the message holds cause and remedy."""
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Run a program and end with its status; what a user can mend ends in one message.
+
+    0 done; 1 a fault of the program, with a traceback; 2 the request or the data cannot work; 3
+    stopped by something outside it (full disk, memory, values that are not finite): mend that and
+    run the same command again; 130 and 143 stopped by SIGINT and SIGTERM: run it again to continue.
+    """
+
+    def interrupt(number: int, _: Any) -> None:
+        Stop.unanswered = number
+        raise Interrupted(number)
+
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+    try:
+        main()
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}. What was finished before is intact. "
+            "Mend the storage and run the same command again to continue.",
+            file=sys.stderr,
+        )
+        raise SystemExit(3) from None
+    except KeyboardInterrupt as error:
+        Stop.unanswered = None
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        print("interrupted; what is done is kept, run again to continue", file=sys.stderr)
+        raise SystemExit(128 + number) from None

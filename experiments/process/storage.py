@@ -1,0 +1,114 @@
+"""Files that are whole or not there, folders that one process holds, faults that name the path."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cmsad_jax.types import ConfigError
+from data_pipelines import files
+from data_pipelines.faults import DataError
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; the kernel frees it when the process ends, however it does.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"one process works on a run folder at a time; {folder} is in use by "
+                f"{file.read().strip()}. Wait for it to end, or name another folder with --output."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+LOCK = ".lock"
+"""File by which a process holds a run folder; it stays, and means nothing when no one holds it."""
+
+
+TEMPORARY = re.compile(r"\..+\.\d+(\.tmp)?(\.[a-z.]+)?")
+"""Names under which files are written before they are renamed."""
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed processes left half-written under ``folder``, which must be locked."""
+    for path in folder.rglob(".*"):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to; it becomes ``path`` if nothing is raised."""
+    with naming_path(path), files.whole_file(path) as partial:
+        yield partial
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run folder.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"a file of a run must be as it was written; {path}: {error}. "
+            "Restore it from a copy, or remove the folder that holds it to do that part again."
+        ) from error
+
+
+@contextlib.contextmanager
+def naming_path(
+    path: Path, action: str = "write", *, faults: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """Turn ``faults`` of storage inside into an ``OSError`` that names ``path``.
+
+    A full disk says so without a name, and some libraries have errors of their own for it.
+    """
+    try:
+        yield
+    except (ConfigError, DataError):
+        raise
+    except faults as error:
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+        if (full := os.strerror(errno.ENOSPC)) in str(error):  # from within a library's message
+            number, reason = errno.ENOSPC, full
+        raise OSError(number, f"cannot {action}: {reason}", str(path)) from error
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that the file appears whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
