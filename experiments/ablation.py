@@ -27,7 +27,7 @@ from data_pipelines.case import spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.reading.volume_io import read_volume
 from data_pipelines.serving import loading, splits
-from experiments import cv, evaluate, jobs, lesions, report
+from experiments import cv, evaluate, jobs, report
 from experiments.ablation_table import (
     FULL,
     LATE,
@@ -37,7 +37,8 @@ from experiments.ablation_table import (
     summarise_row,
     write_table,
 )
-from experiments.metrics import case_metrics
+from experiments.measuring import lesions, summary
+from experiments.measuring.metrics import case_metrics
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.settings.command_line import complete, parse
@@ -321,7 +322,7 @@ def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: in
         rows += [identity | {"class": name} | values for name, values in measured.items()]
     folder.mkdir(parents=True, exist_ok=True)
     facts = ("target", "classes", "threshold", "checkpoint", "num_folds", "folds_done")
-    metrics = evaluate.summarise(rows, done[0]["folds_done"]) | {key: done[0][key] for key in facts}
+    metrics = summary.summarise(rows, done[0]["folds_done"]) | {key: done[0][key] for key in facts}
     evaluate.write_metrics(metrics, folder / "metrics.json", folder / "metrics.csv")
     report.write_report(folder)
 

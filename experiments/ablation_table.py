@@ -12,7 +12,8 @@ import numpy as np
 from cmsad_jax.modules import baselines
 from cmsad_jax.modules.network import NetworkConfig
 from data_pipelines.faults import DataError
-from experiments import evaluate, statistics
+from experiments import evaluate
+from experiments.measuring import statistics, summary
 from experiments.process import storage
 from experiments.settings.config import Config, window
 
@@ -94,7 +95,7 @@ def _of_folds(run: Path, folds: Sequence[int]) -> Mapping[str, Any] | None:
         return None
     if done == set(folds):
         return metrics
-    return evaluate.summarise(
+    return summary.summarise(
         [row for row in metrics["metric_per_case"] if row["fold"] in folds], folds
     )
 

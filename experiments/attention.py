@@ -18,8 +18,8 @@ import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
-from experiments import statistics
 from experiments.export import read_run
+from experiments.measuring import statistics
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.revisit import RevisitCommand, open_run

@@ -18,11 +18,8 @@ import tyro
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments.evaluate import read_metrics
-from experiments.metrics import Row
-from experiments.process.console import run_main
-from experiments.process.storage import write_text
-from experiments.settings.options import REGISTRY
-from experiments.statistics import (
+from experiments.measuring.metrics import Row
+from experiments.measuring.statistics import (
     FEW_PATIENTS,
     NUM_RESAMPLES,
     PairedTests,
@@ -31,6 +28,9 @@ from experiments.statistics import (
     holm,
     paired_tests,
 )
+from experiments.process.console import run_main
+from experiments.process.storage import write_text
+from experiments.settings.options import REGISTRY
 
 Rows = Mapping[tuple[str, str], Row]
 

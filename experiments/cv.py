@@ -23,9 +23,10 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import volume_io
 from data_pipelines.serving import loading, splits
-from experiments import evaluate, feed, lesions, mean_shape, report, tensorboard
+from experiments import evaluate, feed, report, tensorboard
 from experiments.fold import Fold
-from experiments.metrics import case_metrics
+from experiments.measuring import lesions, mean_shape, summary
+from experiments.measuring.metrics import case_metrics
 from experiments.process import hosts
 from experiments.process.accelerator import (
     keep_compiled,
@@ -461,7 +462,7 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
         if file.exists():
             done[fold] = read_json(file)
     rows = [row for record in done.values() for row in record["metric_per_case"]]
-    metrics = evaluate.summarise(rows, folds=list(done)) | {
+    metrics = summary.summarise(rows, folds=list(done)) | {
         "target": config.data.target,
         "classes": list(config.data.classes),
         "threshold": config.predict.threshold,
@@ -474,7 +475,7 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
     }
     with naming_path(output / "metrics.json"):
         evaluate.write_metrics(metrics, output / "metrics.json", output / "metrics.csv")
-    log(evaluate.format_summary(metrics))
+    log(summary.format_summary(metrics))
     shape = baseline["mean_dice"]
     if shape is not None:
         log(f"baseline that ignores the image (mean training shape): Dice {shape:.3f}")

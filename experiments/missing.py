@@ -18,9 +18,9 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
-from experiments import statistics
 from experiments.export import read_run
-from experiments.metrics import case_metrics
+from experiments.measuring import statistics
+from experiments.measuring.metrics import case_metrics
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.revisit import RevisitCommand, open_run

@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 from markupsafe import Markup
 
-from experiments.metrics import Row
+from experiments.measuring.metrics import Row
 from experiments.wording import Drawing, class_label, number, volume
 
 

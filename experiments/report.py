@@ -21,7 +21,9 @@ from experiments.charts import (
     read_history,
     result_charts,
 )
-from experiments.evaluate import read_metrics, summarise
+from experiments.evaluate import read_metrics
+from experiments.measuring.statistics import FEW_PATIENTS, few_patients_warning
+from experiments.measuring.summary import summarise
 from experiments.pictures import pictures_of, viewer_of
 from experiments.process.console import run_main
 from experiments.process.storage import read_json, write_text
@@ -38,7 +40,6 @@ from experiments.report_tables import (
     headline_table,
     timing_table,
 )
-from experiments.statistics import FEW_PATIENTS, few_patients_warning
 from experiments.wording import (
     Table,
     class_label,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.charts import History
-from experiments.metrics import METRICS
+from experiments.measuring.metrics import METRICS
 from experiments.wording import (
     LABELS,
     SHORT_LABELS,

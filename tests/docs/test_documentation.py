@@ -15,9 +15,9 @@ import pytest
 import tyro
 
 import cmsad_jax
-from experiments import lesions
-from experiments.evaluate import summarise
-from experiments.metrics import METRICS, case_metrics
+from experiments.measuring import lesions
+from experiments.measuring.metrics import METRICS, case_metrics
+from experiments.measuring.summary import summarise
 from experiments.settings.command_line import complete, parse
 from experiments.settings.presets import PRESETS
 from experiments.settings.stored import flatten, to_json

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.serving.splits import Folds
-from experiments.evaluate import summarise, write_metrics
-from experiments.lesions import detect
-from experiments.metrics import case_metrics
+from experiments.evaluate import write_metrics
+from experiments.measuring.lesions import detect
+from experiments.measuring.metrics import case_metrics
+from experiments.measuring.summary import summarise
 
 SPACING_MM = (3.0, 1.0, 1.0)
 SHAPE = (8, 40, 48)

@@ -15,8 +15,9 @@ from data_pipelines.serving import loading
 from data_pipelines.serving.splits import Folds
 from experiments import ablation, ablation_table
 from experiments.ablation_table import run_folder, write_table
-from experiments.evaluate import read_metrics, summarise, write_metrics
-from experiments.metrics import METRICS, case_metrics
+from experiments.evaluate import read_metrics, write_metrics
+from experiments.measuring.metrics import METRICS, case_metrics
+from experiments.measuring.summary import summarise
 from experiments.settings.config import window
 
 TINY = [

@@ -5,8 +5,9 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
 from experiments.compare import compare, compare_all, format_comparisons, main
-from experiments.evaluate import summarise, write_metrics
-from experiments.metrics import METRICS
+from experiments.evaluate import write_metrics
+from experiments.measuring.metrics import METRICS
+from experiments.measuring.summary import summarise
 
 
 def save_run(folder, dice, *, name="lesion", patients=None, fold=0):

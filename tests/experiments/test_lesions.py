@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from experiments import lesions
+from experiments.measuring import lesions
 
 with contextlib.redirect_stdout(io.StringIO()):
     from report_guided_annotation import extract_lesion_candidates

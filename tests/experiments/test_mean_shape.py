@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.mean_shape import average, mean_shape
+from experiments.measuring.mean_shape import average, mean_shape
 
 
 def test_mean_shape_fits_the_cases_best():

@@ -14,7 +14,7 @@ from data_pipelines.preparing import preprocessing
 from data_pipelines.serving import loading, splits
 from experiments import missing
 from experiments.checkpoints import load_params
-from experiments.metrics import case_metrics
+from experiments.measuring.metrics import case_metrics
 from experiments.train import compile_programs, predict_case, to_mask
 from tests.experiments.untrained_run import make_untrained_run, revisitable, tiny_config
 

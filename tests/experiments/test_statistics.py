@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.statistics import (
+from experiments.measuring.statistics import (
     bca_interval,
     bootstrap_interval,
     few_patients_warning,

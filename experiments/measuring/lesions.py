@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from experiments import statistics
+from experiments.measuring import statistics
 
 with contextlib.redirect_stdout(io.StringIO()):  # it prints a request for citation
     from picai_eval.eval import evaluate_case
@@ -135,7 +135,7 @@ def summarise(detections: Sequence[Detection], *, num_resamples: int = 2_000) ->
         * ``average_precision`` of lesions, ``auroc`` of cases, ``picai_score`` (their mean), and
           ``sensitivity_at``: lesion sensitivity at each of ``FALSE_POSITIVE_RATES`` a case. None
           where there is no lesion, or for AUROC where all cases are positive or all negative.
-        * ``interval``: of each of these, by ``experiments.statistics.bca_interval``.
+        * ``interval``: of each of these, by ``experiments.measuring.statistics.bca_interval``.
         * ``num_cases``, ``num_positive``, ``num_lesions``, and over all candidates whatever their
           confidence ``num_true_positive``, ``num_false_positive`` and ``num_false_negative``.
         * ``froc``, ``roc``, ``precision_recall``: the points of the curves.
