@@ -29,7 +29,8 @@ import jax
 
 from benchmarks import timing
 from data_pipelines.serving import loading
-from experiments import cv, train
+from experiments import cv
+from experiments.prediction import windows
 from experiments.process.accelerator import (
     keep_compiled,
     peak_memory_bytes,
@@ -39,6 +40,8 @@ from experiments.process.accelerator import (
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config
 from experiments.settings.presets import PRESETS
+from experiments.training import loop, programs
+from experiments.training.fold import train_batches
 
 RESIDENCIES = ("host", "device")
 
@@ -86,24 +89,24 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
     """Train the folds of one program for some steps, predict a case, and say what that took."""
     keep_compiled(config.data.cache / "compiled")
     devices = select_accelerator(config.accelerator)
-    programs = train.compile_programs(config, devices)
+    compiled = programs.compile_programs(config, devices)
     source = loading.build(config.data)
-    folds, count = cv.make_folds(config, source), train.folds_at_once(config, devices)
+    folds, count = cv.make_folds(config, source), programs.folds_at_once(config, devices)
     training = [folds.training(fold) for fold in range(count)]
     feeds = [
-        train.train_batches(config, source, training[fold], fold=fold, num_folds=count)
+        train_batches(config, source, training[fold], fold=fold, num_folds=count)
         for fold in range(count)
     ]
-    place, _ = programs.of_folds(count)
-    state = place.place_state([programs.init(jax.random.key(fold)) for fold in range(count)])
+    place, _ = compiled.of_folds(count)
+    state = place.place_state([compiled.init(jax.random.key(fold)) for fold in range(count)])
 
     def waited_s() -> float:
         return sum(feed.waited_s for feed in feeds)
 
     number, first_s, first_steps, waited, started = 0, 0.0, 0, 0.0, time.perf_counter()
     while number < num_steps:
-        calls, placed, program = train.next_call(
-            config, programs, feeds, number, lambda _: False, training
+        calls, placed, program = loop.next_call(
+            config, compiled, feeds, number, lambda _: False, training
         )
         state, _ = (program.step if first_steps else uncollected(program.step))(state, placed)
         number += len(calls[0].batches)
@@ -118,7 +121,7 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
         "waiting_share": (waited_s() - waited) / seconds,
         "first_step_s": first_s,
         "compile_s": first_s - first_steps * seconds / steps,
-        "steps_per_call": programs.steps_per_call,
+        "steps_per_call": compiled.steps_per_call,
         "peak_memory_gb": peak_memory_bytes(devices[0]) / 1e9,
     }
     params, case = place.fetch_state(state)[0].average, source[training[0][0]]
@@ -127,9 +130,9 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
         for _ in range(2):  # the first compiles
             started = time.perf_counter()
             if name == "predict":
-                train.predict_case(programs.predict, params, case, config, 1)
+                windows.predict_case(compiled.predict, params, case, config, 1)
             else:
-                cv.predict_and_measure(config, programs, params, case, 0, directory)
+                cv.predict_and_measure(config, compiled, params, case, 0, directory)
             found[f"{name}_s"] = time.perf_counter() - started
     return found
 

@@ -50,12 +50,12 @@ from data_pipelines.phantom.phantom import make_case
 from data_pipelines.reading import volume_io
 from experiments import predict
 from experiments.export import describe, model_card
-from experiments.inputs import find_inputs, read_case
+from experiments.prediction.inputs import find_inputs, read_case
+from experiments.prediction.windows import predict_window
 from experiments.process.accelerator import select_accelerator
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, window
 from experiments.settings.presets import PRESETS
-from experiments.train import predict_window
 
 VOLUMES = ((24, 320, 320), (60, 640, 640))
 NUM_MEMBERS = 5

@@ -39,13 +39,13 @@ from experiments.ablation_table import (
 )
 from experiments.measuring import lesions, summary
 from experiments.measuring.metrics import case_metrics
+from experiments.prediction.windows import to_mask
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.settings.command_line import complete, parse
 from experiments.settings.config import Config, DistributedConfig, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
-from experiments.train import to_mask
 
 _NO_DISTILLATION = {
     "loss.cross_modal_weight": 0.0,

@@ -20,12 +20,13 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments.export import read_run
 from experiments.measuring import statistics
+from experiments.prediction.windows import predict_case
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.revisit import RevisitCommand, open_run
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
-from experiments.train import compile_programs, predict_case
+from experiments.training.programs import compile_programs
 
 
 @dataclasses.dataclass(frozen=True)

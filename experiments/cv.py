@@ -23,10 +23,10 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import volume_io
 from data_pipelines.serving import loading, splits
-from experiments import evaluate, feed, report, tensorboard
-from experiments.fold import Fold
+from experiments import evaluate, report
 from experiments.measuring import lesions, mean_shape, summary
 from experiments.measuring.metrics import case_metrics
+from experiments.prediction.windows import predict_case, scaled_image, to_mask
 from experiments.process import hosts
 from experiments.process.accelerator import (
     keep_compiled,
@@ -51,16 +51,10 @@ from experiments.process.storage import (
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
 from experiments.settings.stored import differences, flatten, from_json, to_json
-from experiments.train import (
-    Programs,
-    compile_programs,
-    folds_at_once,
-    groups,
-    predict_case,
-    scaled_image,
-    to_mask,
-    train_folds,
-)
+from experiments.training import feed, tensorboard
+from experiments.training.fold import Fold
+from experiments.training.loop import train_folds
+from experiments.training.programs import Programs, compile_programs, folds_at_once, groups
 
 
 def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:

@@ -16,14 +16,14 @@ import tyro
 from cmsad_jax import export
 from cmsad_jax.named_weights import flatten_weights, to_safetensors, unflatten_weights
 from cmsad_jax.types import ConfigError
-from experiments.checkpoints import load_params
+from experiments.prediction.windows import attention_window, predict_window
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.process.storage import read_json
 from experiments.settings.config import Config, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.stored import from_json
-from experiments.train import attention_window, predict_window
+from experiments.training.checkpoints import load_params
 
 UNSTATED_LICENSE = (
     "The terms of use of these weights were not stated when they were exported. Ask whoever made "

@@ -18,15 +18,15 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
-from experiments import memory
-from experiments.feed import DEVICE_SHARE
-from experiments.memory import GIB
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config, window
 from experiments.settings.options import REGISTRY
-from experiments.train import compile_programs
+from experiments.training import memory
+from experiments.training.feed import DEVICE_SHARE
+from experiments.training.memory import GIB
+from experiments.training.programs import compile_programs
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """In-plane sides of the crops in the table, relative to those asked for."""

@@ -20,7 +20,7 @@ from experiments import cv
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import RunError, log, progress, run_main
 from experiments.settings.config import Config
-from experiments.train import compile_programs
+from experiments.training.programs import compile_programs
 
 
 def how_many(asked: int | None, platform: str) -> int:

@@ -21,12 +21,13 @@ from data_pipelines.preparing import preprocessing
 from experiments.export import read_run
 from experiments.measuring import statistics
 from experiments.measuring.metrics import case_metrics
+from experiments.prediction.windows import predict_case, to_mask
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.revisit import RevisitCommand, open_run
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
-from experiments.train import compile_programs, predict_case, to_mask
+from experiments.training.programs import compile_programs
 
 NOTHING = "nothing"
 """What is withheld from a case that is predicted with all its modalities."""

@@ -33,14 +33,14 @@ from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import case_files, volume_io
 from data_pipelines.reading.case_files import CaseFiles
 from experiments.export import write_artifact
-from experiments.inputs import find_inputs, read_case
+from experiments.prediction.inputs import find_inputs, read_case
+from experiments.prediction.windows import to_mask
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, progress, run_main
 from experiments.process.storage import read_json, write_text
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
 from experiments.settings.stored import from_json
-from experiments.train import to_mask
 
 T = TypeVar("T")
 R = TypeVar("R")

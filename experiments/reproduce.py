@@ -18,16 +18,16 @@ import tyro
 
 from cmsad_jax.training import TrainState
 from data_pipelines.faults import DataError, MissingDataError
-from experiments.fold import state_arrays
 from experiments.process.console import run_main
 from experiments.settings.config import Config
 from experiments.settings.stored import from_json
-from experiments.train import compile_programs
+from experiments.training.fold import state_arrays
+from experiments.training.programs import compile_programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """One step, as ``experiments.fold`` kept it.
+    """One step, as ``experiments.training.fold`` kept it.
 
     Attributes:
         config: of its run.

@@ -33,7 +33,7 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
         * ``per_fold``: each fold's ``num_cases``, ``num_positive``, ``num_missed``, ``mean`` and
           ``note`` (None, or that a class is in no case).
         * ``num_cases``, and ``folds_without_positives``: no case with any foreground.
-        * ``detection``: ``experiments.measuring.lesions.summarise`` of the rows that have it, if any.
+        * ``detection``: ``lesions.summarise`` of the rows that have it, if any.
         * per class: ``num_positive``, ``num_negatives``, ``num_missed`` (truth but no prediction
           at all), ``num_no_overlap`` (positives with Dice 0, the missed ones among them) and
           ``false_positives_on_negatives``: ``num_cases`` with any, mean, median, sd, max in ml.

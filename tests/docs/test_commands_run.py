@@ -27,7 +27,7 @@ from experiments import cv, missing
 from experiments.settings import presets
 from experiments.settings.command_line import complete
 from experiments.settings.presets import PRESETS
-from experiments.train import compile_programs
+from experiments.training.programs import compile_programs
 from tests.docs.test_documentation import ROOT, commands
 
 STORY = [

@@ -14,8 +14,8 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading, splits
 from experiments import attention, revisit
-from experiments.checkpoints import load_params
-from experiments.train import scaled_image
+from experiments.prediction.windows import scaled_image
+from experiments.training.checkpoints import load_params
 from tests import oracles
 from tests.experiments.untrained_run import make_untrained_run, revisitable, tiny_config
 

@@ -18,11 +18,16 @@ import pytest
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
-from experiments import checkpoints
-from experiments.checkpoints import Checkpoints, CorruptCheckpointError, load_params, read_record
 from experiments.cv import weights_sha256
 from experiments.settings.config import Config
 from experiments.settings.stored import from_json
+from experiments.training import checkpoints
+from experiments.training.checkpoints import (
+    Checkpoints,
+    CorruptCheckpointError,
+    load_params,
+    read_record,
+)
 from tests.faults.corruption import DAMAGES, filled, survives
 from tests.faults.job import tiny
 
@@ -263,7 +268,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from experiments.checkpoints import Checkpoints
+from experiments.training.checkpoints import Checkpoints
 from tests.experiments.test_checkpoints import state, tiny
 folder = Path(sys.argv[1])
 kept = Checkpoints(folder / "checkpoints", tiny(folder, folder))
@@ -298,7 +303,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pathlib import Path
 from types import SimpleNamespace
 from cmsad_jax.parallel import data_mesh
-from experiments.checkpoints import Checkpoints
+from experiments.training.checkpoints import Checkpoints
 from tests.experiments.test_checkpoints import same, state, tiny
 assert len(jax.devices()) == 4
 folder = Path(sys.argv[1])

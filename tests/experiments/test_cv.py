@@ -18,12 +18,14 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading
-from experiments import cv, reproduce, train
-from experiments.checkpoints import Checkpoints, load_params
+from experiments import cv, reproduce
+from experiments.prediction.windows import to_mask
 from experiments.process.console import RunError
 from experiments.process.storage import locked
 from experiments.settings.command_line import complete
-from experiments.train import compile_programs, to_mask
+from experiments.training import loop
+from experiments.training.checkpoints import Checkpoints, load_params
+from experiments.training.programs import compile_programs
 from tests.data_pipelines.fabricate import raw_case, write_folder
 from tests.experiments.test_tensorboard import read_events
 from tests.experiments.tiny_run import ENCODER, history, poisoned, shared_programs, tiny
@@ -130,8 +132,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (train, "train_batches", 1),
-        (train, "reference_dice", 1),
+        (loop, "train_batches", 1),
+        (loop, "reference_dice", 1),
         (Checkpoints, "_write", 2),
         (cv, "predict_and_measure", 2),
         (cv, "finish", 1),
@@ -176,7 +178,7 @@ def test_work_that_is_done_is_not_done_again(finished, tmp_path, cache, monkeypa
     spoilt, *kept = sorted((fold / "masks").iterdir())
     spoilt.write_bytes(b"no mask")
     written = {path: path.stat().st_mtime_ns for path in kept}
-    monkeypatch.setattr(train.loading, "train_batches", None)  # training would fail
+    monkeypatch.setattr(loop.loading, "train_batches", None)  # training would fail
     cv.run(config)
     assert f"{len(kept)} of {len(kept) + 1} cases predicted before" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in kept} == written

@@ -14,11 +14,11 @@ import pytest
 from cmsad_jax.modules import FusionConfig
 from cmsad_jax.training import LossConfig
 from experiments import cv
-from experiments.checkpoints import load_params
 from experiments.process.console import RunError
 from experiments.process.signals import Interrupted, Stop
 from experiments.settings.config import Config, PredictConfig
-from experiments.train import compile_programs
+from experiments.training.checkpoints import load_params
+from experiments.training.programs import compile_programs
 from tests.experiments.tiny_run import history, poisoned, shared_programs, tiny
 from tests.processes import start_two
 

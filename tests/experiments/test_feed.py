@@ -7,8 +7,8 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import CaseInfo
 from data_pipelines.serving import loading
-from experiments.feed import choose_residency, training_feed
 from experiments.settings.config import Config, TrainConfig
+from experiments.training.feed import choose_residency, training_feed
 
 CROP = (4, 8, 8)
 

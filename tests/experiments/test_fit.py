@@ -7,9 +7,9 @@ import pytest
 
 from cmsad_jax.types import ConfigError
 from experiments import fit
-from experiments.memory import GIB
 from experiments.settings.command_line import complete
 from experiments.settings.presets import PRESETS
+from experiments.training.memory import GIB
 from tests.experiments.untrained_run import tiny_config
 
 

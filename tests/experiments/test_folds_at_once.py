@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from cmsad_jax.types import ConfigError
-from experiments import memory
-from experiments.fold import Fold
 from experiments.settings.command_line import complete
 from experiments.settings.presets import PRESETS
-from experiments.train import compile_programs, devices_of, folds_at_once, groups
+from experiments.training import memory
+from experiments.training.fold import Fold
+from experiments.training.programs import compile_programs, devices_of, folds_at_once, groups
 
 SMALL = PRESETS["small"]
 GPUS = [SimpleNamespace(platform="gpu")] * 8

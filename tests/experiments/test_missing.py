@@ -13,9 +13,10 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from data_pipelines.serving import loading, splits
 from experiments import missing
-from experiments.checkpoints import load_params
 from experiments.measuring.metrics import case_metrics
-from experiments.train import compile_programs, predict_case, to_mask
+from experiments.prediction.windows import predict_case, to_mask
+from experiments.training.checkpoints import load_params
+from experiments.training.programs import compile_programs
 from tests.experiments.untrained_run import make_untrained_run, revisitable, tiny_config
 
 

@@ -18,8 +18,8 @@ from data_pipelines.case import Volume
 from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from experiments import cv, export, predict
-from experiments.inputs import find_inputs, read_case
-from experiments.train import compile_programs
+from experiments.prediction.inputs import find_inputs, read_case
+from experiments.training.programs import compile_programs
 from tests.data_pipelines.fabricate import affine, raw_case, save, write_dicom, write_folder
 from tests.experiments.untrained_run import make_untrained_run, tiny_config
 

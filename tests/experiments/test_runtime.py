@@ -15,7 +15,6 @@ import pytest
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
-from experiments import memory
 from experiments.process.accelerator import uncollected
 from experiments.process.console import RunError, run_main
 from experiments.process.signals import Interrupted, deferred_signals
@@ -28,6 +27,7 @@ from experiments.process.storage import (
 )
 from experiments.settings.command_line import complete
 from experiments.settings.presets import PRESETS
+from experiments.training import memory
 from tests.processes import start_two
 
 HOLD = """

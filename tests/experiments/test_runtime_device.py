@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.process.accelerator import keep_compiled, peak_memory_bytes, profiled
-from experiments.train import compiler_options
+from experiments.training.programs import compiler_options
 
 
 @pytest.fixture

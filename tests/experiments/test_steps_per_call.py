@@ -8,11 +8,12 @@ import pytest
 
 from cmsad_jax.parallel import ParallelStep
 from cmsad_jax.types import ConfigError
-from experiments.feed import Feed
 from experiments.settings.command_line import complete
 from experiments.settings.config import TrainConfig
 from experiments.settings.presets import PRESETS
-from experiments.train import Programs, next_call, steps_per_call, validation_steps
+from experiments.training.feed import Feed
+from experiments.training.loop import next_call
+from experiments.training.programs import Programs, steps_per_call, validation_steps
 
 
 def configured(**options):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments.tensorboard import write_events
+from experiments.training.tensorboard import write_events
 
 
 class Scalar(NamedTuple):

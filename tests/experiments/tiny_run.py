@@ -12,10 +12,10 @@ import pytest
 from cmsad_jax.modules import EncoderConfig
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.serving import loading
-from experiments import cv, reproduce, train
+from experiments import cv, reproduce
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, PredictConfig, TrainConfig
-from experiments.train import compile_programs
+from experiments.training.programs import compile_programs
 
 ENCODER = EncoderConfig(
     channels=(4, 6),
@@ -88,4 +88,4 @@ def poisoned(monkeypatch, *steps: int, calls: int | None = None) -> None:
                 batch["image"][0] = np.nan
             yield batch
 
-    monkeypatch.setattr(train.loading, "train_batches", batches)
+    monkeypatch.setattr(loading, "train_batches", batches)

@@ -11,10 +11,10 @@ from cmsad_jax.modules import CMSAD, EncoderConfig, FusionConfig
 from cmsad_jax.training import TrainState
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.serving import loading, splits
-from experiments.checkpoints import Checkpoints
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, TrainConfig
 from experiments.settings.stored import to_json
+from experiments.training.checkpoints import Checkpoints
 from tests.networks import random_params
 
 ENCODER = EncoderConfig(

@@ -25,8 +25,8 @@ from typing import NamedTuple
 import jax
 
 from cmsad_jax.training import TrainState
-from experiments.checkpoints import Checkpoints
-from experiments.train import compile_programs
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.programs import compile_programs
 from tests.faults import corruption, hostile
 from tests.faults.digest import digest
 from tests.faults.job import PHASES, tiny

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from cmsad_jax.training import TrainState
-from experiments.checkpoints import CorruptCheckpointError
+from experiments.training.checkpoints import CorruptCheckpointError
 
 
 def truncate(path: Path, rng: random.Random) -> None:

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.checkpoints import newest_intact
 from experiments.process.storage import LOCK
+from experiments.training.checkpoints import newest_intact
 
 TIMES = {
     "first_step_s",

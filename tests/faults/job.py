@@ -19,15 +19,16 @@ from pathlib import Path
 from cmsad_jax.modules import EncoderConfig, FusionConfig, NetworkConfig
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.serving import loading
-from experiments import checkpoints, cv, fold, train
+from experiments import cv
 from experiments.process.console import run_main
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, PredictConfig, TrainConfig
+from experiments.training import checkpoints, fold, loop
 
 PHASES = {
     "building": (loading, "build"),
     "training": (cv, "train_folds"),
-    "validating": (train, "reference_dice"),
+    "validating": (loop, "reference_dice"),
     "saving": (checkpoints.Checkpoints, "_write"),
     "predicting": (cv, "predict_and_measure"),
     "reporting": (cv, "finish"),
@@ -102,7 +103,7 @@ def mark_units() -> None:
     """Mark the end of each unit of work that a SIGTERM lets finish: a step or a case."""
     for owner, name in (
         (fold.Progress, "time"),
-        (train, "predict_case"),
+        (loop, "predict_case"),
         (cv, "predict_case"),
     ):
         original = getattr(owner, name)

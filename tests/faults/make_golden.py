@@ -12,10 +12,11 @@ from pathlib import Path
 import jax
 
 from data_pipelines.serving import loading
-from experiments.checkpoints import SCHEMA, load_params
 from experiments.cv import weights_sha256
-from experiments.fold import Fold
-from experiments.train import compile_programs, train_folds
+from experiments.training.checkpoints import SCHEMA, load_params
+from experiments.training.fold import Fold
+from experiments.training.loop import train_folds
+from experiments.training.programs import compile_programs
 from tests.faults.job import tiny
 
 GOLDEN = Path(__file__).with_name(f"golden_{SCHEMA}.tar.xz")

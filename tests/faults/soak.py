@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 
 from data_pipelines.serving import loading
-from experiments.fold import Fold
-from experiments.train import compile_programs, train_folds
+from experiments.training.fold import Fold
+from experiments.training.loop import train_folds
+from experiments.training.programs import compile_programs
 from tests.faults.job import tiny
 
 STEPS, WARM_STEPS = 2000, 200

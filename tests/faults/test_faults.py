@@ -20,8 +20,8 @@ from data_pipelines.reading.case_files import check_ids
 from data_pipelines.serving import loading
 from data_pipelines.serving.splits import make_folds
 from experiments import cv
-from experiments.checkpoints import Checkpoints
-from experiments.fold import Fold, write_history
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.fold import Fold, write_history
 from tests.faults import hostile
 from tests.faults.digest import digest
 from tests.faults.job import tiny

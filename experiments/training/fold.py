@@ -16,13 +16,13 @@ import numpy as np
 
 from cmsad_jax.training import TrainState
 from data_pipelines.serving import loading
-from experiments.checkpoints import Checkpoints, newest_intact
-from experiments.feed import Feed, training_feed
 from experiments.process import hosts
 from experiments.process.console import RunError, log
 from experiments.process.storage import whole_file
 from experiments.settings.config import Config
 from experiments.settings.stored import to_json
+from experiments.training.checkpoints import Checkpoints, newest_intact
+from experiments.training.feed import Feed, training_feed
 
 LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""

@@ -11,8 +11,8 @@ from cmsad_jax.residency import take_crops
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT
 from data_pipelines.serving import loading
-from experiments import memory
 from experiments.settings.config import Config
+from experiments.training import memory
 
 DEVICE_SHARE = 0.25
 """Part of a device's memory that training cases may fill without being asked to."""
