@@ -29,7 +29,6 @@ import jax
 
 from benchmarks import timing
 from data_pipelines.serving import loading
-from experiments import cv
 from experiments.prediction import windows
 from experiments.process.accelerator import (
     keep_compiled,
@@ -40,6 +39,7 @@ from experiments.process.accelerator import (
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config
 from experiments.settings.presets import PRESETS
+from experiments.studies import cross_validation
 from experiments.training import loop, programs
 from experiments.training.fold import train_batches
 
@@ -91,7 +91,10 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
     devices = select_accelerator(config.accelerator)
     compiled = programs.compile_programs(config, devices)
     source = loading.build(config.data)
-    folds, count = cv.make_folds(config, source), programs.folds_at_once(config, devices)
+    folds, count = (
+        cross_validation.make_folds(config, source),
+        programs.folds_at_once(config, devices),
+    )
     training = [folds.training(fold) for fold in range(count)]
     feeds = [
         train_batches(config, source, training[fold], fold=fold, num_folds=count)
@@ -132,7 +135,7 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
             if name == "predict":
                 windows.predict_case(compiled.predict, params, case, config, 1)
             else:
-                cv.predict_and_measure(config, compiled, params, case, 0, directory)
+                cross_validation.predict_and_measure(config, compiled, params, case, 0, directory)
             found[f"{name}_s"] = time.perf_counter() - started
     return found
 

@@ -49,7 +49,8 @@ from data_pipelines.phantom.anatomy import case_id_of
 from data_pipelines.phantom.phantom import make_case
 from data_pipelines.reading import volume_io
 from experiments import predict
-from experiments.export import describe, model_card
+from experiments.exporting.artifact import describe
+from experiments.exporting.model_card import model_card
 from experiments.prediction.inputs import find_inputs, read_case
 from experiments.prediction.windows import predict_window
 from experiments.process.accelerator import select_accelerator

@@ -9,7 +9,7 @@ Further options are those of ``experiments.cv`` and hold for all rows, ``--sweep
 
 What is done is not done again: the same command continues, and one with more rows or seeds trains
 those alone. The table is written after each row, and holds what the last command asked for. On a
-processor several runs are trained at a time (``experiments.jobs``).
+processor several runs are trained at a time (``experiments.studies.jobs``).
 """
 
 import dataclasses
@@ -27,16 +27,7 @@ from data_pipelines.case import spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.reading.volume_io import read_volume
 from data_pipelines.serving import loading, splits
-from experiments import cv, evaluate, jobs, report
-from experiments.ablation_table import (
-    FULL,
-    LATE,
-    Variant,
-    format_table,
-    run_folder,
-    summarise_row,
-    write_table,
-)
+from experiments import report, run_folder
 from experiments.measuring import lesions, summary
 from experiments.measuring.metrics import case_metrics
 from experiments.prediction.windows import to_mask
@@ -46,6 +37,16 @@ from experiments.settings.command_line import complete, parse
 from experiments.settings.config import Config, DistributedConfig, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
+from experiments.studies import cross_validation, jobs
+from experiments.studies.ablation_table import (
+    FULL,
+    LATE,
+    Variant,
+    folder_of_row,
+    format_table,
+    summarise_row,
+    write_table,
+)
 
 _NO_DISTILLATION = {
     "loss.cross_modal_weight": 0.0,
@@ -183,12 +184,12 @@ def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
     rows = variants(base, _cv_options(command, options), command)
     source = loading.build(base.data)
     refuse_lacking_modalities(rows, source)
-    folds_file = keep_folds(command.output, cv.make_folds(base, source))
+    folds_file = keep_folds(command.output, cross_validation.make_folds(base, source))
     configs = [
         dataclasses.replace(
             variant.config,
             seed=seed,
-            output=run_folder(command.output, variant.name, seed),
+            output=folder_of_row(command.output, variant.name, seed),
             folds_file=folds_file,
             group_by=None,
         )
@@ -203,7 +204,7 @@ def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
 
     def done(folder: Path) -> str:
         write_table(command.output, rows, seeds, late_fusion=fused)
-        entry = summarise_row([evaluate.read_metrics(folder)])
+        entry = summarise_row([run_folder.read_metrics(folder)])
         dice = "undefined" if entry["dice"] is None else f"{entry['dice']:.3f}"
         return f"{folder}: Dice {dice}, {entry['num_cases']} cases"
 
@@ -280,18 +281,18 @@ def is_done(config: Config) -> bool:
     Raises:
         ConfigError: it holds another one.
     """
-    cv.refuse_other_run(jobs.folder_of(config), config)
+    run_folder.refuse_other_run(jobs.folder_of(config), config)
     asked = set(range(config.num_folds) if config.folds is None else config.folds)
     return (jobs.folder_of(config) / "metrics.json").exists() and asked <= set(
-        evaluate.read_metrics(jobs.folder_of(config))["folds_done"]
+        run_folder.read_metrics(jobs.folder_of(config))["folds_done"]
     )
 
 
 def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: int) -> None:
     """Average the probabilities of the single-modality rows, and evaluate that as a run."""
-    singles = [run_folder(output, f"{name}-alone", seed) for name in base.data.modalities]
-    done = [evaluate.read_metrics(run) for run in singles]
-    folder = run_folder(output, LATE, seed)
+    singles = [folder_of_row(output, f"{name}-alone", seed) for name in base.data.modalities]
+    done = [run_folder.read_metrics(run) for run in singles]
+    folder = folder_of_row(output, LATE, seed)
     classes = base.data.classes
     suffixes = [""] if len(classes) == 1 else [f"_{name}" for name in classes]
     rows = []
@@ -323,7 +324,7 @@ def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: in
     folder.mkdir(parents=True, exist_ok=True)
     facts = ("target", "classes", "threshold", "checkpoint", "num_folds", "folds_done")
     metrics = summary.summarise(rows, done[0]["folds_done"]) | {key: done[0][key] for key in facts}
-    evaluate.write_metrics(metrics, folder / "metrics.json", folder / "metrics.csv")
+    run_folder.write_metrics(metrics, folder / "metrics.json", folder / "metrics.csv")
     report.write_report(folder)
 
 

@@ -18,14 +18,14 @@ import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
-from experiments.export import read_run
 from experiments.measuring import statistics
 from experiments.prediction.windows import predict_case
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
-from experiments.revisit import RevisitCommand, open_run
+from experiments.run_folder import read_run
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
+from experiments.studies.revisit import RevisitCommand, open_run
 from experiments.training.programs import compile_programs
 
 

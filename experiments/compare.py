@@ -17,7 +17,6 @@ import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
-from experiments.evaluate import read_metrics
 from experiments.measuring.metrics import Row
 from experiments.measuring.statistics import (
     FEW_PATIENTS,
@@ -30,6 +29,7 @@ from experiments.measuring.statistics import (
 )
 from experiments.process.console import run_main
 from experiments.process.storage import write_text
+from experiments.run_folder import read_metrics
 from experiments.settings.options import REGISTRY
 
 Rows = Mapping[tuple[str, str], Row]

@@ -9,10 +9,7 @@ With probabilities, lesions are also detected and probabilities calibrated:
 ``experiments.measuring.lesions``.
 """
 
-import csv
 import dataclasses
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,45 +23,11 @@ from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.reading.tables import read_table
 from data_pipelines.reading.volume_io import SUFFIXES, read_volume
 from experiments.measuring import lesions
-from experiments.measuring.metrics import METRICS, Row, case_metrics
+from experiments.measuring.metrics import Row, case_metrics
 from experiments.measuring.summary import format_summary, summarise
 from experiments.process.console import run_main
-from experiments.process.storage import read_json, write_text
+from experiments.run_folder import write_metrics
 from experiments.settings.options import REGISTRY
-
-
-def write_metrics(summary: Mapping[str, Any], json_path: Path, csv_path: Path) -> None:
-    """Write a summary: all of it as JSON, its rows (one per case and class) as CSV.
-
-    Each file appears whole or not at all. Further keys of ``summary`` go into the JSON too; NaN and
-    infinity anywhere in it (a diverged loss) become ``null``.
-    """
-    table = io.StringIO()
-    names = ("case_id", "patient_id", "fold", "class", *METRICS)
-    writer = csv.DictWriter(table, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(summary["metric_per_case"])
-    write_text(csv_path, table.getvalue())
-    write_text(json_path, json.dumps(_without_nan(summary), indent=1, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def read_metrics(run: Path) -> dict[str, Any]:
-    """The ``metrics.json`` of a run folder."""
-    path = Path(run) / "metrics.json"
-    if not path.is_file():
-        raise MissingDataError(
-            f"a run folder must hold metrics.json; got none in {run}. "
-            "Finish the run with python -m experiments.cv, or name another folder."
-        )
-    return read_json(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,15 +18,15 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
-from experiments.export import read_run
 from experiments.measuring import statistics
 from experiments.measuring.metrics import case_metrics
 from experiments.prediction.windows import predict_case, to_mask
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
-from experiments.revisit import RevisitCommand, open_run
+from experiments.run_folder import read_run
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
+from experiments.studies.revisit import RevisitCommand, open_run
 from experiments.training.programs import compile_programs
 
 NOTHING = "nothing"

@@ -32,7 +32,7 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import case_files, volume_io
 from data_pipelines.reading.case_files import CaseFiles
-from experiments.export import write_artifact
+from experiments.exporting.artifact import write_artifact
 from experiments.prediction.inputs import find_inputs, read_case
 from experiments.prediction.windows import to_mask
 from experiments.process.accelerator import select_accelerator

@@ -21,7 +21,6 @@ from experiments.charts import (
     read_history,
     result_charts,
 )
-from experiments.evaluate import read_metrics
 from experiments.measuring.statistics import FEW_PATIENTS, few_patients_warning
 from experiments.measuring.summary import summarise
 from experiments.pictures import pictures_of, viewer_of
@@ -40,6 +39,7 @@ from experiments.report_tables import (
     headline_table,
     timing_table,
 )
+from experiments.run_folder import read_metrics
 from experiments.wording import (
     Table,
     class_label,

@@ -16,10 +16,10 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from data_pipelines.case import STORED_UNIT
 from data_pipelines.serving import loading
-from experiments.cv import make_folds
 from experiments.process.console import progress, run_main
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
+from experiments.studies.cross_validation import make_folds
 
 BACKGROUND_VOXELS = 2000
 """Background voxels drawn from each training case; of the foreground all are used."""

@@ -23,10 +23,11 @@ from cmsad_jax.training import LossConfig
 from data_pipelines.phantom.anatomy import case_id_of
 from data_pipelines.phantom.phantom import make_case
 from data_pipelines.reading import volume_io
-from experiments import cv, missing
+from experiments import missing
 from experiments.settings import presets
 from experiments.settings.command_line import complete
 from experiments.settings.presets import PRESETS
+from experiments.studies import cross_validation
 from experiments.training.programs import compile_programs
 from tests.docs.test_documentation import ROOT, commands
 
@@ -99,7 +100,7 @@ def test_commands_run_with_a_tiny_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(presets.PRESETS, "small", dataclasses.replace(TINY, data=data))
     # To compile is most of the time: all runs here share one set of programs.
     programs = compile_programs(complete(TINY), jax.devices()[:1])
-    for module in (cv, missing):
+    for module in (cross_validation, missing):
         monkeypatch.setattr(module, "compile_programs", lambda config, devices: programs)
     monkeypatch.chdir(tmp_path)
     write_patients(tmp_path / "patients")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.serving.splits import Folds
-from experiments.evaluate import write_metrics
 from experiments.measuring.lesions import detect
 from experiments.measuring.metrics import case_metrics
 from experiments.measuring.summary import summarise
+from experiments.run_folder import write_metrics
 
 SPACING_MM = (3.0, 1.0, 1.0)
 SHAPE = (8, 40, 48)

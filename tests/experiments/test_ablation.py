@@ -13,12 +13,14 @@ from data_pipelines.faults import DataError
 from data_pipelines.reading.volume_io import write_nifti
 from data_pipelines.serving import loading
 from data_pipelines.serving.splits import Folds
-from experiments import ablation, ablation_table
-from experiments.ablation_table import run_folder, write_table
-from experiments.evaluate import read_metrics, write_metrics
+from experiments import ablation
 from experiments.measuring.metrics import METRICS, case_metrics
 from experiments.measuring.summary import summarise
+from experiments.run_folder import read_metrics, write_metrics
 from experiments.settings.config import window
+from experiments.settings.stored import to_json
+from experiments.studies import ablation_table
+from experiments.studies.ablation_table import folder_of_row, write_table
 
 TINY = [
     "--accelerator=cpu",
@@ -85,7 +87,7 @@ def test_a_sweep_changes_one_field_of_the_full_model(tmp_path):
     assert rows["loss.stages=1 2"].loss.stages == (1, 2)
     assert rows["loss.pairs=adc->t2w"].loss.pairs == ("adc->t2w",)
     assert rows["loss.pairs=adc->t2w"].network == rows["full"].network
-    assert len(run_folder(Path("out"), "data.path=/x/y", 1).parts) == 3
+    assert len(folder_of_row(Path("out"), "data.path=/x/y", 1).parts) == 3
     for faulty in ("exponent", "=1", "loss.pairs="):
         with pytest.raises(ConfigError, match="a sweep must be field=value,value"):
             rows_of(tmp_path, sweep=(faulty,))
@@ -256,13 +258,13 @@ def test_rows_share_folds_and_what_is_done_is_not_done_again(
 
     def train(config, programs):
         source = loading.build(config.data)
-        folds = ablation.cv.make_folds(config, source)
+        folds = ablation.cross_validation.make_folds(config, source)
         ran.append((config.output.parent.name, config.seed, folds.sha256))
         save(config.output, np.linspace(0.2, 0.8, 24))
-        record = {"config": ablation.cv.to_json(config)}
+        record = {"config": to_json(config)}
         (config.output / "config.json").write_text(json.dumps(record))
 
-    monkeypatch.setattr(ablation.cv, "run", train)
+    monkeypatch.setattr(ablation.cross_validation, "run", train)
     monkeypatch.setattr(ablation.jobs, "compile_programs", lambda config, devices: None)
     asked = command(tmp_path, rows=("scff",), seeds=(1, 2), jobs=1)
     ablation.run(asked, [*TINY, cache])

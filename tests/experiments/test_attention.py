@@ -13,8 +13,9 @@ from cmsad_jax.modules.network import apply
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading, splits
-from experiments import attention, revisit
+from experiments import attention
 from experiments.prediction.windows import scaled_image
+from experiments.studies import revisit
 from experiments.training.checkpoints import load_params
 from tests import oracles
 from tests.experiments.untrained_run import make_untrained_run, revisitable, tiny_config

@@ -5,9 +5,9 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
 from experiments.compare import compare, compare_all, format_comparisons, main
-from experiments.evaluate import write_metrics
 from experiments.measuring.metrics import METRICS
 from experiments.measuring.summary import summarise
+from experiments.run_folder import write_metrics
 
 
 def save_run(folder, dice, *, name="lesion", patients=None, fold=0):

@@ -18,11 +18,13 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading
-from experiments import cv, reproduce
+from experiments import reproduce, run_folder
 from experiments.prediction.windows import to_mask
 from experiments.process.console import RunError
 from experiments.process.storage import locked
+from experiments.reporting import figures
 from experiments.settings.command_line import complete
+from experiments.studies import cross_validation
 from experiments.training import loop
 from experiments.training.checkpoints import Checkpoints, load_params
 from experiments.training.programs import compile_programs
@@ -47,11 +49,11 @@ def finished(tmp_path_factory, cache):
     """A run done in two goes: fold 1 first, then the rest."""
     output = tmp_path_factory.mktemp("runs") / "run"
     config = tiny(output, cache)
-    first = cv.run(dataclasses.replace(config, folds=(1,)))
+    first = cross_validation.run(dataclasses.replace(config, folds=(1,)))
     assert first["folds_done"] == [1]
     marker = output / "fold_1" / "metrics.json"
     written = marker.stat().st_mtime_ns
-    metrics = cv.run(config)
+    metrics = cross_validation.run(config)
     assert marker.stat().st_mtime_ns == written, "a fold that is done is not done again"
     return config, metrics
 
@@ -120,7 +122,7 @@ def test_checkpoint_gives_the_weights_back(finished):
 
 def test_same_seed_gives_the_same_numbers(finished, tmp_path, cache):
     _, metrics = finished
-    again = cv.run(dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,)))
+    again = cross_validation.run(dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,)))
     rows = [row for row in metrics["metric_per_case"] if row["fold"] == 0]
     assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
 
@@ -135,8 +137,8 @@ class Killed(BaseException):
         (loop, "train_batches", 1),
         (loop, "reference_dice", 1),
         (Checkpoints, "_write", 2),
-        (cv, "predict_and_measure", 2),
-        (cv, "finish", 1),
+        (cross_validation, "predict_and_measure", 2),
+        (cross_validation, "finish", 1),
     ],
     ids=lambda value: value if isinstance(value, str | int) else value.__name__.split(".")[-1],
 )
@@ -158,15 +160,15 @@ def test_run_that_was_cut_off_ends_like_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, cut_off)
         with pytest.raises(Killed):
-            cv.run(config)
-    again = cv.run(config)
+            cross_validation.run(config)
+    again = cross_validation.run(config)
     rows = [row for row in metrics["metric_per_case"] if row["fold"] == 0]
     assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
     assert again["best_checkpoint"][0] == metrics["best_checkpoint"][0]
     for checkpoint in ("last", "best"):
         params = load_params(config.output, 0, checkpoint=checkpoint)
         before = load_params(reference.output, 0, checkpoint=checkpoint)
-        assert cv.weights_sha256(params) == cv.weights_sha256(before)
+        assert cross_validation.weights_sha256(params) == cross_validation.weights_sha256(before)
     assert history(config.output) == history(reference.output)
 
 
@@ -179,7 +181,7 @@ def test_work_that_is_done_is_not_done_again(finished, tmp_path, cache, monkeypa
     spoilt.write_bytes(b"no mask")
     written = {path: path.stat().st_mtime_ns for path in kept}
     monkeypatch.setattr(loop.loading, "train_batches", None)  # training would fail
-    cv.run(config)
+    cross_validation.run(config)
     assert f"{len(kept)} of {len(kept) + 1} cases predicted before" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in kept} == written
     assert nib.load(spoilt).header["descrip"].item().decode() == spoilt.name.split(".")[0]
@@ -189,11 +191,11 @@ def test_masks_of_other_weights_are_made_again(tmp_path):
     for kind in ("masks", "probabilities"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "a.nii.gz").write_bytes(b"1")
-    cv.store_rows(tmp_path, "a", "weights", [{"dice": 0.5}], ("lesion",))
-    assert cv.stored_rows(tmp_path, "a", "weights") == [{"dice": 0.5}]
-    assert cv.stored_rows(tmp_path, "a", "others") is None
+    run_folder.store_rows(tmp_path, "a", "weights", [{"dice": 0.5}], ("lesion",))
+    assert run_folder.stored_rows(tmp_path, "a", "weights") == [{"dice": 0.5}]
+    assert run_folder.stored_rows(tmp_path, "a", "others") is None
     (tmp_path / "masks" / "a.nii.gz").unlink()
-    assert cv.stored_rows(tmp_path, "a", "weights") is None
+    assert run_folder.stored_rows(tmp_path, "a", "weights") is None
 
 
 def test_step_that_is_not_finite_is_skipped_and_said(
@@ -201,7 +203,7 @@ def test_step_that_is_not_finite_is_skipped_and_said(
 ):
     poisoned(monkeypatch, 1)
     config = dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,))
-    metrics = cv.run(config)
+    metrics = cross_validation.run(config)
     assert metrics["fold_summaries"][0]["skipped_updates"] == 1
     assert "fold 1/3: step 1: loss or gradient not finite, update skipped; cases p" in (
         capsys.readouterr().out
@@ -223,7 +225,7 @@ def test_training_stops_when_nothing_is_finite_and_the_step_can_be_repeated(
     with monkeypatch.context() as patch:
         poisoned(patch, 1, 2)
         with pytest.raises(RunError, match="got 2 steps in a row"):
-            cv.run(config)
+            cross_validation.run(config)
     file = config.output / "fold_0" / "not_finite_00000002.npz"
     recording = reproduce.read(file)
     assert recording.config == config
@@ -236,7 +238,7 @@ def test_training_stops_when_nothing_is_finite_and_the_step_can_be_repeated(
     assert said.endswith("reproduced\n")
     recording.batch["image"][:] = 0
     assert reproduce.repeat(recording)["skipped"] == 0
-    assert cv.run(config)["folds_done"] == [0]  # the step is not made again
+    assert cross_validation.run(config)["folds_done"] == [0]  # the step is not made again
 
 
 def test_a_single_step_that_is_not_finite_stops_where_none_may_be(
@@ -249,13 +251,13 @@ def test_a_single_step_that_is_not_finite_stops_where_none_may_be(
     with monkeypatch.context() as patch:
         poisoned(patch, 1)
         with pytest.raises(RunError, match="got 1 steps in a row"):
-            cv.run(config)
+            cross_validation.run(config)
     recording = reproduce.read(config.output / "fold_0" / "not_finite_00000001.npz")
     assert recording.step == 1
     assert reproduce.repeat(recording)["skipped"] == 1
     (kept,) = (config.output / "fold_0" / "checkpoints" / "last").iterdir()
     assert int(kept.name) == 1  # the next step has not been made
-    assert cv.run(config)["folds_done"] == [0]
+    assert cross_validation.run(config)["folds_done"] == [0]
 
 
 def test_recorded_step_that_is_none_is_refused(tmp_path):
@@ -272,19 +274,19 @@ def test_run_folder_in_use_is_refused(finished):
         locked(config.output),
         pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"),
     ):
-        cv.run(config)
+        cross_validation.run(config)
 
 
 def test_folder_of_a_run_killed_while_it_was_opened_is_taken(tmp_path, cache):
     for name in (".lock", "folds.json", ".config.json.123.tmp", "environment.json"):
         (tmp_path / name).write_text("")
-    cv.refuse_other_run(tmp_path, tiny(tmp_path, cache))
+    run_folder.refuse_other_run(tmp_path, tiny(tmp_path, cache))
 
 
 def test_damaged_file_of_a_run_is_named(tmp_path, cache):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"must be as it was written; .*config.json"):
-        cv.run(tiny(tmp_path, cache))
+        cross_validation.run(tiny(tmp_path, cache))
 
 
 def test_names_in_file_headers_reach_no_artifact(finished, tmp_path, capsys):
@@ -303,7 +305,7 @@ def test_names_in_file_headers_reach_no_artifact(finished, tmp_path, capsys):
             nib.save(content, path)
     assert secret.encode() in gzip.decompress((root / "case0" / "t2w.nii.gz").read_bytes())
     config = tiny(tmp_path / "run", tmp_path / "cache")
-    cv.run(
+    cross_validation.run(
         dataclasses.replace(
             config,
             folds=(0,),
@@ -324,7 +326,7 @@ def test_other_configuration_is_refused_with_the_difference(finished, cache):
     config, _ = finished
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
     with pytest.raises(ConfigError, match=r"(?s)holds one configuration.*train.steps: 2 -> 3"):
-        cv.run(other)
+        cross_validation.run(other)
 
 
 def test_changed_data_are_refused(finished, tmp_path, cache):
@@ -335,20 +337,20 @@ def test_changed_data_are_refused(finished, tmp_path, cache):
     record["data_fingerprint"] = "other"
     (copy.output / "config.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="a run continues on the data and folds it began with"):
-        cv.run(copy)
+        cross_validation.run(copy)
 
 
 def test_folder_with_other_files_is_refused(tmp_path, cache):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="must be new or hold a run"):
-        cv.run(tiny(tmp_path, cache))
+        cross_validation.run(tiny(tmp_path, cache))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_fewer_patients_than_folds_leaves_nothing_behind(tmp_path, cache):
     config = dataclasses.replace(tiny(tmp_path / "run", cache), num_folds=11)
     with pytest.raises(DataError, match="patients"):
-        cv.run(config)
+        cross_validation.run(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -356,9 +358,9 @@ def test_no_positive_case_is_refused(tmp_path, cache, monkeypatch):
     config = tiny(tmp_path / "run", cache)
     source = loading.build(config.data)
     source.info = tuple(dataclasses.replace(info, positive=False) for info in source.info)
-    monkeypatch.setattr(cv.loading, "build", lambda data: source)
+    monkeypatch.setattr(loading, "build", lambda data: source)
     with pytest.raises(DataError, match="at least one case must hold the target"):
-        cv.run(config)
+        cross_validation.run(config)
 
 
 def test_folds_file_with_another_number_of_folds_is_refused(tmp_path, cache):
@@ -374,7 +376,7 @@ def test_folds_file_with_another_number_of_folds_is_refused(tmp_path, cache):
     file = tmp_path / "folds.json"
     file.write_text(json.dumps(halves))
     with pytest.raises(ConfigError, match=r"got 3 and 2. Use --num-folds=2"):
-        cv.run(dataclasses.replace(config, folds_file=file))
+        cross_validation.run(dataclasses.replace(config, folds_file=file))
 
 
 def test_centres_become_folds(tmp_path, cache):
@@ -384,15 +386,18 @@ def test_centres_become_folds(tmp_path, cache):
         dataclasses.replace(info, metadata={"center": "AB"[i % 2]})
         for i, info in enumerate(source.info)
     )
-    folds = cv.make_folds(config, source)
+    folds = cross_validation.make_folds(config, source)
     assert [len(ids) for ids in folds.validation] == [5, 5]
-    assert cv.folds_in_words(config, folds) == "2 folds by center (A, B)"
+    assert cross_validation.folds_in_words(config, folds) == "2 folds by center (A, B)"
     drawn = dataclasses.replace(config, group_by=None)
-    assert cv.folds_in_words(drawn, cv.make_folds(drawn, source)) == "2 folds over patients"
+    assert (
+        cross_validation.folds_in_words(drawn, cross_validation.make_folds(drawn, source))
+        == "2 folds over patients"
+    )
     with pytest.raises(ConfigError, match=r"that of groups; got 3 and 2. Use --num-folds=2"):
-        cv.make_folds(dataclasses.replace(config, num_folds=3), source)
+        cross_validation.make_folds(dataclasses.replace(config, num_folds=3), source)
     with pytest.raises(ConfigError, match="from a file or from groups; got both"):
-        cv.make_folds(dataclasses.replace(config, folds_file=tmp_path), source)
+        cross_validation.make_folds(dataclasses.replace(config, folds_file=tmp_path), source)
 
 
 def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
@@ -404,7 +409,7 @@ def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
         network=dataclasses.replace(config.network, encoder=flat),
         train=dataclasses.replace(config.train, crop=(1, 32, 32)),
     )
-    metrics = cv.run(complete(config))
+    metrics = cross_validation.run(complete(config))
     assert {row["class"] for row in metrics["metric_per_case"]} == {"pz", "tz"}
     baseline = metrics["baseline_mean_shape"]
     assert baseline["mean_dice"] > 0.1
@@ -419,10 +424,10 @@ def test_fold_that_finds_nothing_anywhere_is_told_with_a_remedy():
             for positive, volume in found
         ]
 
-    assert cv.outcome(rows((True, 1.0), (False, 0.0))) == "Dice 0.500 over 1"
-    assert cv.outcome(rows((True, 0.0), (False, 0.2))) == "Dice 0.500 over 1"
-    assert cv.outcome(rows((False, 0.0))) == "no positive case, no Dice"
-    said = cv.outcome(rows((True, 0.0), (True, 0.0)))
+    assert cross_validation.outcome(rows((True, 1.0), (False, 0.0))) == "Dice 0.500 over 1"
+    assert cross_validation.outcome(rows((True, 0.0), (False, 0.2))) == "Dice 0.500 over 1"
+    assert cross_validation.outcome(rows((False, 0.0))) == "no positive case, no Dice"
+    said = cross_validation.outcome(rows((True, 0.0), (True, 0.0)))
     assert "no voxel of any case is found" in said
     assert "--train.optimizer.learning-rate" in said
 
@@ -454,9 +459,9 @@ def test_mistake_on_the_command_line_has_no_traceback(tmp_path):
 
 def test_pooling_averages_blocks_and_the_remainder():
     image = np.arange(35.0).reshape(5, 7)
-    pooled = cv.mean_pool(image, largest=4)
+    pooled = figures.mean_pool(image, largest=4)
     assert pooled.shape == (3, 4)
     assert pooled[0, 0] == image[:2, :2].mean()
     assert pooled[2, 3] == image[4, 6]
-    np.testing.assert_array_equal(cv.mean_pool(image[..., None], largest=4)[..., 0], pooled)
-    np.testing.assert_array_equal(cv.mean_pool(image), image)
+    np.testing.assert_array_equal(figures.mean_pool(image[..., None], largest=4)[..., 0], pooled)
+    np.testing.assert_array_equal(figures.mean_pool(image), image)

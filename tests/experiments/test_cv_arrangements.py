@@ -13,10 +13,10 @@ import pytest
 
 from cmsad_jax.modules import FusionConfig
 from cmsad_jax.training import LossConfig
-from experiments import cv
 from experiments.process.console import RunError
 from experiments.process.signals import Interrupted, Stop
 from experiments.settings.config import Config, PredictConfig
+from experiments.studies import cross_validation
 from experiments.training.checkpoints import load_params
 from experiments.training.programs import compile_programs
 from tests.experiments.tiny_run import history, poisoned, shared_programs, tiny
@@ -51,7 +51,7 @@ def plain(output: Path, cache: Path) -> Config:
 def alone(tmp_path_factory, cache):
     """``plain`` in one process, one step a call."""
     config = plain(tmp_path_factory.mktemp("runs") / "alone", cache)
-    cv.run(config)
+    cross_validation.run(config)
     return config
 
 
@@ -59,7 +59,7 @@ def test_several_steps_in_a_call_give_the_same_losses(alone, tmp_path, cache, ca
     config = plain(tmp_path / "run", cache)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, residency="device"))
     train = dataclasses.replace(config.train, steps_per_call=2)
-    cv.run(dataclasses.replace(config, train=train))
+    cross_validation.run(dataclasses.replace(config, train=train))
     said = capsys.readouterr().out
     said_once = "cases resident on the device: 0.00 GB of cases, as asked for; 2 steps in each call"
     assert said.count(said_once) == 1
@@ -81,7 +81,7 @@ def both(output: Path, cache: Path, **options) -> Config:
 def side_by_side(tmp_path_factory, cache):
     """Folds 0 and 1 of ``plain`` in one program, with a checkpoint after each step."""
     config = both(tmp_path_factory.mktemp("runs") / "side_by_side", cache, checkpoint_every=1)
-    cv.run(config)
+    cross_validation.run(config)
     return config
 
 
@@ -120,7 +120,7 @@ def assert_same_folds(one: Config, other: Config) -> None:
 
 def test_folds_side_by_side_are_those_in_turn(alone, side_by_side):
     in_turn = dataclasses.replace(alone, folds=(0, 1))
-    metrics = cv.run(in_turn)
+    metrics = cross_validation.run(in_turn)
     assert_same_folds(in_turn, side_by_side)
     found = json.loads((side_by_side.output / "metrics.json").read_text("utf-8"))
     assert found["folds_done"] == metrics["folds_done"] == [0, 1]
@@ -143,7 +143,7 @@ def test_folds_stopped_side_by_side_go_on_side_by_side_or_in_turn(
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "after_step", told)
         with pytest.raises(Interrupted):
-            cv.run(config)
+            cross_validation.run(config)
     said = capsys.readouterr().out
     for fold in ("fold 1/3", "fold 2/3"):
         assert f"{fold}: saved after step 1 of 2" in said
@@ -153,7 +153,7 @@ def test_folds_stopped_side_by_side_go_on_side_by_side_or_in_turn(
         again = dataclasses.replace(
             again, train=dataclasses.replace(again.train, checkpoint_every=1)
         )
-        cv.run(again)
+        cross_validation.run(again)
     assert capsys.readouterr().out.count("going on after step 1 of 2") == 4
     for fold in (0, 1):
         np.testing.assert_array_equal(weights(config, fold), weights(side_by_side, fold))
@@ -168,11 +168,11 @@ def test_a_fold_that_is_stuck_leaves_those_beside_it_as_they_were(
     with monkeypatch.context() as patch:
         poisoned(patch, 1, 2, calls=1)
         with pytest.raises(RunError, match="got 2 steps in a row of fold 1 that"):
-            cv.run(config)
+            cross_validation.run(config)
     assert (config.output / "fold_0" / "not_finite_00000002.npz").exists()
     assert not (config.output / "fold_1" / "not_finite_00000002.npz").exists()
     np.testing.assert_array_equal(weights(config, 1), weights(side_by_side, 1))
-    assert cv.run(config)["folds_done"] == [0, 1]
+    assert cross_validation.run(config)["folds_done"] == [0, 1]
 
 
 ONE_OF_TWO = """

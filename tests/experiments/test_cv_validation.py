@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from data_pipelines.faults import DataError
-from experiments import cv
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, TrainConfig
+from experiments.studies import cross_validation
 from tests.data_pipelines.fabricate import raw_case, write_folder
 
 
@@ -25,7 +25,7 @@ def test_cv_stops_at_faults_of_the_data(tmp_path):
         )
     )
     with pytest.raises(DataError) as caught:
-        cv.run(config)
+        cross_validation.run(config)
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("the data set cannot be built; cases: 3, errors: 2, warnings: ")
     assert lines[1].split() == ["case", "file", "rule", "what", "came", "remedy"]

@@ -10,10 +10,11 @@ from scipy import ndimage
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.reading.volume_io import write_nifti
-from experiments.evaluate import main, read_metrics, write_metrics
+from experiments.evaluate import main
 from experiments.measuring.metrics import METRICS, case_metrics
 from experiments.measuring.summary import format_summary, summarise
 from experiments.process.storage import write_text
+from experiments.run_folder import read_metrics, write_metrics
 
 SPACING = (3.0, 0.5, 0.5)
 

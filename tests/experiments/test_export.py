@@ -11,8 +11,9 @@ import cmsad_jax.export
 from cmsad_jax.named_weights import flatten_weights
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
-from experiments import export
-from experiments.evaluate import read_metrics
+from experiments import export, run_folder
+from experiments.exporting import artifact, model_card
+from experiments.run_folder import read_metrics
 from experiments.settings.config import Config
 from experiments.settings.stored import from_json, to_json
 from tests.experiments.untrained_run import make_untrained_run, tiny_config
@@ -78,7 +79,7 @@ def test_card_says_what_a_person_must_know(exported):
 
 def test_card_follows_the_classes_and_the_grid(exported):
     description = cmsad_jax.export.load(exported / "model.cmsad").description
-    card = export.model_card(description, 1)
+    card = model_card.model_card(description, 1)
     assert "around the centre of the T2W image" in card
     assert "a voxel above 0.5 belongs to the target" in card
     zones = dataclasses.replace(
@@ -86,21 +87,21 @@ def test_card_follows_the_classes_and_the_grid(exported):
         classes=("pz", "tz"),
         preprocess=description.preprocess | {"centre": "gland"},
     )
-    card = export.model_card(zones, 1)
+    card = model_card.model_card(zones, 1)
     assert "around the centre of the gland" in card
     assert "a voxel belongs to the most probable class, background among them" in card
 
 
 def test_provenance_names_no_folder_of_the_machine(tmp_path):
     config = dataclasses.replace(tiny_config(), profile=tmp_path, folds_file=tmp_path)
-    record = export._without_paths({"config": to_json(config)})
+    record = artifact._without_paths({"config": to_json(config)})
     assert str(tmp_path) not in json.dumps(record)
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"must be as it was written; .*config\.json"):
-        export.read_run(tmp_path)
+        run_folder.read_run(tmp_path)
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(DataError, match=r"must be as it was written; .*metrics\.json"):
         read_metrics(tmp_path)
@@ -108,7 +109,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path):
 
 def test_training_with_dropout_or_missing_cases_allows_for_missing_modalities():
     def allowed(config):
-        return export.describe(config, members=(), provenance={}, metrics={}, license="")
+        return artifact.describe(config, members=(), provenance={}, metrics={}, license="")
 
     config = tiny_config()
     incomplete = dataclasses.replace(config.data, allow_missing=True)

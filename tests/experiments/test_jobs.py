@@ -6,9 +6,10 @@ import pytest
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.serving import loading
-from experiments import ablation, jobs
-from experiments.evaluate import read_metrics
+from experiments import ablation
 from experiments.process.console import RunError
+from experiments.run_folder import read_metrics
+from experiments.studies import jobs
 from tests.faults.job import tiny
 
 
@@ -42,7 +43,7 @@ def test_processes_give_what_one_gives_and_their_fault_ends_all(tmp_path, capsys
 
     config = tiny(tmp_path, tmp_path / "cache")
     source = loading.build(config.data)
-    folds_file = ablation.keep_folds(tmp_path, ablation.cv.make_folds(config, source))
+    folds_file = ablation.keep_folds(tmp_path, ablation.cross_validation.make_folds(config, source))
     jobs.run_here(configs("here"), lambda folder: f"done {folder}")
     jobs.run_in_processes(configs("there"), 2, lambda folder: f"done {folder}")
     said = capsys.readouterr().out.splitlines()

@@ -17,8 +17,10 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import Volume
 from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
-from experiments import cv, export, predict
+from experiments import export, predict
+from experiments.exporting.artifact import describe
 from experiments.prediction.inputs import find_inputs, read_case
+from experiments.studies import cross_validation
 from experiments.training.programs import compile_programs
 from tests.data_pipelines.fabricate import affine, raw_case, save, write_dicom, write_folder
 from tests.experiments.untrained_run import make_untrained_run, tiny_config
@@ -77,7 +79,7 @@ def test_probability_is_that_of_the_run_itself(predicted, run, config):
     expected = []
     for fold, params in enumerate(members):
         directory = predicted / f"cv_{fold}"
-        cv.predict_and_measure(config, programs, params, case, fold, directory)
+        cross_validation.predict_and_measure(config, programs, params, case, fold, directory)
         expected.append(load(directory / "probabilities/a.nii.gz"))
     probability = load(predicted / "out/probabilities/a.nii.gz")
     np.testing.assert_allclose(probability, np.mean(expected, 0), atol=1e-5)
@@ -480,7 +482,7 @@ def test_several_classes_and_networks_of_slices(config, tmp_path):
         share = np.exp(logits - logits.max(-1, keepdims=True))
         return share / share.sum(-1, keepdims=True)
 
-    description = export.describe(config, members=["a"], provenance={}, metrics={}, license="")
+    description = describe(config, members=["a"], provenance={}, metrics={}, license="")
     description = dataclasses.replace(
         description, target="zones", classes=("pz", "tz"), window=(8, 8)
     )

@@ -11,12 +11,13 @@ import pytest
 
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.serving.splits import Folds
-from experiments import cv, pictures, report
-from experiments.evaluate import read_metrics
+from experiments import pictures, report
 from experiments.pictures import choose_cases, outline, slice_to_show
 from experiments.report import main, write_report
+from experiments.run_folder import read_metrics
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config
+from experiments.studies import cross_validation
 from tests.experiments.fake_run import keep_one_figure, make_run
 
 VARIANTS = {
@@ -471,7 +472,7 @@ def test_a_failing_report_costs_nothing_of_the_results(tmp_path, monkeypatch, ca
     monkeypatch.setattr(report, "write_report", fail)
     config = complete(Config(num_folds=2, output=run))
     with pytest.raises(OSError, match="cannot write: broken data stream") as raised:
-        cv.finish(config, run, {"mean_dice": 0.123, "num_cases": 7})
+        cross_validation.finish(config, run, {"mean_dice": 0.123, "num_cases": 7})
     assert raised.value.filename == str(run / "report.html")  # run_main ends with status 3
     printed = capsys.readouterr().out
     assert "lesion     dice" in printed

@@ -12,9 +12,10 @@ import pytest
 from cmsad_jax.modules import EncoderConfig
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.serving import loading
-from experiments import cv, reproduce
+from experiments import reproduce
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, PredictConfig, TrainConfig
+from experiments.studies import cross_validation
 from experiments.training.programs import compile_programs
 
 ENCODER = EncoderConfig(
@@ -64,7 +65,7 @@ def shared_programs():
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cv, "compile_programs", programs)
+        patch.setattr(cross_validation, "compile_programs", programs)
         patch.setattr(reproduce, "compile_programs", programs)
         yield
 

@@ -19,19 +19,19 @@ from pathlib import Path
 from cmsad_jax.modules import EncoderConfig, FusionConfig, NetworkConfig
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.serving import loading
-from experiments import cv
 from experiments.process.console import run_main
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, PredictConfig, TrainConfig
+from experiments.studies import cross_validation
 from experiments.training import checkpoints, fold, loop
 
 PHASES = {
     "building": (loading, "build"),
-    "training": (cv, "train_folds"),
+    "training": (cross_validation, "train_folds"),
     "validating": (loop, "reference_dice"),
     "saving": (checkpoints.Checkpoints, "_write"),
-    "predicting": (cv, "predict_and_measure"),
-    "reporting": (cv, "finish"),
+    "predicting": (cross_validation, "predict_and_measure"),
+    "reporting": (cross_validation, "finish"),
 }
 """The function whose calls are each phase, in the order in which a run reaches them.
 
@@ -104,7 +104,7 @@ def mark_units() -> None:
     for owner, name in (
         (fold.Progress, "time"),
         (loop, "predict_case"),
-        (cv, "predict_case"),
+        (cross_validation, "predict_case"),
     ):
         original = getattr(owner, name)
 
@@ -147,7 +147,7 @@ def main() -> None:
     phase, call, what = fault or ("", "0", "")
     mark_phases(phase, int(call), what)
     mark_units()
-    cv.run(tiny(Path(output), Path(cache)))
+    cross_validation.run(tiny(Path(output), Path(cache)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from data_pipelines.faults import DataError
 from data_pipelines.reading.case_files import check_ids
 from data_pipelines.serving import loading
 from data_pipelines.serving.splits import make_folds
-from experiments import cv
+from experiments.studies import cross_validation
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.fold import Fold, write_history
 from tests.faults import hostile
@@ -53,7 +53,7 @@ PROGRAMS = SimpleNamespace(predict=bright, attention=stages)
 def expected_masks(config, source, folder: Path) -> dict[str, np.ndarray]:
     """The mask of each case, made alone and one after the other."""
     for case_id in source.case_ids:
-        cv.predict_and_measure(config, PROGRAMS, None, source[case_id], 0, folder)
+        cross_validation.predict_and_measure(config, PROGRAMS, None, source[case_id], 0, folder)
     return read_masks(folder)
 
 
@@ -85,15 +85,17 @@ def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
     monkeypatch.setattr(type(source), "__getitem__", slow_read)
     original = loading.eval_cases
     monkeypatch.setattr(
-        cv.loading, "eval_cases", lambda source, ids: original(source, ids, num_threads=8)
+        loading,
+        "eval_cases",
+        lambda source, ids: original(source, ids, num_threads=8),
     )
-    monkeypatch.setattr(cv, "train_folds", trained)
+    monkeypatch.setattr(cross_validation, "train_folds", trained)
     folds = make_folds(source.info, num_folds=2)
     together = {}
     group = [
         Fold(i, folds.training(i), folds.validation[i], tmp_path / f"fold_{i}") for i in range(2)
     ]
-    cv.run_group(config, PROGRAMS, source, group)
+    cross_validation.run_group(config, PROGRAMS, source, group)
     for fold in group:
         directory = fold.directory
         found = read_masks(directory)
@@ -106,7 +108,7 @@ def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
     with ThreadPoolExecutor(8) as threads:
         list(
             threads.map(
-                lambda case_id: cv.predict_and_measure(
+                lambda case_id: cross_validation.predict_and_measure(
                     config, PROGRAMS, None, source[case_id], 0, writers
                 ),
                 source.case_ids,

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from cmsad_jax.types import ConfigError
-from experiments import cv
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import RunError, log, progress, run_main
 from experiments.settings.config import Config
+from experiments.studies import cross_validation
 from experiments.training.programs import compile_programs
 
 
@@ -64,7 +64,7 @@ def run_here(configs: Sequence[Config], done: Callable[[Path], str]) -> None:
         row = folder_of(config).parent
         if row not in shared:
             shared = {row: compile_programs(config, select_accelerator(config.accelerator))}
-        cv.run(config, shared[row])
+        cross_validation.run(config, shared[row])
         log(done(folder_of(config)))
 
 
@@ -116,7 +116,7 @@ def _run_apart(config: Config, cores: Sequence[int]) -> None:
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
-        run_main(functools.partial(cv.run, config))
+        run_main(functools.partial(cross_validation.run, config))
 
 
 def _account(folder: Path) -> Path:

@@ -12,9 +12,9 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading, splits
-from experiments.export import read_run, run_members
 from experiments.process.console import progress
 from experiments.process.storage import write_text
+from experiments.run_folder import read_run, run_members
 from experiments.settings.config import Accelerator, Config
 from experiments.training.checkpoints import load_params
 

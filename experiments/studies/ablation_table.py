@@ -12,7 +12,7 @@ import numpy as np
 from cmsad_jax.modules import baselines
 from cmsad_jax.modules.network import NetworkConfig
 from data_pipelines.faults import DataError
-from experiments import evaluate
+from experiments import run_folder
 from experiments.measuring import statistics, summary
 from experiments.process import storage
 from experiments.settings.config import Config, window
@@ -29,7 +29,7 @@ class Variant:
     config: Config
 
 
-def run_folder(output: Path, row: str, seed: int) -> Path:
+def folder_of_row(output: Path, row: str, seed: int) -> Path:
     """Where a row is trained with a seed; a sweep's value may hold what a path must not."""
     name = "".join(c if c.isalnum() or c in "._=-+" else "_" for c in row)
     return output / name / f"seed_{seed}"
@@ -47,7 +47,7 @@ def write_table(
     folds = list(range(base.num_folds)) if base.folds is None else sorted(set(base.folds))
     configs = {variant.name: variant.config for variant in rows}
     names = [*configs, *([LATE] if late_fusion else [])]
-    runs = {name: [run_folder(output, name, seed) for seed in seeds] for name in names}
+    runs = {name: [folder_of_row(output, name, seed) for seed in seeds] for name in names}
     found = {name: [_of_folds(run, folds) for run in folders] for name, folders in runs.items()}
     done = {
         name: [metrics for metrics in of_seeds if metrics is not None]
@@ -89,7 +89,7 @@ def _of_folds(run: Path, folds: Sequence[int]) -> Mapping[str, Any] | None:
     """The metrics of a run over these folds; None if some of them are not done."""
     if not (run / "metrics.json").exists():
         return None
-    metrics = evaluate.read_metrics(run)
+    metrics = run_folder.read_metrics(run)
     done = set(metrics["folds_done"])
     if not done >= set(folds):
         return None

@@ -1,0 +1,109 @@
+"""A finished run as one file: programs, weights, and all that surrounds them."""
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmsad_jax import export
+from cmsad_jax.named_weights import flatten_weights, unflatten_weights
+from experiments.exporting.model_card import model_card
+from experiments.prediction.windows import attention_window, predict_window
+from experiments.run_folder import _json, read_run, run_members
+from experiments.settings.config import Config, window
+from experiments.training.checkpoints import load_params
+
+UNSTATED_LICENSE = (
+    "The terms of use of these weights were not stated when they were exported. Ask whoever made "
+    "them. Weights may be bound by the terms of the data that they were trained on (those of "
+    "PI-CAI are CC BY-NC 4.0)."
+)
+
+
+def write_artifact(
+    run: Path,
+    target: Path | io.BytesIO,
+    *,
+    folds: Sequence[int] | None = None,
+    license: str = "",
+    platforms: Sequence[str] = export.PLATFORMS,
+) -> export.Description:
+    """Export ``run`` into a file or a buffer; returns what is said of it.
+
+    Raises:
+        ConfigError: no run, or folds that are not done.
+    """
+    config, record = read_run(run)
+    chosen = run_members(run, config, folds)
+    weights = [flatten_weights(load_params(run, fold)) for fold in chosen]
+    programs = {}
+    functions = {"predict": predict_window(config)}
+    if config.network.fusion.kind != "early":
+        finest = config.loss.distilled_stages(config.network.encoder.num_stages)[0]
+        functions["attention"] = attention_window(config, (finest,))
+    for name, function in functions.items():
+        programs[name] = export.export_program(
+            lambda flat, windows, present, function=function: function(
+                unflatten_weights(flat), windows, present
+            ),
+            weights[0],
+            window=window(config),
+            num_modalities=len(config.data.modalities),
+            platforms=platforms,
+        )
+    file = Path(license)
+    text = file.read_text("utf-8") if license and file.is_file() else license or UNSTATED_LICENSE
+    description = describe(
+        config,
+        members=[f"fold_{fold}" for fold in chosen],
+        provenance={**_without_paths(record), "environment": _json(run / "environment.json")},
+        metrics=_json(run / "metrics.json"),
+        license=text.strip().splitlines()[0] if license else "unspecified",
+    )
+    card = model_card(description, sum(values.size for values in weights[0].values()))
+    export.save(
+        target,
+        description=description,
+        programs=programs,
+        weights=weights,
+        card=card,
+        license_text=text.strip() + "\n",
+    )
+    return description
+
+
+def describe(
+    config: Config,
+    *,
+    members: Sequence[str],
+    provenance: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    license: str,
+) -> export.Description:
+    """What an artifact of a run says of itself."""
+    kept = ("mean", "sd", "num_cases", "num_positive", "num_defined")
+    return export.Description(
+        modalities=config.data.modalities,
+        target=config.data.target,
+        classes=config.data.classes,
+        window=window(config),
+        preprocess=dataclasses.asdict(config.data.preprocess),
+        overlap=config.predict.overlap,
+        batch_size=config.predict.batch_size,
+        flip=config.predict.flip,
+        threshold=config.predict.threshold,
+        allow_missing=config.data.allow_missing or config.train.modality_dropout > 0,
+        members=tuple(members),
+        provenance=provenance,
+        metrics={key: metrics[key] for key in kept if key in metrics},
+        license=license,
+    )
+
+
+def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run without the folders of the machine it ran on."""
+    folders = ("output", "profile", "folds_file", "compilation_cache")
+    config = {key: value for key, value in record["config"].items() if key not in folders}
+    config["data"] = {k: v for k, v in config["data"].items() if k not in ("path", "cache")}
+    return {**record, "config": config}

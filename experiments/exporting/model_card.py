@@ -1,0 +1,75 @@
+"""What a person should know before using an exported model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cmsad_jax import export
+
+
+def model_card(description: export.Description, num_parameters: int) -> str:
+    """What a person should know before using the model, Markdown."""
+    data = description.provenance["config"]["data"]
+    environment = description.provenance["environment"]
+    grid = description.preprocess
+    low, high = grid["clip_percentiles"]
+    rows = [
+        f"| {name} | {metric} | {_figure(description.metrics, 'mean', name, metric)} "
+        f"| {_figure(description.metrics, 'sd', name, metric)} "
+        f"| {_figure(description.metrics, 'num_defined', name, metric)} |"
+        for name in description.classes
+        for metric in ("dice", "sensitivity", "precision", "hd95_mm", "false_positive_volume_ml")
+    ]
+    centre = "gland" if grid["centre"] == "gland" else "T2W image"
+    rule = (
+        f"a voxel above {description.threshold} belongs to the target"
+        if len(description.classes) == 1
+        else "a voxel belongs to the most probable class, background among them"
+    )
+    missing = "may be missing" if description.allow_missing else "must all be there"
+    return f"""# Model card
+
+Segments {", ".join(description.classes)} in prostate MRI from {", ".join(description.modalities)}
+({missing}). **Research software, not a medical device: not for diagnosis or treatment.**
+
+- **Model**: cross-modal self-attention distillation (CMSAD), a reconstruction from the abstract of
+  arXiv 2011.03908; {num_parameters:,} weights for each of {len(description.members)} members
+  ({", ".join(description.members)}), whose probabilities are averaged.
+- **Input**: volumes resampled to {_times(grid["size"])} voxels (d h w) of
+  {_times(grid["spacing_mm"])} mm around the centre of the {centre}, clipped to the percentiles
+  {low:g} to {high:g}, scaled to mean 0 and sd 1. What lies outside that grid is not examined.
+- **Output**: probabilities; {rule}.
+- **Trained on**: data set `{data["name"]}`, fingerprint
+  `{description.provenance["data_fingerprint"][:16]}`; commit `{environment.get("git_commit")}`,
+  {environment.get("started", "date unknown")}, {environment.get("device", "device unknown")}.
+- **Licence of the weights**: {description.license}.
+
+## Cross-validated figures
+
+Each case was measured by the member that had not seen it. The ensemble of all members has seen
+every case of the training data: predictions on these are no test.
+
+| class | metric | mean | sd | cases |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+## Use
+
+```
+python -m experiments.predict --model model.cmsad --input CASES --output PREDICTIONS
+```
+
+or, on arrays and with no other packages than jax, jaxtyping and flatbuffers,
+`cmsad_jax.export.load("model.cmsad")`. The weights are `weights/*.safetensors` of this archive, a
+zip file.
+"""
+
+
+def _figure(metrics: Mapping[str, Any], statistic: str, name: str, metric: str) -> str:
+    value = metrics.get(statistic, {}).get(name, {}).get(metric)
+    if value is None:
+        return "undefined"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _times(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:g}" for value in values)
