@@ -27,12 +27,13 @@ from data_pipelines.case import spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.reading.volume_io import read_volume
 from data_pipelines.serving import loading, splits
-from experiments import report, run_folder
+from experiments import run_folder
 from experiments.measuring import lesions, summary
 from experiments.measuring.metrics import case_metrics
 from experiments.prediction.windows import to_mask
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
+from experiments.reporting import page
 from experiments.settings.command_line import complete, parse
 from experiments.settings.config import Config, DistributedConfig, window
 from experiments.settings.options import REGISTRY
@@ -325,7 +326,7 @@ def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: in
     facts = ("target", "classes", "threshold", "checkpoint", "num_folds", "folds_done")
     metrics = summary.summarise(rows, done[0]["folds_done"]) | {key: done[0][key] for key in facts}
     run_folder.write_metrics(metrics, folder / "metrics.json", folder / "metrics.csv")
-    report.write_report(folder)
+    page.write_report(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

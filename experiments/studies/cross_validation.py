@@ -19,7 +19,7 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import volume_io
 from data_pipelines.serving import loading, splits
-from experiments import report, run_folder
+from experiments import run_folder
 from experiments.measuring import lesions, mean_shape, summary
 from experiments.measuring.metrics import case_metrics
 from experiments.prediction.windows import predict_case, to_mask
@@ -39,6 +39,7 @@ from experiments.process.storage import (
     remove_temporary_files,
     write_json,
 )
+from experiments.reporting import page
 from experiments.reporting.figures import cases_to_show, save_figure
 from experiments.run_folder import (
     is_done,
@@ -340,6 +341,6 @@ def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, 
     if missing:
         log(f"folds still to run: {' '.join(missing)} (the same command with --folds, or without)")
     with naming_path(output / "report.html"):
-        page = report.write_report(output)
-    log(f"report: {page}")
+        html = page.write_report(output)
+    log(f"report: {html}")
     return metrics

@@ -11,9 +11,10 @@ import pytest
 
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.serving.splits import Folds
-from experiments import pictures, report
-from experiments.pictures import choose_cases, outline, slice_to_show
-from experiments.report import main, write_report
+from experiments.report import main
+from experiments.reporting import pictures
+from experiments.reporting.page import write_report
+from experiments.reporting.pictures import choose_cases, outline, slice_to_show
 from experiments.run_folder import read_metrics
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config
@@ -382,7 +383,7 @@ def noisy_run(folder):
 def test_page_keeps_to_its_limit_and_thins_even_the_first_case(tmp_path, monkeypatch):
     run = noisy_run(tmp_path / "run")
     assert write_report(run).stat().st_size > 800_000
-    monkeypatch.setattr(report, "PAGE_BYTES", 600_000)
+    monkeypatch.setattr("experiments.reporting.page.PAGE_BYTES", 600_000)
     html = write_report(run).read_text("utf-8")
     assert 300_000 < len(html.encode()) < 600_000
     (case,) = viewer_data(html)["cases"]
@@ -401,11 +402,13 @@ def test_pictures_keep_to_their_limit(tmp_path, monkeypatch):
     whole, said = size()
     assert whole > 60_000
     assert said == []
-    monkeypatch.setattr(report, "PICTURES_BYTES", 30_000)
+    monkeypatch.setattr("experiments.reporting.page.PICTURES_BYTES", 30_000)
     small, said = size()
     assert small < 32_000
     assert said == ["shown at 1/2 of the resolution"]
-    monkeypatch.setattr(report, "PICTURES_BYTES", 0)  # the smallest possible, not an endless search
+    monkeypatch.setattr(
+        "experiments.reporting.page.PICTURES_BYTES", 0
+    )  # the smallest possible, not an endless search
     assert size()[0] < 5_000
 
 
@@ -424,7 +427,7 @@ def test_outlines_of_noise_count_as_well(tmp_path, monkeypatch):
 
 def test_cases_without_room_are_left_out_with_the_reason(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
-    monkeypatch.setattr(report, "PAGE_BYTES", 1000)
+    monkeypatch.setattr("experiments.reporting.page.PAGE_BYTES", 1000)
     html = write_report(run).read_text("utf-8")
     assert (
         "Left out, as the page has no room for their slices even at low resolution: "
@@ -469,7 +472,7 @@ def test_a_failing_report_costs_nothing_of_the_results(tmp_path, monkeypatch, ca
     def fail(run_dir):
         raise OSError("broken data stream")
 
-    monkeypatch.setattr(report, "write_report", fail)
+    monkeypatch.setattr("experiments.reporting.page.write_report", fail)
     config = complete(Config(num_folds=2, output=run))
     with pytest.raises(OSError, match="cannot write: broken data stream") as raised:
         cross_validation.finish(config, run, {"mean_dice": 0.123, "num_cases": 7})

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 from playwright.sync_api import sync_playwright
 
-from experiments.report import write_report
+from experiments.reporting.page import write_report
 from tests.experiments.fake_run import keep_one_figure, make_run
 
 CHROMIUM = next(

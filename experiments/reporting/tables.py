@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.charts import History
 from experiments.measuring.metrics import METRICS
-from experiments.wording import (
+from experiments.reporting.charts import History
+from experiments.reporting.wording import (
     LABELS,
     SHORT_LABELS,
     UNDEFINED,

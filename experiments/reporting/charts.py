@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments.measuring.metrics import Row
-from experiments.wording import Drawing, class_label, curve_label
+from experiments.reporting.wording import Drawing, class_label, curve_label
 
 FOLD_COLORS = ("#3f8fd2", "#e07b2e", "#2fa36b", "#b565c9", "#c79a1b", "#d9546a", "#2ba6a6")
 MAX_CURVE_POINTS = 300

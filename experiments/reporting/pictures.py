@@ -18,7 +18,7 @@ import PIL.Image
 from markupsafe import Markup
 
 from experiments.measuring.metrics import Row
-from experiments.wording import Drawing, class_label, number, volume
+from experiments.reporting.wording import Drawing, class_label, number, volume
 
 
 @dataclasses.dataclass(frozen=True)
