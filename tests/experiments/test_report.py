@@ -408,7 +408,7 @@ def test_pictures_keep_to_their_limit(tmp_path, monkeypatch):
     assert said == ["shown at 1/2 of the resolution"]
     monkeypatch.setattr(
         "experiments.reporting.page.PICTURES_BYTES", 0
-    )  # the smallest possible, not an endless search
+    )  # the least possible, and it ends
     assert size()[0] < 5_000
 
 
