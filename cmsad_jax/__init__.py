@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         focal_loss,
         tversky_loss,
     )
+    from cmsad_jax.metrics import dice_score, precision, sensitivity
     from cmsad_jax.modules.decoder import Decoder
     from cmsad_jax.modules.encoder import Encoder, EncoderConfig
     from cmsad_jax.modules.fusion import Fusion, FusionConfig
@@ -54,10 +55,13 @@ _HOME = {
     "cross_entropy_loss": "losses.segmentation",
     "cross_modal_distillation_loss": "losses.distillation",
     "dice_loss": "losses.segmentation",
+    "dice_score": "metrics",
     "focal_loss": "losses.segmentation",
     "init_state": "training",
     "parallelize": "parallel",
+    "precision": "metrics",
     "self_distillation_loss": "losses.distillation",
+    "sensitivity": "metrics",
     "sliding_window": "inference",
     "train_step": "training",
     "tversky_loss": "losses.segmentation",
@@ -85,10 +89,13 @@ __all__ = [
     "cross_entropy_loss",
     "cross_modal_distillation_loss",
     "dice_loss",
+    "dice_score",
     "focal_loss",
     "init_state",
     "parallelize",
+    "precision",
     "self_distillation_loss",
+    "sensitivity",
     "sliding_window",
     "train_step",
     "tversky_loss",

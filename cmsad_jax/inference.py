@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from cmsad_jax.types import ConfigError
+from cmsad_jax.types import ConfigError, check_number
 
 Predict = Callable[[Float[np.ndarray, "b *window m"], Bool[np.ndarray, "b m"]], Array | np.ndarray]
 """From windows to probabilities ``b *window k``; jitted by the caller, one shape throughout."""
@@ -56,7 +57,7 @@ def sliding_window(
     Args:
         predict: probabilities of a batch of windows; always called with ``batch_size`` of them.
         image: one case.
-        present: its modalities.
+        present: its modalities, bool.
         window: spatial size the network takes.
         num_classes: ``k``.
         overlap: least share of a window that its neighbour sees as well, in [0, 1).
@@ -64,11 +65,12 @@ def sliding_window(
         flip_axes: axes of ``window``; the result is the mean over all combinations of flips.
 
     Raises:
-        ConfigError: for an overlap outside [0, 1).
+        ConfigError: for settings outside their range, an image, window and ``present`` that do not
+            fit each other, or a ``predict`` that returns another shape than ``b *window k``.
     """
-    if not 0 <= overlap < 1:
-        raise ConfigError(f"overlap must be in [0, 1); got {overlap}. Use 0.5.")
-    window = tuple(window)
+    window, flip_axes = _check_sliding(
+        image, present, window, num_classes, overlap, batch_size, flip_axes
+    )
     if len(window) == image.ndim - 2:
         return sliding_window(
             lambda slices, mask: np.asarray(predict(slices[:, 0], mask))[:, None],
@@ -105,6 +107,13 @@ def sliding_window(
         windows = np.stack([np.flip(padded[corner], axes) for corner, axes in chunk])
         filled = np.concatenate([windows, np.repeat(windows[:1], batch_size - len(chunk), 0)])
         result = np.asarray(predict(filled, np.tile(present, (batch_size, 1))), np.float32)
+        if result.shape != (batch_size, *window, num_classes):
+            raise ConfigError(
+                "predict must return probabilities b *window k, "
+                f"{(batch_size, *window, num_classes)} for num_classes={num_classes}; "
+                f"got {result.shape}. Pass the num_classes of the network: 1 for one foreground "
+                "class, else classes with the background."
+            )
         for (corner, axes), values in zip(chunk, result, strict=False):
             total[corner] += weight * np.flip(values, axes)
             mass[corner] += weight
@@ -113,6 +122,51 @@ def sliding_window(
     )
     total /= mass
     return total[inner]
+
+
+def _check_sliding(
+    image: Any,
+    present: Any,
+    window: Any,
+    num_classes: Any,
+    overlap: Any,
+    batch_size: Any,
+    flip_axes: Any,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Window and axes of flips, as tuples; raises as ``sliding_window`` says."""
+    if not isinstance(overlap, numbers.Real) or not 0 <= overlap < 1:
+        raise ConfigError(f"overlap must be in [0, 1); got {overlap!r:.80}. Use 0.5.")
+    check_number("num_classes", num_classes, least=1, usual=1, whole=True)
+    check_number("batch_size", batch_size, least=1, usual=1, whole=True)
+    shape = getattr(image, "shape", ())
+    if len(shape) not in (3, 4) or 0 in shape:
+        raise ConfigError(
+            "the image must be one case, an array *space m of 2 or 3 axes of space; "
+            f"got {shape or type(image).__name__}. Predict the cases of a batch one by one."
+        )
+    if getattr(present, "shape", None) != shape[-1:]:
+        raise ConfigError(
+            "present must have one entry for each channel of the image; "
+            f"got {getattr(present, 'shape', type(present).__name__)} beside an image {shape}. "
+            f"Use numpy.ones({shape[-1]}, bool) if all are there."
+        )
+    sizes = tuple(window) if isinstance(window, Sequence) else ()
+    rank = len(shape) - 1
+    if len(sizes) not in ({2, 3} & {rank, rank - 1}) or any(
+        not isinstance(n, numbers.Integral) or n < 1 for n in sizes
+    ):
+        raise ConfigError(
+            "window must be the size the network takes, 1 or more voxels along each axis of space, "
+            f"or along h and w for a network of slices; got {window!r:.80} for an image {shape}. "
+            f"Use {rank} numbers."
+        )
+    axes = tuple(flip_axes) if isinstance(flip_axes, Sequence) else (None,)
+    if len(set(axes)) != len(axes) or not set(axes) <= set(range(len(sizes))):
+        raise ConfigError(
+            f"flip_axes must be distinct axes of the window, 0 to {len(sizes) - 1}; "
+            f"got {flip_axes!r:.80}. Use ({len(sizes) - 1},) for left and right."
+        )
+    return sizes, axes
 
 
 @dataclasses.dataclass(frozen=True)

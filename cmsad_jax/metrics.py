@@ -1,14 +1,16 @@
 """Overlap of a prediction with the truth: jit-able, per example, nan where it is undefined.
 
 Average with ``jnp.nanmean``: an example without foreground has no Dice, and must not lend it one.
+All raise ``ConfigError`` where the shapes of prediction and labels differ.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from cmsad_jax.types import PerExample
+from cmsad_jax.types import ConfigError, PerExample
 
-Classes = Int[Array, "b *space"] | Bool[Array, "b *space"]
+Classes = Int[Array | np.ndarray, "b *space"] | Bool[Array | np.ndarray, "b *space"]
 """Class of each voxel; a mask counts as class 1."""
 
 
@@ -32,6 +34,12 @@ def precision(prediction: Classes, labels: Classes, *, class_index: int = 1) -> 
 
 def _counts(prediction: Classes, labels: Classes, class_index: int) -> Float[Array, "3 b"]:
     """Number of voxels in both, in the prediction, in the truth; exact to 2^24."""
+    shapes = [getattr(x, "shape", type(x).__name__) for x in (prediction, labels)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            "prediction and labels must have one shape, b *space; "
+            f"got {shapes[0]} and {shapes[1]}. Take logits[..., 0] > 0, or argmax over classes."
+        )
     space = tuple(range(1, labels.ndim))
     p, t = prediction == class_index, labels == class_index
     return jnp.stack([x.sum(space) for x in (p & t, p, t)]).astype(jnp.float32)

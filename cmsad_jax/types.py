@@ -7,9 +7,13 @@ last and depth comes before rows and columns. ``*space`` stands for ``d h w`` (v
 batch, the last axis the channels, and whatever lies between them is space.
 """
 
+import math
+import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -55,3 +59,72 @@ def check_choices(config: Any) -> None:
                 f"{name} of {type(config).__name__} must be one of {choices}; got {value!r}. "
                 f"Use {name}={get_args(hint)[0]!r}."
             )
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float | int,
+    usual: float | int,
+    above: bool = False,
+    whole: bool = False,
+) -> None:
+    """Raise ``ConfigError`` unless ``value`` is a finite number of at least (or above) ``least``.
+
+    ``whole`` asks for an integer; ``usual`` is the value that the message proposes. What is traced
+    has no value yet and passes.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    kind = numbers.Integral if whole else numbers.Real
+    holds = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not holds or value < least or (above and value == least):
+        raise ConfigError(
+            f"{name} must be a {'whole' if whole else 'finite'} number "
+            f"{'above' if above else 'of at least'} {least:g}; got {value!r:.80}. "
+            f"Use {usual:g}."
+        )
+
+
+def check_present(present: Any, batch: int, modalities: Sequence[str]) -> None:
+    """Raise ``ConfigError`` unless ``present`` is a mask ``b m`` of these examples and modalities.
+
+    Integers are refused with the rest: ``~1`` is not false.
+    """
+    wanted = (batch, len(modalities))
+    shape = getattr(present, "shape", None)
+    kind = str(getattr(present, "dtype", type(present).__name__))
+    if shape != wanted or kind != "bool":
+        raise ConfigError(
+            "present must be a bool mask with one row for each example and one column for each "
+            f"modality of {', '.join(modalities)}; got {kind}"
+            f"{'' if shape is None else f' of shape {shape}'}. Use shape {wanted}."
+        )
+
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+
+
+def check_names(what: str, names: Any) -> None:
+    """Raise ``ConfigError`` unless ``names`` is a tuple of one or more distinct plain names.
+
+    They become names of files, of options and of weights: at most 64 letters, digits, ``.``, ``_``
+    and ``-``, the first neither ``.`` nor ``-``, different in more than upper and lower case.
+    """
+    if not isinstance(names, tuple) or not names:
+        raise ConfigError(
+            f"{what} must be a tuple of one or more names; got {names!r:.80}. "
+            "Use for example ('t2w', 'adc')."
+        )
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{what} must be names of at most 64 letters a to z, digits, '.', '_' and '-' that "
+                f"start with neither '.' nor '-'; got {name!r:.80}. Rename it."
+            )
+    if len({name.lower() for name in names}) != len(names):
+        raise ConfigError(
+            f"{what} must be distinct names, in more than upper and lower case; "
+            f"got {names!r:.200}. Name each once."
+        )

@@ -11,8 +11,9 @@ examples in which its teacher attends to the target more than its student does.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Literal
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,16 @@ from jaxtyping import Array, Bool, Shaped
 
 from cmsad_jax import kernels
 from cmsad_jax.kernels.api import check_energy, check_normalization
-from cmsad_jax.types import AttentionMap, ConfigError, Features, PerExample, Present
+from cmsad_jax.types import (
+    AttentionMap,
+    ConfigError,
+    Feature,
+    Features,
+    PerExample,
+    Present,
+    check_number,
+    check_present,
+)
 
 Foreground = Shaped[Array | np.ndarray, "b *grid"]
 """Where the target is: booleans, or shares of voxels."""
@@ -42,6 +52,8 @@ class AttentionConfig:
     """Of the softmax; raise it where a softmax of raw squares saturates."""
 
     def __post_init__(self):
+        check_number("attention exponent", self.exponent, least=1, usual=2)
+        check_number("attention temperature", self.temperature, least=0, usual=1, above=True)
         check_energy(self.kind, self.exponent)
         check_normalization(self.normalization, self.temperature)
 
@@ -73,10 +85,10 @@ def cross_modal_distillation_loss(
         distance: ``l2``: squared differences summed over voxels, for unit maps ``2 - 2 cos``.
             ``kl``: ``temperature^2 KL(teacher || student)`` of softmax maps. Neither shrinks as
             maps grow, as ``l2`` does between softmax maps.
-        present: which modalities each example has, bool ``b m``; None is all.
-        modalities: names of the columns of ``present``; by default the keys of ``features`` as
-            they come. Name them where ``features`` went through a JAX transformation (the output
-            of a jitted function, ``jax.tree.map``): JAX returns dictionaries sorted by key.
+        present: which modalities each example has, bool ``b m``; None is all. Whatever an absent
+            one holds, NaN and inf included, changes neither the loss nor a gradient.
+        modalities: names of the columns of ``present``, needed with it. The keys of ``features``
+            cannot tell: JAX sorts the dictionaries that go through its transformations by key.
         foreground: where the target is, on any grid over the same field of view. A term then counts
             in the examples alone in which a larger share of the teacher's attention than of the
             student's lies there; so in none without target. None: every term counts.
@@ -84,10 +96,11 @@ def cross_modal_distillation_loss(
             None is the fastest.
 
     Raises:
-        ConfigError: if stages, pairs, distance, ``foreground``, or ``present`` and its columns do
-            not fit.
+        ConfigError: if features, stages, pairs, distance, ``foreground``, or ``present`` and its
+            columns do not fit.
         NotImplementedError: if ``implementation`` is unknown or refuses the shape of a feature.
     """
+    _check_features(features)
     _check_distance(distance, attention)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
@@ -95,6 +108,8 @@ def cross_modal_distillation_loss(
     _check_foreground(foreground, features)
 
     def loss(features: Features) -> PerExample:
+        if present is not None:
+            features = _without_absent(features, there)
         attention_of = _attention(features, attention, distance, implementation)
         terms = []
         for (teacher, student), stage in itertools.product(parsed, stages):
@@ -125,12 +140,15 @@ def self_distillation_loss(
     and over those ``stages`` that have a deeper one; 0 where there are none (Hou et al., ICCV
     2019). Arguments and errors as in ``cross_modal_distillation_loss``.
     """
+    _check_features(features)
     _check_distance(distance, attention)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
     _check_foreground(foreground, features)
 
     def loss(features: Features) -> PerExample:
+        if present is not None:
+            features = _without_absent(features, there)
         attention_of = _attention(features, attention, distance, implementation)
         terms = []
         for name, stage in itertools.product(features, stages):
@@ -142,6 +160,18 @@ def self_distillation_loss(
         return _mean_of_valid(terms, there)
 
     return _keeping_energies(loss)(dict(features))
+
+
+def check_stages(stages: Any) -> None:
+    """Raise ``ConfigError`` unless ``stages`` are one or more distinct whole numbers from 0."""
+    whole = isinstance(stages, Sequence) and all(
+        isinstance(stage, numbers.Integral) and stage >= 0 for stage in stages
+    )
+    if not whole or not stages or len(set(stages)) != len(stages):
+        raise ConfigError(
+            "stages must be a list of one or more distinct whole numbers from 0; "
+            f"got {stages!r:.80}. Use for example (0, 1)."
+        )
 
 
 def parse_pairs(
@@ -160,14 +190,14 @@ def parse_pairs(
     """
     if pairs == "mutual":
         return tuple(itertools.permutations(modalities, 2))
-    if isinstance(pairs, str) or not pairs:
+    if isinstance(pairs, str) or not isinstance(pairs, Sequence) or not pairs:
         raise ConfigError(
             "pairs must be 'mutual' or a list of teacher->student; "
             f"got {pairs!r}. Use for example ('adc->t2w',), or weight 0 for no distillation."
         )
     parsed = []
     for entry in pairs:
-        names = tuple(name.strip() for name in entry.split("->"))
+        names = tuple(name.strip() for name in entry.split("->")) if isinstance(entry, str) else ()
         if len(names) != 2 or not set(names) <= set(modalities) or names[0] == names[1]:
             raise ConfigError(
                 "each pair must be teacher->student with two different modalities of "
@@ -256,31 +286,81 @@ def _presence(
     features: Features, present: Present | None, modalities: Sequence[str] | None
 ) -> dict[str, Bool[Array, " b"]]:
     """Which examples have each modality."""
-    names = tuple(features) if modalities is None else tuple(modalities)
-    if set(names) != set(features):
+    if present is not None and modalities is None:
         raise ConfigError(
-            "modalities must name those of the features; "
+            "present needs modalities, the names of its columns in order, as JAX sorts "
+            f"dictionaries by key; got features of {', '.join(features)} and no modalities. "
+            "Pass modalities=('t2w', 'adc') or as your columns are."
+        )
+    names = tuple(features) if modalities is None else tuple(modalities)
+    if sorted(names) != sorted(features):
+        raise ConfigError(
+            "modalities must name those of the features, each once; "
             f"got {names} and {tuple(features)}. Give the columns of present, in order."
         )
-    shape = (next(iter(features.values()))[0].shape[0], len(names))
+    batch = next(iter(features.values()))[0].shape[0]
     if present is None:
-        present = jnp.ones(shape, bool)
-    if present.shape != shape:
-        raise ConfigError(
-            "present must have one row for each example and one column for each modality; "
-            f"got shape {present.shape}. Use shape {shape}."
-        )
+        present = jnp.ones((batch, len(names)), bool)
+    check_present(present, batch, names)
     return {name: jnp.asarray(present[:, m]) for m, name in enumerate(names)}
+
+
+def _without_absent(features: Features, there: Mapping[str, Bool[Array, " b"]]) -> Features:
+    """Features with 0 where a modality is absent, so that no NaN or inf enters the arithmetic."""
+
+    def masked(feature: Feature, mask: Bool[Array, " b"]) -> Feature:
+        return jnp.where(mask.reshape(-1, *(1,) * (feature.ndim - 1)), feature, 0)
+
+    return {
+        name: tuple(masked(feature, there[name]) for feature in of_stage)
+        for name, of_stage in features.items()
+    }
+
+
+def _check_features(features: Any) -> None:
+    if not isinstance(features, Mapping) or not features:
+        raise ConfigError(
+            "features must be a dictionary with a list of stages for each modality; "
+            f"got {type(features).__name__ if features else 'none'}. "
+            "Pass {'t2w': [stage_0, stage_1], 'adc': [...]}."
+        )
+    batches, ranks = set(), set()
+    for name, of_stage in features.items():
+        if not isinstance(name, str) or not isinstance(of_stage, list | tuple) or not of_stage:
+            raise ConfigError(
+                "features of a modality must be a list of arrays, one for each stage, under its "
+                f"name; got {type(of_stage).__name__} under {name!r}. "
+                "Put a single stage into a list: {'t2w': [stage_0]}."
+            )
+        for stage, feature in enumerate(of_stage):
+            shape = getattr(feature, "shape", ())
+            if len(shape) < 3:
+                raise ConfigError(
+                    "a feature must be an array b *space c; got "
+                    f"{shape or type(feature).__name__} for {name}, stage {stage}. "
+                    "Give it axes of batch, space and channels."
+                )
+            batches.add(shape[0])
+            ranks.add(len(shape))
+    if len(batches) != 1 or len(ranks) != 1:
+        raise ConfigError(
+            "features must have the same examples and axes of space in every modality and stage; "
+            f"got batches {sorted(batches)} and {sorted(n - 2 for n in ranks)} axes of space. "
+            "Pass all of one batch."
+        )
 
 
 def _check_foreground(foreground: Foreground | None, features: Features) -> None:
     feature = next(iter(features.values()))[0]
     if foreground is not None and (
-        foreground.ndim != feature.ndim - 1 or foreground.shape[0] != feature.shape[0]
+        not hasattr(foreground, "ndim")
+        or foreground.ndim != feature.ndim - 1
+        or foreground.shape[0] != feature.shape[0]
     ):
         raise ConfigError(
             "foreground must have the features' examples and axes of space, without channels; got "
-            f"shape {foreground.shape} beside features {feature.shape}. Give labels > 0."
+            f"{getattr(foreground, 'shape', type(foreground).__name__)} beside features "
+            f"{feature.shape}. Give labels > 0."
         )
 
 
@@ -297,6 +377,7 @@ def _check_distance(distance: str, attention: AttentionConfig) -> None:
 
 def _check_stages(stages: Sequence[int], features: Features) -> None:
     num_stages = min(len(of_stage) for of_stage in features.values())
+    check_stages(stages)
     if any(not 0 <= stage < num_stages for stage in stages):
         raise ConfigError(
             f"stages must be among the encoder's 0 to {num_stages - 1}; got {tuple(stages)}. "

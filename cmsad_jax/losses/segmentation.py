@@ -2,14 +2,17 @@
 
 One logit means sigmoid, and foreground where ``labels > 0``; several mean softmax over classes,
 background first. All compute in float32 and are finite, with finite gradients, on empty labels.
-They raise ``ConfigError`` where the shapes of logits and labels disagree.
+They raise ``ConfigError`` where the shapes of logits and labels disagree, where labels are not
+whole numbers, and for constants outside their range.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cmsad_jax.types import ConfigError, Labels, Logits, PerExample
+from cmsad_jax.types import ConfigError, Labels, Logits, PerExample, check_number
 
 
 def dice_loss(
@@ -29,8 +32,9 @@ def dice_loss(
         include_background: count the background of several classes as a class.
 
     Raises:
-        ConfigError: if the shapes of logits and labels disagree.
+        ConfigError: if logits, labels or constants do not fit; see the module.
     """
+    check_number("smooth", smooth, least=0, usual=1e-5)
     p, y = _foreground(logits, labels, include_background)
     score = (2 * _sum(p * y) + smooth) / (_sum(p) + _sum(y) + smooth)
     return (1 - score).mean(-1)
@@ -60,8 +64,11 @@ def tversky_loss(
         include_background: count the background of several classes as a class.
 
     Raises:
-        ConfigError: if the shapes of logits and labels disagree.
+        ConfigError: if logits, labels or constants do not fit; see the module.
     """
+    check_number("smooth", smooth, least=0, usual=1e-5)
+    check_number("alpha", alpha, least=0, usual=0.3)
+    check_number("beta", beta, least=0, usual=0.7)
     p, y = _foreground(logits, labels, include_background)
     hit = _sum(p * y)
     wrong = alpha * _sum(p * (1 - y)) + beta * _sum((1 - p) * y)
@@ -79,7 +86,7 @@ def cross_entropy_loss(logits: Logits, labels: Labels) -> PerExample:
         labels: integers ``b *space``; beside one logit, foreground is every value above 0.
 
     Raises:
-        ConfigError: if the shapes of logits and labels disagree.
+        ConfigError: if logits, labels or constants do not fit; see the module.
     """
     return _mean(jax.nn.softplus(-_margin(logits, labels)))
 
@@ -100,8 +107,12 @@ def focal_loss(
             all by 1.
 
     Raises:
-        ConfigError: if the shapes of logits and labels disagree.
+        ConfigError: if logits, labels or constants do not fit; see the module.
     """
+    check_number("gamma", gamma, least=0, usual=2)
+    if alpha is not None:
+        check_number("alpha", alpha, least=0, usual=0.25)
+        check_number("1 - alpha", 1 - alpha, least=0, usual=0.75)
     margin = _margin(logits, labels)
     # From log(1 - p), as 1 - p would lose its digits and its gradient where p is close to 1.
     loss = jnp.exp(gamma * jax.nn.log_sigmoid(-margin)) * jax.nn.softplus(-margin)
@@ -112,7 +123,7 @@ def focal_loss(
 
 def _margin(logits: Logits, labels: Labels) -> Float[Array, "b *space"]:
     """Logit of the true class against all others: its probability is the sigmoid of this."""
-    _check_shapes(logits.shape, labels.shape)
+    _check(logits, labels)
     logits = logits.astype(jnp.float32)
     if logits.shape[-1] == 1:
         return jnp.where(labels > 0, logits[..., 0], -logits[..., 0])
@@ -125,7 +136,7 @@ def _foreground(
     logits: Logits, labels: Labels, include_background: bool
 ) -> tuple[Float[Array, "b *space classes"], Float[Array, "b *space classes"]]:
     """Probability and truth (0 or 1) of each class that counts."""
-    _check_shapes(logits.shape, labels.shape)
+    _check(logits, labels)
     logits = logits.astype(jnp.float32)
     if logits.shape[-1] == 1:
         return jax.nn.sigmoid(logits), jnp.asarray(labels > 0, jnp.float32)[..., None]
@@ -142,9 +153,19 @@ def _mean(x: Float[Array, "b *space"]) -> PerExample:
     return x.mean(tuple(range(1, x.ndim)))
 
 
-def _check_shapes(logits: tuple[int, ...], labels: tuple[int, ...]) -> None:
-    if logits[:-1] != labels:
+def _check(logits: Any, labels: Any) -> None:
+    for name, array in (("logits", logits), ("labels", labels)):
+        if not hasattr(array, "dtype"):
+            raise ConfigError(
+                f"{name} must be an array; got {type(array).__name__}. Pass one array for a batch."
+            )
+    if logits.ndim < 3 or logits.shape[:-1] != labels.shape:
         raise ConfigError(
             "logits must have the shape of the labels and one more axis, of classes; "
-            f"got logits {logits} and labels {labels}. Resize one to the other's grid."
+            f"got logits {logits.shape} and labels {labels.shape}. Resize one to the other's grid."
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer) and labels.dtype != bool:
+        raise ConfigError(
+            "labels must be whole numbers, the class of each voxel; "
+            f"got an array of {labels.dtype}. Round and convert them: labels.astype(int)."
         )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import numbers
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,16 +37,37 @@ class EncoderConfig:
 
     def __post_init__(self):
         check_choices(self)
+        for name, example in (("channels", "(8, 16)"), ("blocks", "(1, 1)")):
+            if not _whole_numbers(getattr(self, name)):
+                raise ConfigError(
+                    f"{name} must be a tuple of whole numbers, one for each stage; "
+                    f"got {getattr(self, name)!r:.80}. Use for example {example}."
+                )
+        for name, example in (
+            ("kernels", "((1, 3, 3), (3, 3, 3))"),
+            ("strides", "((1, 1, 1), (2, 2, 2))"),
+        ):
+            of_stage = getattr(self, name)
+            if not isinstance(of_stage, tuple) or not all(map(_whole_numbers, of_stage)):
+                raise ConfigError(
+                    f"{name} must be a tuple of tuples of whole numbers, one for each stage with "
+                    f"one number for each axis; got {of_stage!r:.80}. Use for example {example}."
+                )
         lengths = {
             name: len(getattr(self, name)) for name in ("channels", "kernels", "strides", "blocks")
         }
+        if not self.channels:
+            raise ConfigError(
+                "an encoder must have one or more stages; got channels (). Use for example (8, 16)."
+            )
         if len(set(lengths.values())) != 1:
             raise ConfigError(
                 "channels, kernels, strides and blocks must have one entry for each encoder stage; "
                 f"got {', '.join(f'{n} {name}' for name, n in lengths.items())}. "
                 "Give all four the same length."
             )
-        if len({len(entry) for entry in (*self.kernels, *self.strides)}) != 1:
+        axes = {len(entry) for entry in (*self.kernels, *self.strides)}
+        if len(axes) != 1 or not axes <= {2, 3}:
             raise ConfigError(
                 "kernels and strides must all have one entry for each axis of space; "
                 f"got kernels {self.kernels} and strides {self.strides}. "
@@ -56,9 +79,10 @@ class EncoderConfig:
                 f"{self.channels}, strides {self.strides} and blocks {self.blocks}. "
                 "Use 1 or more in every stage."
             )
-        if any(size % 2 == 0 for kernel in self.kernels for size in kernel):
+        if any(size < 1 or size % 2 == 0 for kernel in self.kernels for size in kernel):
             raise ConfigError(
-                f"kernel sizes must be odd; got {self.kernels}. Use 1, 3 or 5 along each axis."
+                f"kernel sizes must be odd and at least 1; got {self.kernels}. "
+                "Use 1, 3 or 5 along each axis."
             )
 
     @property
@@ -96,6 +120,12 @@ class EncoderConfig:
         return tuple(shapes)
 
 
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in value
+    )
+
+
 class Encoder(nn.Module):
     """Encoder: the first block of stage ``s`` strides, the others follow.
 
@@ -108,8 +138,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *space c"]) -> tuple[Float[Array, "b ..."], ...]:
-        """Encode; raises ``ConfigError`` as ``EncoderConfig.stage_shapes`` does."""
+        """Encode one array; raises ``ConfigError`` as ``EncoderConfig.stage_shapes`` does."""
         config = self.config
+        if not hasattr(x, "shape"):
+            raise ConfigError(
+                "an encoder must be given one array of shape (batch, *space, channels); "
+                f"got {type(x).__name__}. Give each modality an encoder of its own."
+            )
         config.stage_shapes(x.shape[1:-1])
         block_type = block_class(config.block, rematerialize=self.rematerialize)
         features = []

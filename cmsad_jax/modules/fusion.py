@@ -9,8 +9,8 @@ modalities.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,15 @@ from jaxtyping import Array, Float
 
 from cmsad_jax import kernels
 from cmsad_jax.modules.blocks import Conv
-from cmsad_jax.types import ConfigError, Feature, Present, check_choices
+from cmsad_jax.types import (
+    ConfigError,
+    Feature,
+    Present,
+    check_choices,
+    check_names,
+    check_number,
+    check_present,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +48,8 @@ class FusionConfig:
 
     def __post_init__(self):
         check_choices(self)
+        check_number("hidden", self.hidden, least=1, usual=16, whole=True)
+        check_number("gate_kernel", self.gate_kernel, least=1, usual=3, whole=True)
         if self.gate_kernel % 2 == 0:
             raise ConfigError(
                 f"the gate's kernel must be odd; got {self.gate_kernel}. Use 1, 3 or 5."
@@ -70,38 +80,46 @@ class Fusion(nn.Module):
 
     Attributes:
         channels: width of the output and of each projected modality.
-        config: which fusion.
+        modalities: names of the features, in the order of the axis ``m``. Weights and columns of
+            ``present`` go by it, and not by the order of a dictionary, which JAX sorts by key.
+        config: which fusion; ``early`` has none at a stage.
         dtype: in which the convolutions compute; correlations and losses are float32.
     """
 
     channels: int
+    modalities: tuple[str, ...]
     config: FusionConfig = FusionConfig()
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Sequence[Feature], present: Present | None = None) -> FusionOutput:
-        """Fuse ``features``, one for each modality, in the order of the axis ``m`` of ``present``.
+    def __call__(
+        self, features: Mapping[str, Feature], present: Present | None = None
+    ) -> FusionOutput:
+        """Fuse ``features[modality]``, all on one grid.
 
-        ``present=None`` means that every modality is there. Raises ``ConfigError`` if the number
-        of features and of columns of ``present`` differ.
+        ``present=None`` means that every modality is there. Whatever the feature of an absent one
+        holds, NaN and inf included, changes neither the result nor a gradient.
+
+        Raises:
+            ConfigError: if ``features`` are not of ``modalities`` or differ in space, ``present``
+                is no mask of them, or the fusion is ``early``.
         """
-        batch, num_modalities = features[0].shape[0], len(features)
+        self._check(features)
+        ordered = [features[name] for name in self.modalities]
+        batch, num_modalities = ordered[0].shape[0], len(ordered)
         if present is None:
             present = jnp.ones((batch, num_modalities), bool)
-        if present.shape[-1] != num_modalities:
-            raise ConfigError(
-                "present must have one column for each modality; "
-                f"got {present.shape[-1]} columns and {num_modalities} features. "
-                "Pass a mask of shape (batch, modalities)."
-            )
-        rank = features[0].ndim - 2
+        check_present(present, batch, self.modalities)
+        rank = ordered[0].ndim - 2
         pointwise = (1,) * rank
         space = (1,) * (rank + 1)
         masks = [present[:, m].reshape(batch, *space) for m in range(num_modalities)]
         count = jnp.maximum(present.sum(-1), 1).reshape(batch, *space)
 
         projected = []
-        for m, feature in enumerate(features):
+        for m, feature in enumerate(ordered):
+            # Before the product with the weights, whose gradient NaN or inf would reach.
+            feature = jnp.where(masks[m], feature, 0)
             g = Conv(self.channels, pointwise, dtype=self.dtype, name=f"project{m}")(feature)
             projected.append(jnp.where(masks[m], g, 0))
         mean = sum(projected[1:], projected[0]) / count.astype(self.dtype)
@@ -143,6 +161,37 @@ class Fusion(nn.Module):
         joint = jnp.concatenate(gated, -1) * rescale
         fused = Conv(self.channels, pointwise, dtype=self.dtype, name="join")(joint)
         return FusionOutput(fused + mean, gates, loss)
+
+    def _check(self, features: Any) -> None:
+        check_names("modalities", self.modalities)
+        check_number("channels", self.channels, least=1, usual=8, whole=True)
+        if self.config.kind == "early":
+            raise ConfigError(
+                "a fusion module fuses features of a stage; got the kind early, which stacks the "
+                "images before one encoder. Use CMSAD for it, or another kind."
+            )
+        if not isinstance(features, Mapping) or set(features) != set(self.modalities):
+            came = (
+                ", ".join(map(str, features))
+                if isinstance(features, Mapping)
+                else type(features).__name__
+            )
+            raise ConfigError(
+                "features must be a dictionary with one array for each modality of "
+                f"{', '.join(self.modalities)}; got {came or 'none'}. "
+                "Pass {'t2w': ..., 'adc': ...} and the same names as modalities."
+            )
+        shapes = {name: getattr(feature, "shape", None) for name, feature in features.items()}
+        spaces = {shape if shape is None else shape[:-1] for shape in shapes.values()}
+        if len(spaces) != 1 or None in spaces:
+            raise ConfigError(
+                "features must be arrays of the same batch and space, b *space c; got "
+                + ", ".join(
+                    f"{name} {type(features[name]).__name__ if shape is None else shape}"
+                    for name, shape in shapes.items()
+                )
+                + ". Pass one stage at a time, and resize all modalities to one grid."
+            )
 
     def _correlate(
         self, projected: Sequence[Feature], present: Present

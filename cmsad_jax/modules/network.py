@@ -12,7 +12,16 @@ from cmsad_jax.modules.blocks import Block
 from cmsad_jax.modules.decoder import Decoder
 from cmsad_jax.modules.encoder import Encoder, EncoderConfig
 from cmsad_jax.modules.fusion import Fusion, FusionConfig
-from cmsad_jax.types import ConfigError, Image, Logits, Present, check_choices
+from cmsad_jax.types import (
+    ConfigError,
+    Image,
+    Logits,
+    Present,
+    check_choices,
+    check_names,
+    check_number,
+    check_present,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +51,17 @@ class NetworkConfig:
 
     def __post_init__(self):
         check_choices(self)
-        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
-            raise ConfigError(
-                f"modalities must be one or more distinct names; got {self.modalities}. "
-                "Name each input channel once."
-            )
-        if self.num_classes < 1:
-            raise ConfigError(
-                f"num_classes must be at least 1; got {self.num_classes}. "
-                "Use 1 for one foreground class."
-            )
+        check_names("modalities", self.modalities)
+        for name, kind in (("encoder", EncoderConfig), ("fusion", FusionConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(
+                    f"{name} must be a {kind.__name__}; got {getattr(self, name)!r:.80}. "
+                    f"Use {name}={kind.__name__}()."
+                )
+        check_number("num_classes", self.num_classes, least=1, usual=1, whole=True)
+        check_number("decoder_blocks", self.decoder_blocks, least=1, usual=1, whole=True)
+        check_number("head_bias", self.head_bias, least=-100, usual=-4)
+        check_number("deep_supervision", self.deep_supervision, least=0, usual=1, whole=True)
         if not 0 <= self.deep_supervision < self.encoder.num_stages:
             raise ConfigError(
                 "deep_supervision must be less than the number of stages; "
@@ -97,15 +107,21 @@ class CMSAD(nn.Module):
 
         Args:
             image: scaled intensities; 0 where there is nothing.
-            present: which modalities each example has; None means all.
+            present: which modalities each example has; None means all. Whatever an absent one
+                holds, NaN and inf included, changes neither the output nor a gradient.
 
         Raises:
-            ConfigError: if the channels are not the configured modalities, or a stage would shrink
-                to one voxel.
+            ConfigError: if the channels are not the configured modalities, ``present`` is no mask
+                of them, or a stage would shrink to one voxel.
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
         names = config.modalities
+        if not hasattr(image, "shape"):
+            raise ConfigError(
+                "the image must be one array with a channel for each modality; "
+                f"got {type(image).__name__}. Stack the modalities on the last axis."
+            )
         if image.shape[-1] != len(names):
             raise ConfigError(
                 f"the image must have one channel for each modality {names}; "
@@ -113,6 +129,7 @@ class CMSAD(nn.Module):
             )
         if present is None:
             present = jnp.ones((image.shape[0], len(names)), bool)
+        check_present(present, image.shape[0], names)
         masks = [present[:, m].reshape(-1, *(1,) * (image.ndim - 1)) for m in range(len(names))]
         inputs = [jnp.where(mask, image[..., m : m + 1], 0) for m, mask in enumerate(masks)]
         features: dict[str, tuple[Array, ...]] = {}
@@ -132,8 +149,8 @@ class CMSAD(nn.Module):
                 encoder = shared or Encoder(config.encoder, dtype, remat, name=f"encoder_{name}")
                 features[name] = tuple(jnp.where(mask, f, 0) for f in encoder(channel))
             for stage, channels in enumerate(config.encoder.channels):
-                output = Fusion(channels, config.fusion, dtype, name=f"fusion{stage}")(
-                    [features[name][stage] for name in names], present
+                output = Fusion(channels, names, config.fusion, dtype, name=f"fusion{stage}")(
+                    {name: features[name][stage] for name in names}, present
                 )
                 fused.append(output.fused)
                 gates.append(output.gates)

@@ -18,13 +18,14 @@ class TwoContrasts(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.first = nnx.Conv(1, 8, (3, 3), rngs=rngs)
         self.second = nnx.Conv(1, 8, (3, 3), rngs=rngs)
-        self.fusion = nnx.bridge.ToNNX(cmsad_jax.Fusion(8), rngs=rngs)
-        nnx.bridge.lazy_init(self.fusion, [jnp.zeros((1, 8, 8, 8))] * 2)
+        self.fusion = nnx.bridge.ToNNX(cmsad_jax.Fusion(8, ("first", "second")), rngs=rngs)
+        zeros = jnp.zeros((1, 8, 8, 8))
+        nnx.bridge.lazy_init(self.fusion, {"first": zeros, "second": zeros})
         self.head = nnx.Conv(8, 1, (1, 1), rngs=rngs)
 
     def __call__(self, first, second):
         """Logits ``b h w 1`` of two images ``b h w 1``."""
-        features = [nnx.relu(self.first(first)), nnx.relu(self.second(second))]
+        features = {"first": nnx.relu(self.first(first)), "second": nnx.relu(self.second(second))}
         return self.head(self.fusion(features).fused)
 
 

@@ -305,7 +305,7 @@ def load_params(run: Path, fold: int, *, checkpoint: str = "last") -> Any:
         checkpoint: ``last``, or ``best`` (chosen on the validation fold).
 
     Returns:
-        Nested dictionaries of NumPy arrays: the ``params`` of ``cmsad_jax.apply``.
+        Nested dictionaries of NumPy arrays: the ``params`` of ``cmsad_jax.CMSAD``.
 
     Raises:
         MissingDataError: the fold has no such checkpoint.

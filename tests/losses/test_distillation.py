@@ -287,12 +287,12 @@ def test_order_of_the_modalities_does_not_matter(loss):
         return (
             loss(x, stages=(0,), present=PRESENT, modalities=MODALITIES),
             loss(x, stages=(0,), present=PRESENT[:, order], modalities=reordered),
-            inspect.unwrap(loss)(by_order, stages=(0,), present=PRESENT[:, order]),
+            loss(by_order, stages=(0,), present=PRESENT[:, order], modalities=reordered),
         )
 
-    expected, named, by_key = evaluate(features())
+    expected, named, reordered_too = evaluate(features())
     np.testing.assert_allclose(named, expected, rtol=1e-5)
-    np.testing.assert_allclose(by_key, expected, rtol=1e-5)
+    np.testing.assert_allclose(reordered_too, expected, rtol=1e-5)
 
 
 def test_maps_of_different_sizes_are_compared_on_the_students_grid():
@@ -345,16 +345,24 @@ def test_bad_arguments(loss):
         loss(x, stages=(0,), distance="kl")
     with pytest.raises(ConfigError, match=r"encoder's 0 to 2; got \(1, 3\). Name existing"):
         loss(x, stages=(1, 3))
-    with pytest.raises(ConfigError, match=r"got shape \(3, 2\). Use shape \(3, 3\)"):
-        loss(x, stages=(0,), present=PRESENT[:, :2])
-    with pytest.raises(ConfigError, match=r"those of the features; got \('t2w',\) and .*Give the"):
+    with pytest.raises(ConfigError, match=r"of shape \(3, 2\). Use shape \(3, 3\)"):
+        loss(x, stages=(0,), present=PRESENT[:, :2], modalities=MODALITIES)
+    with pytest.raises(
+        ConfigError, match=r"present needs modalities, .*and no modalities. Pass mo"
+    ):
+        loss(x, stages=(0,), present=PRESENT)
+    with pytest.raises(
+        ConfigError, match=r"those of the features, each once; got \('t2w',\) and .*Give the"
+    ):
         loss(x, stages=(0,), present=PRESENT[:, :1], modalities=("t2w",))
 
 
 def test_bad_attention():
-    with pytest.raises(ConfigError, match=r"exponent must be at least 1; got 0\.5"):
+    with pytest.raises(
+        ConfigError, match=r"exponent must be a finite number of at least 1; got 0\.5"
+    ):
         AttentionConfig(exponent=0.5)
-    with pytest.raises(ConfigError, match=r"temperature must be above 0; got 0\.0"):
+    with pytest.raises(ConfigError, match=r"temperature must be a finite number above 0; got 0\.0"):
         AttentionConfig(temperature=0.0)
 
 

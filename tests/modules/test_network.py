@@ -101,17 +101,17 @@ def test_all_zero_image_has_finite_gradients(fusion):
 
 def test_mean_fusion_of_one_modality_is_its_projection():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
-    fusion = Fusion(5, FusionConfig(kind="mean"))
-    params = random_params(fusion, [x])
-    fused = fusion.apply({"params": params}, [x]).fused
+    fusion = Fusion(5, ("t2w",), FusionConfig(kind="mean"))
+    params = random_params(fusion, {"t2w": x})
+    fused = fusion.apply({"params": params}, {"t2w": x}).fused
     kernel = params["project0"]["kernel"][0, 0]
     np.testing.assert_allclose(fused, x @ kernel + params["project0"]["bias"], atol=1e-5)
 
 
 def test_mean_fusion_averages_over_what_is_present():
     x = jax.random.normal(jax.random.key(0), (3, 1, 4, 4, 5))
-    fusion = Fusion(5, FusionConfig(kind="mean"))
-    features = list(x)
+    fusion = Fusion(5, ("t2w", "adc", "hbv"), FusionConfig(kind="mean"))
+    features = dict(zip(fusion.modalities, x, strict=True))
     params = {"params": random_params(fusion, features)}
     two = fusion.apply(params, features, jnp.array([[True, False, True]])).fused
     alone = [fusion.apply(params, features, jnp.eye(3, dtype=bool)[m][None]).fused for m in (0, 2)]
@@ -119,8 +119,9 @@ def test_mean_fusion_averages_over_what_is_present():
 
 
 def test_attention_gates_share_one_among_the_modalities_that_are_present():
-    features = list(jax.random.normal(jax.random.key(0), (3, 1, 2, 8, 8, 4)))
-    fusion = Fusion(4, FusionConfig(kind="attention"))
+    fusion = Fusion(4, ("t2w", "adc", "hbv"), FusionConfig(kind="attention"))
+    x = jax.random.normal(jax.random.key(0), (3, 1, 2, 8, 8, 4))
+    features = dict(zip(fusion.modalities, x, strict=True))
     params = {"params": random_params(fusion, features)}
     gates = fusion.apply(params, features, jnp.array([[True, False, True]])).gates
     assert gates.shape == (1, 2, 8, 8, 3)
@@ -130,10 +131,11 @@ def test_attention_gates_share_one_among_the_modalities_that_are_present():
 
 
 def test_scff_gates_lie_between_0_and_1_and_linear_expression_drops_the_square():
-    features = list(jax.random.normal(jax.random.key(0), (2, 1, 2, 8, 8, 4)))
+    x = jax.random.normal(jax.random.key(0), (2, 1, 2, 8, 8, 4))
+    features = {"t2w": x[0], "adc": x[1]}
     outputs = {}
     for expression in ("linear", "nonlinear"):
-        fusion = Fusion(4, FusionConfig(expression=expression))
+        fusion = Fusion(4, ("t2w", "adc"), FusionConfig(expression=expression))
         params = {"params": random_params(fusion, features)}
         outputs[expression] = fusion.apply(params, features)
         gates = outputs[expression].gates
@@ -144,16 +146,17 @@ def test_scff_gates_lie_between_0_and_1_and_linear_expression_drops_the_square()
 
 def test_correlation_loss_is_zero_where_expression_equals_target():
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
-    fusion = Fusion(4, FusionConfig(expression="linear"))
-    params = random_params(fusion, [x, x])
+    fusion = Fusion(4, ("t2w", "adc"), FusionConfig(expression="linear"))
+    both = {"t2w": x, "adc": x}
+    params = random_params(fusion, both)
     params = params | {"project1": params["project0"]}
     # Slope 1, offset 0: ghat_ij = g_j = g_i.
     params["coefficients"] = jax.tree.map(jnp.zeros_like, params["coefficients"])
-    loss = fusion.apply({"params": params}, [x, x]).correlation_loss
+    loss = fusion.apply({"params": params}, both).correlation_loss
     np.testing.assert_allclose(loss, 0, atol=1e-6)
     ramp = jnp.broadcast_to(jnp.linspace(0, 1, 12), params["coefficients"]["bias"].shape)
     params["coefficients"]["bias"] = ramp
-    assert fusion.apply({"params": params}, [x, x]).correlation_loss[0] > 1e-3
+    assert fusion.apply({"params": params}, both).correlation_loss[0] > 1e-3
 
 
 def test_shared_encoder_has_one_set_of_weights():
@@ -222,17 +225,17 @@ def test_encoder_inside_an_nnx_model():
         (lambda: TINY_3D.stage_shapes((16, 16)), "3 axes of space"),
         (lambda: FusionConfig(gate_kernel=2), "gate's kernel must be odd"),
         (lambda: NetworkConfig(modalities=("t2w", "t2w")), "distinct names"),
-        (lambda: NetworkConfig(num_classes=0), "num_classes must be at least 1"),
+        (lambda: NetworkConfig(num_classes=0), "num_classes must be a whole number of at least 1"),
         (lambda: NetworkConfig(deep_supervision=4), "less than the number of stages"),
         (
             lambda: CMSAD(tiny_config()).init(jax.random.key(0), jnp.zeros((1, 4, 16, 16, 2))),
             "one channel for each modality",
         ),
         (
-            lambda: Fusion(4).init(
-                jax.random.key(0), [jnp.zeros((1, 4, 4, 2))], jnp.ones((1, 2), bool)
+            lambda: Fusion(4, ("t2w",)).init(
+                jax.random.key(0), {"t2w": jnp.zeros((1, 4, 4, 2))}, jnp.ones((1, 2), bool)
             ),
-            "one column for each modality",
+            "one column for each modality of t2w; got bool of shape",
         ),
     ],
 )
