@@ -8,8 +8,8 @@ Source: docs/method.md, sections 3, 6 and 7.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Literal
+from functools import partial, reduce
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from cmsad_jax.augmentation import AugmentationConfig, augment
 from cmsad_jax.losses import distillation, segmentation
-from cmsad_jax.losses.distillation import AttentionConfig
+from cmsad_jax.losses.distillation import AttentionConfig, parse_pairs
 from cmsad_jax.modules.blocks import resize
-from cmsad_jax.modules.network import CMSAD, NetworkOutput, apply
-from cmsad_jax.types import ConfigError, Labels, Present, check_choices
+from cmsad_jax.modules.network import CMSAD, NetworkConfig, NetworkOutput, apply
+from cmsad_jax.types import ConfigError, Labels, Present, check_choices, check_number
 
 Batch = Mapping[str, Shaped[Array | np.ndarray, "b ..."]]
 """``image: b *space m``, ``label: b *space`` (integers), ``present: b m`` (bool) and ``key``: what
@@ -50,6 +50,14 @@ class LossConfig:
     """Weight of the voxel-wise term."""
     smooth: float = 0.01
     """Voxels added to both sides of the overlap's fraction; 1 or more can teach to find nothing."""
+    tversky_alpha: float = 0.3
+    """Tversky: weight of false positives; beside an equal weight of false negatives it is Dice."""
+    tversky_beta: float = 0.7
+    """Tversky: weight of false negatives; more than that of false positives favours sensitivity."""
+    focal_gamma: float = 2.0
+    """Focal: how strongly voxels that are right already are passed over; 0 is cross-entropy."""
+    focal_alpha: float | None = None
+    """Focal: weight of foreground voxels, background having the rest of 1; None weighs all by 1."""
     cross_modal_weight: float = 0.1
     """Weight of the attention distillation between modalities; 0 switches it off."""
     self_weight: float = 0.1
@@ -72,6 +80,119 @@ class LossConfig:
 
     def __post_init__(self):
         check_choices(self)
+        for name, usual in vars(LossConfig).items():
+            if name.endswith("_weight") or name in ("tversky_alpha", "tversky_beta", "focal_gamma"):
+                check_number(name, getattr(self, name), least=0, usual=usual)
+        check_number("smooth", self.smooth, least=0, usual=0.01, above=True)
+        check_number("warmup_steps", self.warmup_steps, least=0, usual=100, whole=True)
+        if self.focal_alpha is not None:
+            check_number("focal_alpha", self.focal_alpha, least=0, usual=0.25)
+            check_number("1 - focal_alpha", 1 - self.focal_alpha, least=0, usual=0.75)
+        if not isinstance(self.attention, AttentionConfig):
+            raise ConfigError(
+                f"attention must be an AttentionConfig; got {self.attention!r:.80}. "
+                "Use attention=AttentionConfig()."
+            )
+        if self.region_weight == self.voxel_weight == 0:
+            raise ConfigError(
+                "an objective must hold a segmentation loss; got region_weight 0 and voxel_weight "
+                "0. Raise one of them."
+            )
+        distillation.check_distance(self.distance, self.attention)
+        distillation.check_pairs(self.pairs)
+        if self.stages is not None:
+            distillation.check_stages(self.stages)
+
+    def check(self, network: NetworkConfig) -> None:
+        """Whether the objective has all its terms with this network; before any data are read.
+
+        Raises:
+            ConfigError: a term that is switched on could never have an effect, or names stages or
+                modalities that the network does not have.
+        """
+        stages = self.distilled_stages(network.encoder.num_stages)
+        kind, names = network.fusion.kind, network.modalities
+        distils = {"cross-modal-weight": self.cross_modal_weight, "self-weight": self.self_weight}
+        on = [f"--loss.{name}=0" for name, weight in distils.items() if weight]
+        if kind == "early" and on:
+            raise ConfigError(
+                "distillation needs an encoder for each modality; got the fusion early, which has "
+                f"one for all. Use {' '.join(on)}, or another --network.fusion.kind."
+            )
+        if self.cross_modal_weight:
+            parse_pairs(self.pairs, names)
+        if self.self_weight and set(stages) == {network.encoder.num_stages - 1}:
+            raise ConfigError(
+                "self distillation needs a stage that has a deeper one to learn from; got stages "
+                f"{stages} of {network.encoder.num_stages}. Use --loss.self-weight=0, or add a "
+                "shallower stage to loss.stages."
+            )
+        if self.correlation_weight and (kind != "scff" or len(names) == 1):
+            raise ConfigError(
+                "the correlation loss needs the fusion scff of two or more modalities; "
+                f"got {kind} of {', '.join(names)}. Use --loss.correlation-weight=0."
+            )
+        if self.region == "tversky" and self.tversky_alpha == self.tversky_beta == 0.5:
+            raise ConfigError(
+                "Tversky with equal weights of false positives and false negatives is Dice; got "
+                "tversky_alpha 0.5 and tversky_beta 0.5. Use --loss.region=dice, or "
+                "--loss.tversky-alpha=0.3 --loss.tversky-beta=0.7."
+            )
+
+    def without_effect(self, network: NetworkConfig) -> list[str]:
+        """One sentence for each setting that was changed and that this objective does not use.
+
+        Also for the terms that a network of one modality cannot have. Nothing here is wrong: rows
+        of an ablation keep the settings of what they switch off.
+        """
+        kind, attention = network.fusion.kind, self.attention.normalization
+        distils = self.cross_modal_weight or self.self_weight
+        of_maps = ("stages", "teachers", "distance", "attention")
+        in_vain = (  # why, under which condition, and which settings
+            ("both distillation weights are 0", not distils, [f"loss.{name}" for name in of_maps]),
+            ("loss.cross_modal_weight is 0", not self.cross_modal_weight, ["loss.pairs"]),
+            (
+                f"loss.region is {self.region}",
+                self.region != "tversky",
+                ["loss.tversky_alpha", "loss.tversky_beta"],
+            ),
+            (
+                f"loss.voxel is {self.voxel}",
+                self.voxel != "focal",
+                ["loss.focal_gamma", "loss.focal_alpha"],
+            ),
+            (
+                f"loss.attention.normalization is {attention}",
+                attention != "softmax",
+                ["loss.attention.temperature"],
+            ),
+            ("network.deep_supervision is 0", not network.deep_supervision, ["loss.deep_weight"]),
+            (
+                f"network.fusion.kind is {kind}",
+                kind != "scff",
+                ["network.fusion.expression", "network.fusion.hidden"],
+            ),
+            (
+                f"network.fusion.kind is {kind}",
+                kind not in ("scff", "attention"),
+                ["network.fusion.gate_kernel"],
+            ),
+            (f"network.fusion.kind is {kind}", kind == "early", ["network.share_encoders"]),
+            ("there are several classes", network.num_classes > 1, ["network.head_bias"]),
+        )
+        said = []
+        for why, condition, settings in in_vain:
+            for setting in settings if condition else ():
+                root, *path, name = setting.split(".")
+                config = reduce(getattr, path, self if root == "loss" else network)
+                if getattr(config, name) != getattr(type(config), name):  # not the default
+                    said.append(f"{setting} has no effect, as {why}.")
+        if self.cross_modal_weight and len(network.modalities) == 1:
+            said.append(
+                f"There is no cross-modal distillation, as {network.modalities[0]} is the only "
+                "modality."
+            )
+        return said
 
     def distilled_stages(self, num_stages: int) -> tuple[int, ...]:
         """The stages that are distilled, checked against the encoder's."""
@@ -198,11 +319,12 @@ def segmentation_terms(
 
     Coarser logits are resized to the labels' grid, so that small lesions are not lost.
     """
-    region = {"dice": segmentation.dice_loss, "tversky": segmentation.tversky_loss}[config.region]
-    voxel = {
-        "cross_entropy": segmentation.cross_entropy_loss,
-        "focal": segmentation.focal_loss,
-    }[config.voxel]
+    tversky = partial(
+        segmentation.tversky_loss, alpha=config.tversky_alpha, beta=config.tversky_beta
+    )
+    region = {"dice": segmentation.dice_loss, "tversky": tversky}[config.region]
+    focal = partial(segmentation.focal_loss, gamma=config.focal_gamma, alpha=config.focal_alpha)
+    voxel = {"cross_entropy": segmentation.cross_entropy_loss, "focal": focal}[config.voxel]
     outputs = [output.logits, *(resize(deep, labels.shape[1:]) for deep in output.deep_logits)]
     weights = [config.deep_weight**i for i in range(len(outputs))]
     none = jnp.zeros(labels.shape[0])
@@ -266,6 +388,7 @@ def loss_fn(
 
     ``step`` sets the warm-up of the distillation terms.
     """
+    config.check(network.config)
     output = apply(network, params, batch["image"], batch["present"])
     ramp = jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     total, metrics = jnp.zeros(()), {}

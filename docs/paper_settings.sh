@@ -50,6 +50,10 @@ settings=(
   --loss.region-weight 1.0
   --loss.voxel-weight 1.0
   --loss.smooth 0.01
+  --loss.tversky-alpha 0.3
+  --loss.tversky-beta 0.7
+  --loss.focal-gamma 2.0
+  --loss.focal-alpha None
   --loss.deep-weight 0.5
   # Attention maps and who teaches whom, at which stages, by which distance, how strongly
   --loss.cross-modal-weight 0.1

@@ -101,7 +101,7 @@ def cross_modal_distillation_loss(
         NotImplementedError: if ``implementation`` is unknown or refuses the shape of a feature.
     """
     _check_features(features)
-    _check_distance(distance, attention)
+    check_distance(distance, attention)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
     parsed = parse_pairs(pairs, tuple(features))
@@ -141,7 +141,7 @@ def self_distillation_loss(
     2019). Arguments and errors as in ``cross_modal_distillation_loss``.
     """
     _check_features(features)
-    _check_distance(distance, attention)
+    check_distance(distance, attention)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
     _check_foreground(foreground, features)
@@ -188,25 +188,41 @@ def parse_pairs(
         ConfigError: if an entry is malformed, names an unknown modality or the same one twice, is
             repeated, or if there is none.
     """
+    check_pairs(pairs)
     if pairs == "mutual":
         return tuple(itertools.permutations(modalities, 2))
+    parsed = tuple(_names(entry) for entry in pairs)
+    for names, entry in zip(parsed, pairs, strict=True):
+        if not set(names) <= set(modalities):
+            raise ConfigError(
+                "each pair must be teacher->student with two different modalities of "
+                f"{', '.join(modalities)}; got {entry!r}. Use 'mutual' for every ordered pair."
+            )
+    return parsed
+
+
+def check_pairs(pairs: Any) -> None:
+    """Raise ``ConfigError`` if ``pairs`` can be nobody's, whatever the modalities are."""
+    if isinstance(pairs, str) and pairs == "mutual":
+        return
     if isinstance(pairs, str) or not isinstance(pairs, Sequence) or not pairs:
         raise ConfigError(
             "pairs must be 'mutual' or a list of teacher->student; "
             f"got {pairs!r}. Use for example ('adc->t2w',), or weight 0 for no distillation."
         )
-    parsed = []
-    for entry in pairs:
-        names = tuple(name.strip() for name in entry.split("->")) if isinstance(entry, str) else ()
-        if len(names) != 2 or not set(names) <= set(modalities) or names[0] == names[1]:
+    parsed = [_names(entry) for entry in pairs]
+    for names, entry in zip(parsed, pairs, strict=True):
+        if len(set(names)) != 2 or len(names) != 2 or not all(names):
             raise ConfigError(
-                "each pair must be teacher->student with two different modalities of "
-                f"{', '.join(modalities)}; got {entry!r}. Use 'mutual' for every ordered pair."
+                "each pair must be text, teacher->student, with two different modalities; "
+                f"got {entry!r:.80}. Use for example 'adc->t2w'."
             )
-        parsed.append(names)
     if len(set(parsed)) != len(parsed):
         raise ConfigError(f"pairs must differ; got {tuple(pairs)}. Name each pair once.")
-    return tuple(parsed)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return tuple(name.strip() for name in entry.split("->")) if isinstance(entry, str) else ()
 
 
 _ENERGY = "attention_energy"
@@ -364,7 +380,8 @@ def _check_foreground(foreground: Foreground | None, features: Features) -> None
         )
 
 
-def _check_distance(distance: str, attention: AttentionConfig) -> None:
+def check_distance(distance: str, attention: AttentionConfig) -> None:
+    """Raise ``ConfigError`` if ``distance`` is unknown or not one of such maps."""
     if distance not in ("l2", "kl"):
         raise ConfigError(f"distance must be one of l2, kl; got {distance!r}. Use 'l2'.")
     if distance == "kl" and attention.normalization != "softmax":

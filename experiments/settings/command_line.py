@@ -125,7 +125,7 @@ def complete(config: Config) -> Config:
             f"Use --train.crop 1 {train.crop[1]} {train.crop[2]}."
         )
     network.encoder.stage_shapes(window(config))
-    config.loss.distilled_stages(network.encoder.num_stages)
+    config.loss.check(network)
     if config.deterministic and config.parallel == "pmap":
         raise ConfigError(
             "a deterministic run needs compiler options, which pmap does not take; "
