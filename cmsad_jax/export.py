@@ -15,8 +15,11 @@ An artifact (``model.cmsad``) is a zip archive, nothing in it compressed:
     for people.
 
 ``load`` needs jax, jaxtyping and flatbuffers; neither Flax nor any code of the network. Nothing is
-ever unpacked to disk, and nothing in an archive is executed as Python. The checksums find damage,
-not malice: run models of people you trust.
+ever unpacked to disk, and nothing in an archive is executed as Python. All of it is taken for a
+stranger's: sizes are bounded by the archive's own before anything is allocated, names can become
+file names, texts hold no control characters, settings are in range, weights are finite, programs
+are parsed and their shapes followed. What a program computes cannot be judged: run models of people
+you trust.
 """
 
 import dataclasses
@@ -25,6 +28,9 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
+import numbers
+import unicodedata
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,8 +43,14 @@ from jax import export as jax_export
 from jaxtyping import Array, Bool, Float
 
 from cmsad_jax.inference import EnsemblePrediction, predict_ensemble
-from cmsad_jax.named_weights import Weights, first_line, from_safetensors, to_safetensors
-from cmsad_jax.types import ConfigError
+from cmsad_jax.named_weights import (
+    Weights,
+    check_weights,
+    first_line,
+    from_safetensors,
+    to_safetensors,
+)
+from cmsad_jax.types import NAME, ConfigError, check_names, check_number
 
 FORMAT = "cmsad-model"
 VERSION = 1
@@ -50,6 +62,16 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 _ZIP_FAULTS = (zipfile.BadZipFile, NotImplementedError, RuntimeError)
 """What zipfile raises of a damaged archive; the last two where it seems encrypted or of a later
 version."""
+
+_MAX_MANIFEST = 2**24
+_MAX_TEXT = 2**20
+"""Bytes of the manifest, and of each text for people."""
+
+_MAX_DEPTH = 32
+"""Of nested values in the manifest."""
+
+_MAX_VOXELS = 2**31
+"""Of the reference grid, and of the windows of a call, all modalities together."""
 
 _MANIFEST = "manifest.json"
 _CARD = "MODEL_CARD.md"
@@ -146,11 +168,21 @@ def save(
         weights: of each member.
         card: the model card, Markdown.
         license_text: terms of use in full.
+
+    Raises:
+        ConfigError: a description, weights or texts that ``load`` would refuse.
     """
+    _check_description(description)
     files = {f"programs/{name}.stablehlo": program for name, program in programs.items()}
     for member, values in zip(description.members, weights, strict=True):
+        check_weights(values, f"member {member}")
         files[f"weights/{member}.safetensors"] = to_safetensors(values)
-    files |= {_CARD: card.encode(), _LICENSE: license_text.encode()}
+    for name, text in ((_CARD, card), (_LICENSE, license_text)):
+        if not _is_plain(text):
+            raise ConfigError(
+                f"{name} must be plain text; got control characters in it. Remove them."
+            )
+        files[name] = text.encode()
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -160,7 +192,13 @@ def save(
             for name, content in files.items()
         },
     }
-    files = {_MANIFEST: json.dumps(manifest, indent=1).encode(), **files}
+    text = json.dumps(manifest, indent=1)
+    if fault := _fault_of_json(json.loads(text)):
+        raise ConfigError(
+            "a description must be JSON that others can read; got "
+            f"{fault}. Leave it out of provenance and metrics."
+        )
+    files = {_MANIFEST: text.encode(), **files}
     if not isinstance(target, Path):
         _write_archive(target, files)
         return
@@ -178,8 +216,9 @@ def load(source: Path | str | io.BytesIO) -> "Model":
     """Read an artifact; the weights go to the default device.
 
     Raises:
-        ConfigError: no such file; not an artifact, damaged, or of a newer version; no program for
-            the accelerator at hand; or flatbuffers is missing.
+        ConfigError: no such file; not an artifact, damaged, or of a newer version, of the format or
+            of JAX; anything in it that cannot be or is not safe; no program for the accelerator at
+            hand; or flatbuffers is missing.
     """
     name = str(source) if isinstance(source, Path | str) else "the artifact"
     if isinstance(source, Path | str) and not Path(source).is_file():
@@ -187,20 +226,11 @@ def load(source: Path | str | io.BytesIO) -> "Model":
     manifest, files = _read_archive(source, name)
     _require_flatbuffers()
     description = _description(manifest, name)
-    try:
-        programs = {
-            path.removeprefix("programs/").removesuffix(".stablehlo"): jax_export.deserialize(
-                bytearray(content)
-            )
-            for path, content in files.items()
-            if path.startswith("programs/")
-        }
-    except Exception as error:  # jax.export promises no type
-        raise ConfigError(
-            f"{name} must hold programs that this JAX can read; got: {first_line(error)} "
-            f"(JAX {jax.__version__}). Install the JAX it was exported with, or export the run "
-            "again."
-        ) from error
+    programs = {
+        path.removeprefix("programs/").removesuffix(".stablehlo"): _program(content, path, name)
+        for path, content in files.items()
+        if path.startswith("programs/")
+    }
     members = [f"weights/{member}.safetensors" for member in description.members]
     absent = [path for path in ("programs/predict.stablehlo", *members) if path not in files]
     if absent:
@@ -217,7 +247,12 @@ def load(source: Path | str | io.BytesIO) -> "Model":
             f"programs for {', '.join(known)}. Set JAX_PLATFORMS=cpu."
         )
     weights = tuple(from_safetensors(files[path], f"{name}: {path}") for path in members)
-    _check_fit(programs["predict"], description, weights, name)
+    for path, values in zip(members, weights, strict=True):
+        check_weights(values, f"{name}: {path}")
+    for key, program in programs.items():
+        _check_fit(program, description, weights, f"{name}: programs/{key}.stablehlo")
+        num_outputs = len(description.modalities) if key == "attention" else description.num_outputs
+        _check_result(program, description, weights[0], num_outputs, f"{name}: {key}")
     # On CPUs the full effort doubles the time to compile and gains no speed.
     options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
     return Model(
@@ -227,8 +262,8 @@ def load(source: Path | str | io.BytesIO) -> "Model":
             for key, program in programs.items()
         },
         weights=tuple(jax.device_put(dict(member)) for member in weights),
-        card=files[_CARD].decode() if _CARD in files else "",
-        license_text=files[_LICENSE].decode() if _LICENSE in files else "",
+        card=files.get(_CARD, b"").decode(),
+        license_text=files.get(_LICENSE, b"").decode(),
         digests=tuple(manifest["files"][path]["sha256"] for path in members),
     )
 
@@ -369,38 +404,118 @@ def _read_archive(
         )
 
     try:
+        archive_size = source.getbuffer().nbytes if isinstance(source, io.BytesIO) else None
+        if archive_size is None:
+            archive_size = Path(source).stat().st_size
         with zipfile.ZipFile(source) as archive:
-            entries = archive.infolist()
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            names = [entry.filename for entry in entries]
-            if not stored or len(set(names)) != len(names):
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            if len(entries) != len(archive.infolist()) or any(
+                entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+                for entry in entries.values()
+            ):
                 raise refuse("compressed or repeated entries")
-            if _MANIFEST not in names:
+            sizes = {path: entry.file_size for path, entry in entries.items()}
+            if sum(sizes.values()) > archive_size:
+                raise refuse(f"entries of more bytes than the {archive_size} of the archive")
+            for path in entries:
+                if not all(NAME.fullmatch(part) for part in path.split("/")):
+                    raise refuse(f"an entry that cannot be a file's name, {path!r:.80}")
+            for path, largest in (
+                (_MANIFEST, _MAX_MANIFEST),
+                (_CARD, _MAX_TEXT),
+                (_LICENSE, _MAX_TEXT),
+            ):
+                if sizes.get(path, 0) > largest:
+                    raise refuse(f"{path} of {sizes[path]} bytes, more than {largest}")
+            if _MANIFEST not in entries:
                 raise refuse(f"an archive without {_MANIFEST}")
             manifest = json.loads(archive.read(_MANIFEST))
             if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
                 raise refuse(f"a manifest that is not of format {FORMAT}")
+            if fault := _fault_of_json(manifest):
+                raise refuse(f"{fault} in {_MANIFEST}")
             version = manifest.get("version")
-            if not isinstance(version, int) or not 1 <= version <= VERSION:
+            if type(version) is not int or not 1 <= version <= VERSION:
                 raise ConfigError(
-                    f"the format version must be 1 to {VERSION}; got {version} in {name}. "
+                    f"the format version must be 1 to {VERSION}; got {version!r:.80} in {name}. "
                     "Install a newer cmsad-jax: pip install --upgrade cmsad-jax."
                 )
-            listed = manifest["files"]
-            if {*names} != {_MANIFEST, *listed}:
-                odd = sorted({*names} ^ {_MANIFEST, *listed})
+            listed = manifest.get("files")
+            if not isinstance(listed, dict):
+                raise refuse(f"no list of files in {_MANIFEST}")
+            if {*entries} != {_MANIFEST, *listed}:
+                odd = sorted({*entries} ^ {_MANIFEST, *listed})
                 raise refuse(f"entries that differ from the manifest: {', '.join(odd[:3])}")
             files = {}
             for path, expected in listed.items():
+                if not isinstance(expected, dict) or expected.get("bytes") != sizes[path]:
+                    raise refuse(f"another size of {path} than the manifest has")
                 content = archive.read(path)
-                if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+                if hashlib.sha256(content).hexdigest() != expected.get("sha256"):
                     raise refuse(f"a wrong checksum of {path}")
+                if path in (_CARD, _LICENSE) and not _is_plain(content.decode()):
+                    raise refuse(f"control characters in {path}")
                 files[path] = content
     except ConfigError:
         raise
     except (*_ZIP_FAULTS, OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise refuse(first_line(error)) from error
     return manifest, files
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a terminal shows a text as it is: no control characters, no reversed direction."""
+    return all(
+        character in "\n\t"
+        or not (
+            unicodedata.category(character) in ("Cc", "Cs")
+            or unicodedata.bidirectional(character) in _DIRECTIONS
+        )
+        for character in text
+    )
+
+
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+"""Classes of the characters that make text run otherwise than it is written."""
+
+
+def _fault_of_json(value: Any) -> str:
+    """What should not be in a manifest, or nothing."""
+    rest = [(value, 1)]
+    while rest:
+        node, depth = rest.pop()
+        if depth > _MAX_DEPTH:
+            return f"values nested deeper than {_MAX_DEPTH}"
+        if isinstance(node, dict | list):
+            rest += [(child, depth + 1) for child in node]
+        if isinstance(node, dict):
+            rest += [(child, depth + 1) for child in node.values()]
+        if isinstance(node, str) and not _is_plain(node):
+            return f"control characters, {node!r:.80},"
+        if isinstance(node, float) and not math.isfinite(node):
+            return f"the number {node}"
+    return ""
+
+
+def _program(content: bytes, path: str, name: str) -> jax_export.Exported:
+    """A program that this JAX can run: its format, its calls and its every operation are known."""
+    oldest = jax_export.minimum_supported_calling_convention_version
+    newest = jax_export.maximum_supported_calling_convention_version
+    try:
+        program = jax_export.deserialize(bytearray(content))
+        version = program.calling_convention_version
+        if not oldest <= version <= newest:
+            raise ValueError(f"calling convention {version}, known are {oldest} to {newest}")
+        if program.disabled_safety_checks:
+            raise ValueError("a program exported without JAX's checks of safety")
+        program.mlir_module()  # else an unknown operation would come to light at the first image
+    except Exception as error:  # jax.export promises no type
+        raise ConfigError(
+            f"{name} must hold programs that this JAX can read; got in {path}: "
+            f"{first_line(error):.200} (JAX {jax.__version__}). Install the JAX it was exported "
+            "with or a newer one, or export the run again."
+        ) from error
+    return program
 
 
 def _description(manifest: Mapping[str, Any], name: str) -> Description:
@@ -426,7 +541,64 @@ def _description(manifest: Mapping[str, Any], name: str) -> Description:
         for field in fields
         if field.name in values
     }
-    return Description(**known)
+    description = Description(**known)
+    try:
+        _check_description(description)
+    except ConfigError as error:
+        raise ConfigError(f"{name} must describe its model: {error}") from error
+    return description
+
+
+def _check_description(facts: Description) -> None:
+    """Types and ranges of every field: it may be a stranger's."""
+    for name in ("modalities", "classes", "members"):
+        check_names(name, getattr(facts, name))
+    check_names("target", (facts.target,))
+    for name in ("flip", "allow_missing"):
+        if not isinstance(getattr(facts, name), bool):
+            raise _odd(name, "true or false", getattr(facts, name))
+    for name in ("preprocess", "provenance", "metrics"):
+        if not isinstance(getattr(facts, name), Mapping):
+            raise _odd(name, "a table of values by name", getattr(facts, name))
+    if not isinstance(facts.license, str) or "\n" in facts.license or not _is_plain(facts.license):
+        raise _odd("license", "one line of plain text", facts.license)
+    if not _is_number(facts.overlap) or not 0 <= facts.overlap < 1:
+        raise _odd("overlap", "a number of at least 0 and below 1", facts.overlap)
+    if not _is_number(facts.threshold) or not 0 < facts.threshold < 1:
+        raise _odd("threshold", "a number between 0 and 1", facts.threshold)
+    check_number("batch_size", facts.batch_size, least=1, usual=1, whole=True)
+    window = facts.window
+    if not isinstance(window, tuple) or len(window) not in (2, 3) or not _are_sizes(window):
+        raise _odd("window", "2 or 3 numbers of voxels", window)
+    if math.prod(window) * facts.batch_size * len(facts.modalities) > _MAX_VOXELS:
+        raise _odd("window", f"at most {_MAX_VOXELS} voxels in all windows of a call", window)
+    grid = facts.preprocess
+    size, spacing = grid.get("size", (1, 1, 1)), grid.get("spacing_mm", (1, 1, 1))
+    if not isinstance(size, list | tuple) or len(size) != 3 or not _are_sizes(size):
+        raise _odd("size of preprocess", "3 numbers of voxels", size)
+    if math.prod(size) * len(facts.modalities) > _MAX_VOXELS:
+        raise _odd("size of preprocess", f"at most {_MAX_VOXELS} voxels", size)
+    if (
+        not isinstance(spacing, list | tuple)
+        or len(spacing) != 3
+        or not all(_is_number(n) and 0 < n <= 1000 for n in spacing)
+    ):
+        raise _odd("spacing_mm of preprocess", "3 numbers above 0 and at most 1000", spacing)
+
+
+def _odd(name: str, rule: str, value: Any) -> ConfigError:
+    return ConfigError(f"{name} must be {rule}; got {value!r:.80}. Export the run again.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_sizes(values: Sequence[Any]) -> bool:
+    return all(
+        isinstance(n, numbers.Integral) and not isinstance(n, bool) and 1 <= n <= 2**20
+        for n in values
+    )
 
 
 def _check_fit(
@@ -436,18 +608,53 @@ def _check_fit(
     name: str,
 ) -> None:
     """The program must take what is described, and every member's weights."""
-    (expected, windows, _), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+    try:
+        (expected, windows, _), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+        shapes = {key: value.shape for key, value in expected.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{name} must take weights, windows and present; got: {first_line(error):.200}. "
+            "Export the run again."
+        ) from error
     space = (*description.window, len(description.modalities))
     if windows.shape[1:] != space:
         raise ConfigError(
             f"{name} must hold a program for what it describes, windows of shape {space}; got one "
             f"for {windows.shape[1:]}. Export the run again."
         )
-    shapes = {key: value.shape for key, value in expected.items()}
     for member in weights:
         if {key: value.shape for key, value in member.items()} != shapes:
             raise ConfigError(
                 f"{name} must hold the weights its program takes; got other names or shapes. "
+                "Export the run again."
+            )
+
+
+def _check_result(
+    program: jax_export.Exported,
+    description: Description,
+    weights: Mapping[str, np.ndarray],
+    num_outputs: int,
+    name: str,
+) -> None:
+    """The program must give a probability for each voxel and output, at any batch size."""
+    space, num_modalities = description.window, len(description.modalities)
+    given = {key: jax.ShapeDtypeStruct(value.shape, jnp.float32) for key, value in weights.items()}
+    for batch in (1, description.batch_size):
+        wanted = f"float32{[batch, *space, num_outputs]}"
+        try:
+            result = jax.eval_shape(
+                program.call,
+                given,
+                jax.ShapeDtypeStruct((batch, *space, num_modalities), jnp.float32),
+                jax.ShapeDtypeStruct((batch, num_modalities), jnp.bool_),
+            )
+            found = f"{result.dtype}{list(result.shape)}"
+        except Exception as error:  # of jax.export, or what result is no array for
+            found = f"{first_line(error):.200}"
+        if found != wanted:
+            raise ConfigError(
+                f"{name} must hold a program that gives {wanted} for {batch} windows; got {found}. "
                 "Export the run again."
             )
 

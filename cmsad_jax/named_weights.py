@@ -36,19 +36,28 @@ def from_safetensors(content: bytes, name: str = "the file") -> dict[str, np.nda
     """
     try:
         length = int.from_bytes(content[:8], "little")
+        if 8 + length > len(content):
+            raise ValueError(f"a header of {length} bytes in a file of {len(content)}")
         data = memoryview(content)[8 + length :]
         header = json.loads(content[8 : 8 + length])
         header.pop("__metadata__", None)
-        arrays = {}
+        arrays, taken = {}, 0
         for key, entry in header.items():
             start, stop = entry["data_offsets"]
             shape = tuple(entry["shape"])
+            if not key.isprintable():
+                raise ValueError(f"a name with control characters, {key!r:.80}")
+            if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+                raise ValueError(f"{key:.80} has the shape {shape!r:.80}")
+            taken += stop - start
+            if taken > len(data):
+                raise ValueError(f"arrays that overlap, {key:.80} among them")
             if entry["dtype"] != "F32" or not 0 <= start <= stop <= len(data):
                 raise ValueError(
                     f"{key} is {entry['dtype']} at {start}:{stop} of {len(data)} bytes"
                 )
             arrays[key] = np.frombuffer(data[start:stop], "<f4").reshape(shape)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"weights must be float32 in the safetensors format; got {name} with: "
             f"{first_line(error)}. Copy or export it again."
@@ -64,6 +73,31 @@ def flatten_weights(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
         value = tree[key]
         flat |= flatten_weights(value, path) if isinstance(value, Mapping) else {path: value}
     return flat
+
+
+LARGEST = 1e6
+"""Weights of trained networks are thousands of times smaller; 1e38 overflows in the first layer."""
+
+
+def check_weights(weights: Mapping[str, Any], name: str = "the weights") -> None:
+    """Raise ``ConfigError`` if a weight is NaN, infinite or beyond ``LARGEST`` in size.
+
+    Args:
+        weights: arrays by their path, or nested as the ``params`` of a network.
+        name: what the message calls them.
+
+    Raises:
+        ConfigError: names the first such array and says how many of its values are at fault.
+    """
+    for path, value in flatten_weights(weights).items():
+        array = np.asarray(value)
+        if not np.abs(array).max(initial=0) <= LARGEST:
+            faulty = array[~(np.abs(array) <= LARGEST)]
+            raise ConfigError(
+                f"weights must be finite and at most {LARGEST:g} in size; got {faulty[0]} in "
+                f"{path} of {name} ({faulty.size} of {array.size} values). The training diverged "
+                "or the file is damaged: copy it again, or train with a lower learning rate."
+            )
 
 
 def unflatten_weights(weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Source: docs/method.md, sections 3, 6 and 7.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp

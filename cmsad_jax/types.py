@@ -103,7 +103,8 @@ def check_present(present: Any, batch: int, modalities: Sequence[str]) -> None:
         )
 
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+"""A name that can become part of a file name, an option or a weight's path."""
 
 
 def check_names(what: str, names: Any) -> None:
@@ -118,7 +119,7 @@ def check_names(what: str, names: Any) -> None:
             "Use for example ('t2w', 'adc')."
         )
     for name in names:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ConfigError(
                 f"{what} must be names of at most 64 letters a to z, digits, '.', '_' and '-' that "
                 f"start with neither '.' nor '-'; got {name!r:.80}. Rename it."

@@ -21,6 +21,7 @@ from cmsad_jax.inference import sliding_window
 from cmsad_jax.modules import CMSAD, EncoderConfig, FusionConfig, NetworkConfig
 from cmsad_jax.modules.network import apply, probabilities
 from cmsad_jax.named_weights import (
+    check_weights,
     flatten_weights,
     from_safetensors,
     to_safetensors,
@@ -236,17 +237,22 @@ def test_identity_is_of_the_weights_and_what_they_mean(path, model, tmp_path):
     assert model.select(["fold_0"]).sha256 != model.sha256
 
 
-def edit(source, target, change, *, replace=None, add=None):
-    """Copy an artifact with another manifest, contents (checksums made to fit) or entries."""
+def edit(source, target, change, *, replace=None, add=None, text=None):
+    """Copy an artifact with another manifest, contents (sizes and checksums made to fit) or entries.
+
+    ``text`` makes the manifest's text another one.
+    """
     with zipfile.ZipFile(source) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     manifest = json.loads(files.pop("manifest.json"))
     files |= replace or {}
     for name, content in (replace or {}).items():
-        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest()}
+        digest = hashlib.sha256(content).hexdigest()
+        manifest["files"][name] = {"bytes": len(content), "sha256": digest}
     change(manifest)
+    written = json.dumps(manifest)
     with zipfile.ZipFile(target, "w") as archive:
-        archive.writestr("manifest.json", json.dumps(manifest))
+        archive.writestr("manifest.json", text(written) if text else written)
         for name, content in {**files, **(add or {})}.items():
             archive.writestr(name, content)
     return target
@@ -272,6 +278,8 @@ def test_unknown_facts_of_a_later_writer_are_passed_over(path, tmp_path, model):
         (lambda m: m["description"].update(window=[4, 8, 8]), "must hold a program for what it"),
         (lambda m: m["description"].update(members=["fold_9"]), r"got no weights/fold_9"),
         (lambda m: m["files"]["LICENSE"].update(sha256="0"), "a wrong checksum of LICENSE"),
+        (lambda m: m["files"]["LICENSE"].update(bytes=10**12), "another size of LICENSE"),
+        (lambda m: m["files"]["LICENSE"].pop("bytes"), "another size of LICENSE"),
     ],
 )
 def test_manifest_that_does_not_fit_is_refused(path, tmp_path, change, message):
@@ -298,9 +306,11 @@ def test_hostile_archives_write_nothing_and_are_refused(path, tmp_path, monkeypa
     monkeypatch.chdir(home)
     evil = {"../evil": b"x", "/tmp/cmsad_evil": b"x"}
     with pytest.raises(ConfigError, match="entries that differ from the manifest"):
-        export.load(edit(path, tmp_path / "unlisted", nothing, add=evil))
-    # listed in the manifest they are read, into memory, and used for nothing
-    export.load(edit(path, tmp_path / "listed", nothing, replace=evil))
+        export.load(edit(path, tmp_path / "unlisted", nothing, add={"evil": b"x"}))
+    for name, content in evil.items():
+        for place in ({"add": {name: content}}, {"replace": {name: content}}):
+            with pytest.raises(ConfigError, match=f"cannot be a file's name, '{name}'. Copy or"):
+                export.load(edit(path, tmp_path / "evil.cmsad", nothing, **place))
     assert list(home.iterdir()) == []
     assert not (tmp_path / "evil").exists()
     assert not Path("/tmp/cmsad_evil").exists()
@@ -309,6 +319,336 @@ def test_hostile_archives_write_nothing_and_are_refused(path, tmp_path, monkeypa
         archive.writestr("manifest.json", b"0" * 10**7)
     with pytest.raises(ConfigError, match="compressed or repeated entries"):
         export.load(tmp_path / "bomb")
+
+
+def describing(**changes):
+    """A trick: these fields in the description."""
+    return {"change": lambda m: m["description"].update(changes)}
+
+
+def holding(name, content):
+    """A trick: this file, listed as it is."""
+    return {"replace": {name: content}}
+
+
+def nested(depth):
+    value: object = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def spoilt_weights(value):
+    """Weights of the right names and shapes, one of them of this value."""
+
+    def replacement(path):
+        with zipfile.ZipFile(path) as archive:
+            weights = dict(from_safetensors(archive.read("weights/fold_3.safetensors")))
+        name = "encoder_t2w/stage0_block0/Conv_0/kernel"
+        weights[name] = weights[name].copy()
+        weights[name].flat[5] = value
+        return {"replace": {"weights/fold_3.safetensors": to_safetensors(weights)}}
+
+    return replacement
+
+
+def spoilt_program(change):
+    """A program changed by its bytes, or by its ``jax_export.Exported``."""
+
+    def replacement(path):
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read("programs/predict.stablehlo")
+        return {"replace": {"programs/predict.stablehlo": change(content)}}
+
+    return replacement
+
+
+def of_newer_bytecode(content):
+    start = content.index(b"ML\xefR") + 4
+    return content[:start] + bytes([2 * 40 + 1]) + content[start + 1 :]
+
+
+def with_unknown_operation(content):
+    assert content.count(b"logistic_v") == 1
+    start = content.index(b"_v", content.index(b"logistic_v")) + 2
+    return content[:start] + b"9" + content[start + 1 :]
+
+
+def of_newer_calls(content):
+    program = jax_export.deserialize(bytearray(content))
+    return bytes(dataclasses.replace(program, calling_convention_version=99).serialize())
+
+
+def program_of(function, *shapes, **options):
+    return bytes(jax_export.export(jax.jit(function), **options)(*shapes).serialize())
+
+
+SHAPES = (
+    {"a": jax.ShapeDtypeStruct((), jnp.float32)},
+    jax.ShapeDtypeStruct((2, *WINDOW, 2), jnp.float32),
+    jax.ShapeDtypeStruct((2, 2), jnp.bool_),
+)
+ALIASED = json.dumps(
+    {str(i): {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for i in range(9)}
+).encode()
+
+TRICKS = {
+    # names that become files' names, or reach a terminal or a page
+    "class outside": (describing(classes=["../x"]), "classes must be names of .*; got '../x'. Re"),
+    "class with escapes": (describing(classes=["a\x1b[2J"]), "control characters, .* in manifest"),
+    "class of markup": (
+        describing(classes=["<script>"]),
+        "classes must be names .* got '<script>'",
+    ),
+    "no class": (describing(classes=[]), r"classes must be a tuple of one or more names; got \(\)"),
+    "class twice": (describing(classes=["A", "a"]), "classes must be distinct names, in more than"),
+    "modality is a path": (describing(modalities=["a/b", "adc"]), "modalities must be names of"),
+    "modality is a number": (describing(modalities=[1, 2]), "modalities must be names .*; got 1"),
+    "modalities are text": (describing(modalities="t2"), "modalities must be a tuple .*; got 't2'"),
+    "member outside": (
+        describing(members=["../fold_0"]),
+        "members must be names .* got '../fold_0'",
+    ),
+    "target outside": (describing(target="/tmp/x"), "target must be names .*; got '/tmp/x'"),
+    "target is a list": (describing(target=["a"]), "target must be names of"),
+    # texts
+    "licence of lines": (describing(license="a\nb"), "license must be one line of plain text"),
+    "licence that runs backwards": (describing(license="a\u202eb"), "control characters, "),
+    "half a character": (describing(provenance={"a": "\ud800"}), "control characters, "),
+    "key with escapes": (describing(metrics={"\x1b[2J": 1}), "control characters, "),
+    "card with escapes": (
+        holding("MODEL_CARD.md", b"a\x1b[2Jb"),
+        "control characters in MODEL_CARD",
+    ),
+    "card of other bytes": (holding("MODEL_CARD.md", b"\xff\xfe"), "undamaged .*can't decode byte"),
+    "licence of many bytes": (
+        holding("LICENSE", b"a" * (2**20 + 1)),
+        "LICENSE of 1048577 bytes, mo",
+    ),
+    # odd types and numbers
+    "window is a number": (describing(window=4), "window must be 2 or 3 numbers of voxels; got 4"),
+    "window of fractions": (describing(window=[4.0, 16, 16]), "window must be 2 or 3 numbers of v"),
+    "window without end": (describing(window=[10**5] * 3), "window must be at most 2147483648 vox"),
+    "batch without end": (describing(batch_size=10**9), "window must be at most 2147483648 voxels"),
+    "batch of none": (describing(batch_size=0), "batch_size must be a whole number of at least 1"),
+    "grid without end": (
+        describing(preprocess={"size": [2**20] * 3}),
+        "size of preprocess must be at most 2147483648 voxels",
+    ),
+    "grid of text": (
+        describing(preprocess={"size": "big"}),
+        "size of preprocess must be 3 numbers",
+    ),
+    "spacing below 0": (
+        describing(preprocess={"spacing_mm": [3, -1, 1]}),
+        "spacing_mm of preprocess must be 3 numbers above 0 and at most 1000; got .3, -1, 1",
+    ),
+    "overlap of all": (describing(overlap=1), "overlap must be a number of at least 0 and below 1"),
+    "threshold is text": (describing(threshold="x"), "threshold must be a number between 0 and 1"),
+    "flip is a number": (describing(flip=3), "flip must be true or false; got 3"),
+    "provenance is a list": (describing(provenance=[1]), "provenance must be a table of values"),
+    "description is a list": ({"change": lambda m: m.update(description=[])}, "got no modalities"),
+    "version is true": (
+        {"change": lambda m: m.update(version=True)},
+        "version must be 1 to 1; got T",
+    ),
+    "version is text": (
+        {"change": lambda m: m.update(version="1")},
+        "version must be 1 to 1; got '1",
+    ),
+    "files are a list": (
+        {"change": lambda m: m.update(files=list(m["files"]))},
+        "no list of files in manifest.json",
+    ),
+    "file is a number": (
+        {"change": lambda m: m["files"].update(LICENSE=3)},
+        "another size of LICENSE",
+    ),
+    "number that is none": (describing(metrics={"a": float("nan")}), "the number nan in manifest"),
+    "number without end": (
+        {
+            "change": nothing,
+            "text": lambda text: text.replace('"overlap": 0.5', '"overlap": 1e999'),
+        },
+        "the number inf in manifest",
+    ),
+    # depth and size
+    "deep": (describing(metrics={"a": nested(40)}), "values nested deeper than 32 in manifest"),
+    "deeper than Python": (
+        {"change": nothing, "text": lambda text: "[" * 10**5 + "]" * 10**5},
+        "recursion|manifest that is not of format",
+    ),
+    "long manifest": (
+        {"change": nothing, "text": lambda text: text + " " * 2**24},
+        "manifest.json of .* bytes, more than 16777216",
+    ),
+    "long number": (
+        {
+            "change": nothing,
+            "text": lambda text: text.replace('"overlap": 0.5', '"a": ' + "9" * 5000),
+        },
+        "must be an undamaged artifact",
+    ),
+    # weights
+    "weight is no number": (
+        spoilt_weights(np.nan),
+        r"at most 1e\+06 in size; got nan in encoder_t2w/stage0_block0/Conv_0/kernel of .*"
+        r"weights/fold_3.safetensors \(1 of 36 values\). The training diverged",
+    ),
+    "weight without end": (spoilt_weights(-np.inf), "got -inf in encoder_t2w/stage0_block0/Conv_0"),
+    "absurd weight": (
+        spoilt_weights(1e38),
+        r"got 1e\+38 in encoder_t2w/stage0_block0/Conv_0/kernel",
+    ),
+    "header without end": (
+        holding("weights/fold_0.safetensors", (2**62).to_bytes(8, "little") + b"{}"),
+        "with: a header of 4611686018427387904 bytes in a file of 10",
+    ),
+    "header that is deep": (
+        holding("weights/fold_0.safetensors", (10**5).to_bytes(8, "little") + b"[" * 10**5),
+        "safetensors format; got .*recursion",
+    ),
+    "weights over each other": (
+        holding(
+            "weights/fold_0.safetensors", len(ALIASED).to_bytes(8, "little") + ALIASED + bytes(8)
+        ),
+        "with: arrays that overlap, 2 among them",
+    ),
+    # programs
+    "newer bytecode": (
+        spoilt_program(of_newer_bytecode),
+        "programs that this JAX can read; got in",
+    ),
+    "unknown operation": (
+        spoilt_program(with_unknown_operation),
+        "programs that this JAX can read",
+    ),
+    "newer calls": (spoilt_program(of_newer_calls), "got in .*: calling convention 99, known are"),
+    "program of half": (
+        spoilt_program(lambda content: content[:-99]),
+        "programs that this JAX can",
+    ),
+    "program of another thing": (
+        holding("programs/predict.stablehlo", program_of(jnp.tanh, SHAPES[1])),
+        "predict.stablehlo must take weights, windows and present; got",
+    ),
+    "program of one batch": (
+        spoilt_program(lambda _: export_of_shapes(lambda w, x, p: x[..., :1])),
+        "must hold a program that gives .* for 1 windows; got",
+    ),
+    "program of other outputs": (
+        spoilt_program(lambda _: export_of_shapes(lambda w, x, p: x, symbolic=True)),
+        r"gives float32\[1, 4, 16, 16, 1\] for 1 windows; got float32\[1, 4, 16, 16, 2\]. Export",
+    ),
+    "program without checks": (
+        spoilt_program(
+            lambda content: bytes(
+                dataclasses.replace(
+                    jax_export.deserialize(bytearray(content)),
+                    disabled_safety_checks=(jax_export.DisabledSafetyCheck.platform(),),
+                ).serialize()
+            )
+        ),
+        "a program exported without JAX's checks of safety",
+    ),
+}
+
+
+def export_of_shapes(function, *, symbolic=False):
+    """A program of the right arguments, for two windows or for any number."""
+    shapes = jax.eval_shape(lambda: random_params_shapes())
+    batch = jax_export.symbolic_shape("b")[0] if symbolic else 2
+    return program_of(
+        function,
+        shapes,
+        jax.ShapeDtypeStruct((batch, *WINDOW, 2), jnp.float32),
+        jax.ShapeDtypeStruct((batch, 2), jnp.bool_),
+        platforms=export.PLATFORMS,
+    )
+
+
+def random_params_shapes():
+    """Names and shapes of the weights."""
+    return flatten_weights(NETWORK.init(jax.random.key(0), jnp.zeros((1, *WINDOW, 2)))["params"])
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_tricks_of_strangers_are_refused_and_named(name, path, tmp_path, monkeypatch):
+    trick, message = TRICKS[name]
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    options = trick(path) if callable(trick) else dict(trick)
+    change = options.pop("change", nothing)
+    file = edit(path, tmp_path / "model.cmsad", change, **options)
+    with pytest.raises(ConfigError, match=message) as refused:
+        export.load(file)
+    text = str(refused.value)
+    assert text.isprintable()  # whatever the trick was, the terminal is not told it
+    assert len(text) < 1000
+    assert [*home.iterdir()] == []
+    assert {entry.name for entry in tmp_path.iterdir()} == {"home", "model.cmsad"}
+
+
+def test_entries_of_more_bytes_than_the_archive_are_refused(path, tmp_path):
+    """Several names in the directory for one place in the file: a bomb without compression."""
+    file = edit(path, tmp_path / "bomb", nothing, add={f"copy_{i}": b"x" * 10**5 for i in range(3)})
+    content = file.read_bytes()
+    first = content.index(b"copy_0" + b"x" * 10)
+    second = content.index(b"copy_1" + b"x" * 10)
+    third = content.index(b"copy_2" + b"x" * 10)
+    # The same three entries with two of the three contents cut out of the file.
+    cut = content[: second - 30] + content[third + 6 + 10**5 :]
+    place = cut.rindex(b"PK\x05\x06") + 16
+    removed = len(content) - len(cut)
+    start = int.from_bytes(cut[place : place + 4], "little") - removed
+    cut = bytearray(cut)
+    cut[place : place + 4] = start.to_bytes(4, "little")
+    for name in (b"copy_1", b"copy_2"):
+        at = cut.index(name, start) - 4
+        cut[at : at + 4] = (first - 30).to_bytes(4, "little")
+    with pytest.raises(ConfigError, match="entries of more bytes than the|Overlapped entries"):
+        export.load(io.BytesIO(bytes(cut)))
+
+
+def test_what_load_would_refuse_is_not_saved(path, params):
+    weights = [flatten_weights(tree) for tree in params]
+    good = {
+        "description": DESCRIPTION,
+        "programs": {},
+        "weights": weights,
+        "card": "card",
+        "license_text": "text",
+    }
+    spoilt = [weights[0], {**weights[1], "decoder/head0/bias": np.array([np.nan])}]
+    for change, message in (
+        (
+            {"description": dataclasses.replace(DESCRIPTION, classes=("../x",))},
+            "got '../x'. Rename",
+        ),
+        (
+            {"description": dataclasses.replace(DESCRIPTION, metrics={"dice": float("nan")})},
+            "JSON that others can read; got the number nan. Leave it out",
+        ),
+        ({"card": "a\x1bb"}, "MODEL_CARD.md must be plain text; got control characters in it."),
+        ({"weights": spoilt}, r"got nan in decoder/head0/bias of member fold_3 \(1 of 1 values\)"),
+    ):
+        target = io.BytesIO()
+        with pytest.raises(ConfigError, match=message):
+            export.save(target, **{**good, **change})
+        assert not target.getvalue()
+
+
+def test_weights_are_checked_as_trees_and_flat(params):
+    check_weights(params[0])
+    check_weights(flatten_weights(params[0]))
+    check_weights({"a": np.array([1e6, -1e6]), "none": np.zeros((0, 3))})
+    for value, said in ((1.1e6, "1100000.0"), (np.nan, "nan"), (np.inf, "inf"), (-1e38, "-1e.38")):
+        tree = {"a": np.zeros(2), "b": {"c": np.array([[0.0, value]])}}
+        with pytest.raises(ConfigError, match=rf"got {said} in b/c of my model \(1 of 2 values\)"):
+            check_weights(tree, "my model")
+    with pytest.raises(ValueError, match="got nan in a of the weights"):
+        check_weights({"a": jnp.array([jnp.nan], jnp.bfloat16)})
 
 
 def test_damage_is_noticed_or_harmless(path, model):
