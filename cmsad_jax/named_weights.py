@@ -91,10 +91,10 @@ def check_weights(weights: Mapping[str, Any], name: str = "the weights") -> None
     """
     for path, value in flatten_weights(weights).items():
         array = np.asarray(value)
-        if not np.abs(array).max(initial=0) <= LARGEST:
-            faulty = array[~(np.abs(array) <= LARGEST)]
+        faulty = array[~(np.abs(array) <= LARGEST)]  # so is NaN
+        if faulty.size:
             raise ConfigError(
-                f"weights must be finite and at most {LARGEST:g} in size; got {faulty[0]} in "
+                f"weights must be finite and at most {LARGEST:g} in size; got {float(faulty[0]):g} in "
                 f"{path} of {name} ({faulty.size} of {array.size} values). The training diverged "
                 "or the file is damaged: copy it again, or train with a lower learning rate."
             )

@@ -87,10 +87,10 @@ def check_number(
         )
 
 
-def check_present(present: Any, batch: int, modalities: Sequence[str]) -> None:
+def check_present(present: Any, batch: Any, modalities: Sequence[str]) -> None:
     """Raise ``ConfigError`` unless ``present`` is a mask ``b m`` of these examples and modalities.
 
-    Integers are refused with the rest: ``~1`` is not false.
+    ``batch`` may be symbolic. Integers are refused with the rest: ``~1`` is not false.
     """
     wanted = (batch, len(modalities))
     shape = getattr(present, "shape", None)

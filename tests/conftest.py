@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 # Tests compile much and compute little. Set before JAX starts its backend; subprocesses inherit it.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+
 
 SHARED_DATA = Path(os.environ.get("CMSAD_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
 
@@ -19,3 +21,11 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no shared data at {SHARED_DATA}; set CMSAD_SHARED_DATA")
     return SHARED_DATA
+
+
+@pytest.fixture
+def without_type_checks():
+    """As users call the library: tests check types at each call, and would be there first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

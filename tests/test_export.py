@@ -238,9 +238,9 @@ def test_identity_is_of_the_weights_and_what_they_mean(path, model, tmp_path):
 
 
 def edit(source, target, change, *, replace=None, add=None, text=None):
-    """Copy an artifact with another manifest, contents (sizes and checksums made to fit) or entries.
+    """Copy an artifact with another manifest, contents (checksums made to fit) or entries.
 
-    ``text`` makes the manifest's text another one.
+    ``text`` turns the manifest's text into another one.
     """
     with zipfile.ZipFile(source) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -369,8 +369,7 @@ def of_newer_bytecode(content):
 
 
 def with_unknown_operation(content):
-    assert content.count(b"logistic_v") == 1
-    start = content.index(b"_v", content.index(b"logistic_v")) + 2
+    start = content.index(b"reduce_v") + len(b"reduce_v")
     return content[:start] + b"9" + content[start + 1 :]
 
 
@@ -573,7 +572,9 @@ def random_params_shapes():
 
 
 @pytest.mark.parametrize("name", TRICKS)
-def test_tricks_of_strangers_are_refused_and_named(name, path, tmp_path, monkeypatch):
+def test_tricks_of_strangers_are_refused_and_named(
+    name, path, tmp_path, monkeypatch, without_type_checks
+):
     trick, message = TRICKS[name]
     home = tmp_path / "home"
     home.mkdir()
@@ -607,7 +608,7 @@ def test_entries_of_more_bytes_than_the_archive_are_refused(path, tmp_path):
     for name in (b"copy_1", b"copy_2"):
         at = cut.index(name, start) - 4
         cut[at : at + 4] = (first - 30).to_bytes(4, "little")
-    with pytest.raises(ConfigError, match="entries of more bytes than the|Overlapped entries"):
+    with pytest.raises(ConfigError, match=r"entries of more bytes than the|Overlapped entries"):
         export.load(io.BytesIO(bytes(cut)))
 
 
@@ -643,7 +644,7 @@ def test_weights_are_checked_as_trees_and_flat(params):
     check_weights(params[0])
     check_weights(flatten_weights(params[0]))
     check_weights({"a": np.array([1e6, -1e6]), "none": np.zeros((0, 3))})
-    for value, said in ((1.1e6, "1100000.0"), (np.nan, "nan"), (np.inf, "inf"), (-1e38, "-1e.38")):
+    for value, said in ((1.1e6, r"1.1e\+06"), (np.nan, "nan"), (np.inf, "inf"), (-1e38, "-1e.38")):
         tree = {"a": np.zeros(2), "b": {"c": np.array([[0.0, value]])}}
         with pytest.raises(ConfigError, match=rf"got {said} in b/c of my model \(1 of 2 values\)"):
             check_weights(tree, "my model")

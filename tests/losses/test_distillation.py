@@ -1,4 +1,3 @@
-import inspect
 import itertools
 import re
 
@@ -317,12 +316,22 @@ def test_pairs():
     assert parse_pairs(("b->a", "a -> b"), ("a", "b")) == (("b", "a"), ("a", "b"))
 
 
-@pytest.mark.parametrize("entry", ["adc", "adc->dwi", "adc->adc", "adc->t2w->hbv", "adc>t2w"])
-def test_malformed_pairs(entry):
+@pytest.mark.parametrize(
+    "entry",
+    ["adc", "adc->adc", "adc->t2w->hbv", "adc>t2w", "->t2w", ("adc", "t2w"), 7],
+)
+def test_malformed_pairs(entry, without_type_checks):
     with pytest.raises(
-        ConfigError, match=re.escape(f"modalities of t2w, adc, hbv; got '{entry}'. Use 'mutual'")
+        ConfigError, match=re.escape(f"two different modalities; got {entry!r}. Use for example")
     ):
         parse_pairs(("hbv->t2w", entry), MODALITIES)
+
+
+def test_pairs_of_unknown_modalities():
+    with pytest.raises(
+        ConfigError, match=re.escape("modalities of t2w, adc, hbv; got 'adc->dwi'. Use 'mutual'")
+    ):
+        parse_pairs(("hbv->t2w", "adc->dwi"), MODALITIES)
 
 
 @pytest.mark.parametrize("pairs", ["adc->t2w", ()])
