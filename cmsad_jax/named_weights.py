@@ -94,9 +94,10 @@ def check_weights(weights: Mapping[str, Any], name: str = "the weights") -> None
         faulty = array[~(np.abs(array) <= LARGEST)]  # so is NaN
         if faulty.size:
             raise ConfigError(
-                f"weights must be finite and at most {LARGEST:g} in size; got {float(faulty[0]):g} in "
-                f"{path} of {name} ({faulty.size} of {array.size} values). The training diverged "
-                "or the file is damaged: copy it again, or train with a lower learning rate."
+                f"weights must be finite and at most {LARGEST:g} in size; got "
+                f"{float(faulty[0]):g} in {path} of {name} ({faulty.size} of {array.size} values). "
+                "The training diverged or the file is damaged: copy it again, or train with a "
+                "lower learning rate."
             )
 
 

@@ -337,7 +337,7 @@ def _check_features(features: Any) -> None:
     if not isinstance(features, Mapping) or not features:
         raise ConfigError(
             "features must be a dictionary with a list of stages for each modality; "
-            f"got {type(features).__name__ if features else 'none'}. "
+            f"got {'none' if isinstance(features, Mapping) else type(features).__name__}. "
             "Pass {'t2w': [stage_0, stage_1], 'adc': [...]}."
         )
     batches, ranks = set(), set()

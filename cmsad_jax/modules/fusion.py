@@ -181,7 +181,7 @@ class Fusion(nn.Module):
                 f"{', '.join(self.modalities)}; got {came or 'none'}. "
                 "Pass {'t2w': ..., 'adc': ...} and the same names as modalities."
             )
-        shapes = {name: getattr(feature, "shape", None) for name, feature in features.items()}
+        shapes = {name: getattr(features[name], "shape", None) for name in self.modalities}
         spaces = {shape if shape is None else shape[:-1] for shape in shapes.values()}
         if len(spaces) != 1 or None in spaces:
             raise ConfigError(
