@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cmsad_jax.modules.encoder import Encoder, EncoderConfig
     from cmsad_jax.modules.fusion import Fusion, FusionConfig
     from cmsad_jax.modules.network import CMSAD, NetworkConfig, NetworkOutput
+    from cmsad_jax.named_weights import check_weights
     from cmsad_jax.parallel import parallelize
     from cmsad_jax.training import LossConfig, OptimizerConfig, TrainState, init_state, train_step
     from cmsad_jax.types import ConfigError
@@ -50,6 +51,7 @@ _HOME = {
     "TrainState": "training",
     "attention_map": "kernels",
     "augment": "augmentation",
+    "check_weights": "named_weights",
     "convolution": "kernels",
     "correlation": "kernels",
     "cross_entropy_loss": "losses.segmentation",
@@ -84,6 +86,7 @@ __all__ = [
     "TrainState",
     "attention_map",
     "augment",
+    "check_weights",
     "convolution",
     "correlation",
     "cross_entropy_loss",

@@ -365,11 +365,12 @@ class Model:
 
     def _check(self, image: np.ndarray, present: np.ndarray, program: str) -> None:
         names = self.description.modalities
-        if image.shape[-1] != len(names) or present.shape != (len(names),):
+        shape = getattr(image, "shape", ())
+        if shape[-1:] != (len(names),) or present.shape != (len(names),):
             raise ConfigError(
                 f"the image must have one channel, and present one entry, for each of {names}; "
-                f"got shapes {image.shape} and {present.shape}. Stack the modalities on the last "
-                "axis."
+                f"got {f'shapes {shape}' if shape else type(image).__name__} and {present.shape}. "
+                "Stack the modalities on the last axis."
             )
         missing = [name for name, there in zip(names, present, strict=True) if not there]
         if missing and (not self.description.allow_missing or len(missing) == len(names)):

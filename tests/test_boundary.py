@@ -452,6 +452,12 @@ WRONG = [
         "prediction and labels must have one shape, b *space",
         "got (1, 4, 4, 1) and (1, 4, 4). Take logits[..., 0] > 0",
     ),
+    # kernels
+    (
+        lambda: cmsad_jax.convolution(feature(), jnp.ones((1, 1, 3, 3)), strides=1),
+        "kernel and strides must have one entry for each of 2 or 3 axes of space",
+        "and strides (1,). Use 2 for slices, 3 for volumes.",
+    ),
     # the objective
     (
         lambda: LossConfig(smooth=np.nan),

@@ -690,6 +690,8 @@ def test_no_file_is_said(tmp_path):
 def test_inputs_that_do_not_fit_are_refused(model, image):
     with pytest.raises(ConfigError, match="one channel, and present one entry"):
         model(image[..., :1])
+    with pytest.raises(ConfigError, match=r"got list and \(2,\). Stack the modalities"):
+        model.predict.__wrapped__(model, [image])
     strict = dataclasses.replace(
         model, description=dataclasses.replace(model.description, allow_missing=False)
     )

@@ -193,7 +193,8 @@ def convolution(
         ConfigError: if the numbers of axes, channels or types disagree, or a kernel size is even.
         NotImplementedError: if ``implementation`` is unknown, or ``folded`` is asked for slices.
     """
-    rank, strides = x.ndim - 2, tuple(strides)
+    rank = x.ndim - 2
+    strides = tuple(strides) if isinstance(strides, Sequence) else (strides,)
     if not kernel.ndim - 2 == len(strides) == rank or rank not in (2, 3):
         raise ConfigError(
             "kernel and strides must have one entry for each of 2 or 3 axes of space; "
