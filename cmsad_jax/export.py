@@ -405,8 +405,9 @@ def _read_archive(
         )
 
     try:
-        archive_size = source.getbuffer().nbytes if isinstance(source, io.BytesIO) else None
-        if archive_size is None:
+        if isinstance(source, io.BytesIO):
+            archive_size = source.getbuffer().nbytes
+        else:
             archive_size = Path(source).stat().st_size
         with zipfile.ZipFile(source) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -597,7 +598,7 @@ def _is_number(value: Any) -> bool:
 
 def _are_sizes(values: Sequence[Any]) -> bool:
     return all(
-        isinstance(n, numbers.Integral) and not isinstance(n, bool) and 1 <= n <= 2**20
+        isinstance(n, numbers.Integral) and not isinstance(n, bool) and 1 <= int(n) <= 2**20
         for n in values
     )
 

@@ -134,11 +134,11 @@ def _check_sliding(
     flip_axes: Any,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Window and axes of flips, as tuples; raises as ``sliding_window`` says."""
-    if not isinstance(overlap, numbers.Real) or not 0 <= overlap < 1:
+    if not isinstance(overlap, numbers.Real) or not 0 <= float(overlap) < 1:
         raise ConfigError(f"overlap must be in [0, 1); got {overlap!r:.80}. Use 0.5.")
     check_number("num_classes", num_classes, least=1, usual=1, whole=True)
     check_number("batch_size", batch_size, least=1, usual=1, whole=True)
-    shape = getattr(image, "shape", ())
+    shape: tuple[int, ...] = getattr(image, "shape", ())
     if len(shape) not in (3, 4) or 0 in shape:
         raise ConfigError(
             "the image must be one case, an array *space m of 2 or 3 axes of space; "
@@ -160,7 +160,7 @@ def _check_sliding(
             f"or along h and w for a network of slices; got {window!r:.80} for an image {shape}. "
             f"Use {rank} numbers."
         )
-    axes = tuple(flip_axes) if isinstance(flip_axes, Sequence) else (None,)
+    axes = tuple(flip_axes) if isinstance(flip_axes, Sequence) else (-1,)
     if len(set(axes)) != len(axes) or not set(axes) <= set(range(len(sizes))):
         raise ConfigError(
             f"flip_axes must be distinct axes of the window, 0 to {len(sizes) - 1}; "

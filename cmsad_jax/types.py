@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 Image = Float[Array | np.ndarray, "b *space m"]
@@ -75,7 +75,7 @@ def check_number(
     ``whole`` asks for an integer; ``usual`` is the value that the message proposes. What is traced
     has no value yet and passes.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     kind = numbers.Integral if whole else numbers.Real
     holds = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)

@@ -165,7 +165,7 @@ def self_distillation_loss(
 def check_stages(stages: Any) -> None:
     """Raise ``ConfigError`` unless ``stages`` are one or more distinct whole numbers from 0."""
     whole = isinstance(stages, Sequence) and all(
-        isinstance(stage, numbers.Integral) and stage >= 0 for stage in stages
+        isinstance(stage, numbers.Integral) and int(stage) >= 0 for stage in stages
     )
     if not whole or not stages or len(set(stages)) != len(stages):
         raise ConfigError(
@@ -191,14 +191,16 @@ def parse_pairs(
     check_pairs(pairs)
     if pairs == "mutual":
         return tuple(itertools.permutations(modalities, 2))
-    parsed = tuple(_names(entry) for entry in pairs)
-    for names, entry in zip(parsed, pairs, strict=True):
-        if not set(names) <= set(modalities):
+    parsed = []
+    for entry in pairs:
+        teacher, student = _names(entry)
+        parsed.append((teacher, student))
+        if not {teacher, student} <= set(modalities):
             raise ConfigError(
                 "each pair must be teacher->student with two different modalities of "
                 f"{', '.join(modalities)}; got {entry!r}. Use 'mutual' for every ordered pair."
             )
-    return parsed
+    return tuple(parsed)
 
 
 def check_pairs(pairs: Any) -> None:
