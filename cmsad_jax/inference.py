@@ -144,7 +144,7 @@ def _check_sliding(
             "the image must be one case, an array *space m of 2 or 3 axes of space; "
             f"got {shape or type(image).__name__}. Predict the cases of a batch one by one."
         )
-    if getattr(present, "shape", None) != shape[-1:]:
+    if getattr(present, "shape", None) != (shape[len(shape) - 1],):
         raise ConfigError(
             "present must have one entry for each channel of the image; "
             f"got {getattr(present, 'shape', type(present).__name__)} beside an image {shape}. "
