@@ -138,13 +138,13 @@ def _check_sliding(
         raise ConfigError(f"overlap must be in [0, 1); got {overlap!r:.80}. Use 0.5.")
     check_number("num_classes", num_classes, least=1, usual=1, whole=True)
     check_number("batch_size", batch_size, least=1, usual=1, whole=True)
-    shape = tuple(getattr(image, "shape", ()))
+    shape: Any = getattr(image, "shape", ())
     if len(shape) not in (3, 4) or 0 in shape:
         raise ConfigError(
             "the image must be one case, an array *space m of 2 or 3 axes of space; "
             f"got {shape or type(image).__name__}. Predict the cases of a batch one by one."
         )
-    if getattr(present, "shape", None) != (shape[len(shape) - 1],):
+    if getattr(present, "shape", None) != shape[-1:]:
         raise ConfigError(
             "present must have one entry for each channel of the image; "
             f"got {getattr(present, 'shape', type(present).__name__)} beside an image {shape}. "
