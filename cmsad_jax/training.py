@@ -9,7 +9,7 @@ Source: docs/method.md, sections 3, 6 and 7.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,23 @@ from cmsad_jax.types import ConfigError, Labels, Present, check_choices, check_n
 
 Batch = Mapping[str, Shaped[Array | np.ndarray, "b ..."]]
 """``image: b *space m``, ``label: b *space`` (integers), ``present: b m`` (bool) and ``key``: what
-is random for each example, ``b 2`` words of uint32 from a host, or ``b`` keys of ``jax.random``."""
+is random for each example, ``b 2`` words of uint32 from a host, or ``b`` keys of ``jax.random``.
+Where ``labelled: b`` (bool) is there too, examples without a label take part in distillation alone,
+by the teachers that need none; whatever ``label`` holds for them is not looked at."""
 
 BATCH = ("image", "label", "present", "key")
 """What a ``Batch`` must hold."""
 
 Metrics = dict[str, Float[Array, ""]]
+
+MAP_DISTANCE = "map_distance"
+"""Metric of how far the distilled maps of two examples lie apart, ``losses.map_distance``: NaN in a
+batch in which no two have the same modality, and none in a batch of one."""
+
+Teacher = Literal["all", "informed", "label", "fused", "average"]
+"""Who teaches maps of attention: other modalities, all of them or only such as are informed, that
+is attend to the target more than their pupil; the target; the fused feature; the averaged network,
+which sees the modalities that are withheld from the pupil."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +69,10 @@ class LossConfig:
     """Focal: how strongly voxels that are right already are passed over; 0 is cross-entropy."""
     focal_alpha: float | None = None
     """Focal: weight of foreground voxels, background having the rest of 1; None weighs all by 1."""
+    region_over: segmentation.Over = "example"
+    """Overlap of each example, of the whole batch, or of examples that hold target alone."""
+    class_weights: tuple[float, ...] | None = None
+    """Cross-entropy: weight of each class, background first; None weighs all alike."""
     cross_modal_weight: float = 0.1
     """Weight of the attention distillation between modalities; 0 switches it off."""
     self_weight: float = 0.1
@@ -69,10 +84,22 @@ class LossConfig:
     """Encoder stages that are distilled, from 0; by default the three deepest."""
     pairs: Literal["mutual"] | tuple[str, ...] = "mutual"
     """Who teaches whom: mutual is every ordered pair; or a list such as 'adc->t2w'."""
-    teachers: Literal["all", "informed"] = "all"
-    """Whose teaching counts; informed: only theirs who attend to the target more than the pupil."""
+    teachers: tuple[Teacher, ...] = ("all",)
+    """Who teaches: modalities (all, or those informed of the target), label, fused, average."""
+    label_weight: float = 0.3
+    """Weight of the label's teaching, where it is among the teachers; 0 switches it off."""
+    fused_weight: float = 0.1
+    """Weight of the fused feature's teaching, where it is among the teachers."""
+    average_weight: float = 0.1
+    """Weight of the averaged network's maps, where it is among the teachers; see its output."""
+    average_output_weight: float = 1.0
+    """Weight of its output; it teaches where --train.modality-dropout withholds a modality."""
     distance: Literal["l2", "kl"] = "l2"
     """Distance between maps; kl needs --loss.attention.normalization=softmax."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """Of the distance over voxels; the mean shrinks as maps grow, and its weight must make up."""
+    stop_gradient: bool = True
+    """Whether a teacher learns nothing of its student; the label and the average never learn."""
     warmup_steps: int = 100
     """Steps over which the distillation and correlation weights rise from 0; 0 has none."""
     deep_weight: float = 0.5
@@ -98,7 +125,12 @@ class LossConfig:
                 "an objective must hold a segmentation loss; got region_weight 0 and voxel_weight "
                 "0. Raise one of them."
             )
-        distillation.check_distance(self.distance, self.attention)
+        if {"all", "informed"} <= {*self.teachers}:
+            raise ConfigError(
+                "teachers must be all or informed, not both: all lets every term count; "
+                f"got {self.teachers}. Leave out one of the two."
+            )
+        distillation.check_distance(self.distance, self.attention, self.reduction)
         distillation.check_pairs(self.pairs)
         if self.stages is not None:
             distillation.check_stages(self.stages)
@@ -111,15 +143,20 @@ class LossConfig:
                 modalities that the network does not have.
         """
         stages = self.distilled_stages(network.encoder.num_stages)
-        kind, names = network.fusion.kind, network.modalities
-        distils = {"cross-modal-weight": self.cross_modal_weight, "self-weight": self.self_weight}
+        kind, names, teachers = network.fusion.kind, network.modalities, {*self.teachers}
+        distils = {
+            "cross-modal-weight": self.taught_by_modalities,
+            "self-weight": self.self_weight,
+            "label-weight": "label" in teachers and self.label_weight,
+            "fused-weight": "fused" in teachers and self.fused_weight,
+        }
         on = [f"--loss.{name}=0" for name, weight in distils.items() if weight]
         if kind == "early" and on:
             raise ConfigError(
                 "distillation needs an encoder for each modality; got the fusion early, which has "
                 f"one for all. Use {' '.join(on)}, or another --network.fusion.kind."
             )
-        if self.cross_modal_weight:
+        if self.taught_by_modalities:
             parse_pairs(self.pairs, names)
         if self.self_weight and set(stages) == {network.encoder.num_stages - 1}:
             raise ConfigError(
@@ -146,11 +183,27 @@ class LossConfig:
         of an ablation keep the settings of what they switch off.
         """
         kind, attention = network.fusion.kind, self.attention.normalization
-        distils = self.cross_modal_weight or self.self_weight
-        of_maps = ("stages", "teachers", "distance", "attention")
+        of_maps = ("stages", "teachers", "distance", "reduction", "stop_gradient", "attention")
+        of_teachers = {
+            "label": ("label_weight",),
+            "fused": ("fused_weight",),
+            "average": ("average_weight", "average_output_weight"),
+        }
         in_vain = (  # why, under which condition, and which settings
-            ("both distillation weights are 0", not distils, [f"loss.{name}" for name in of_maps]),
-            ("loss.cross_modal_weight is 0", not self.cross_modal_weight, ["loss.pairs"]),
+            (
+                "nothing is distilled",
+                not (self.distils_maps or self.taught_by_average),
+                [f"loss.{name}" for name in of_maps],
+            ),
+            ("no modality teaches another", not self.taught_by_modalities, ["loss.pairs"]),
+            *(
+                (
+                    f"loss.teachers lacks {teacher}",
+                    teacher not in self.teachers,
+                    [f"loss.{weight}" for weight in weights if getattr(self, weight)],
+                )
+                for teacher, weights in of_teachers.items()
+            ),
             (
                 f"loss.region is {self.region}",
                 self.region != "tversky",
@@ -162,6 +215,11 @@ class LossConfig:
                 ["loss.focal_gamma", "loss.focal_alpha"],
             ),
             (
+                f"loss.voxel is {self.voxel}",
+                self.voxel != "cross_entropy",
+                ["loss.class_weights"],
+            ),
+            (
                 f"loss.attention.normalization is {attention}",
                 attention != "softmax",
                 ["loss.attention.temperature"],
@@ -170,7 +228,25 @@ class LossConfig:
             (
                 f"network.fusion.kind is {kind}",
                 kind != "scff",
-                ["network.fusion.expression", "network.fusion.hidden"],
+                [
+                    "network.fusion.expression",
+                    "network.fusion.hidden",
+                    "network.fusion.gate_identity",
+                    "network.fusion.stages",
+                ],
+            ),
+            (
+                "loss.correlation_weight is 0",
+                not self.correlation_weight,
+                [
+                    "network.fusion.correlation_direction",
+                    "network.fusion.correlation_stop_gradient",
+                ],
+            ),
+            (
+                f"network.fusion.kind is {kind}",
+                kind in ("mean", "max", "early"),
+                ["network.fusion.residual"],
             ),
             (
                 f"network.fusion.kind is {kind}",
@@ -187,12 +263,35 @@ class LossConfig:
                 config = reduce(getattr, path, self if root == "loss" else network)
                 if getattr(config, name) != getattr(type(config), name):  # not the default
                     said.append(f"{setting} has no effect, as {why}.")
-        if self.cross_modal_weight and len(network.modalities) == 1:
+        if self.taught_by_modalities and len(network.modalities) == 1:
             said.append(
                 f"There is no cross-modal distillation, as {network.modalities[0]} is the only "
                 "modality."
             )
         return said
+
+    @property
+    def taught_by_modalities(self) -> bool:
+        """Whether modalities teach one another."""
+        return bool(self.cross_modal_weight and {*self.teachers} & {"all", "informed"})
+
+    @property
+    def taught_by_average(self) -> bool:
+        """Whether the averaged network teaches, in a second forward pass."""
+        weights = (self.average_weight, self.average_output_weight)
+        return "average" in self.teachers and any(weights)
+
+    @property
+    def distils_maps(self) -> bool:
+        """Whether any map of attention is taught."""
+        teachers = {*self.teachers}
+        return bool(
+            self.self_weight
+            or self.taught_by_modalities
+            or (self.label_weight and "label" in teachers)
+            or (self.fused_weight and "fused" in teachers)
+            or (self.average_weight and "average" in teachers)
+        )
 
     def distilled_stages(self, num_stages: int) -> tuple[int, ...]:
         """The stages that are distilled, checked against the encoder's."""
@@ -207,34 +306,90 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under a warm-up and cosine schedule, with clipped gradients."""
+    """Optimiser under a warm-up and a decay of its learning rate, with clipped gradients."""
 
+    kind: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Adam with decoupled weight decay, Adam, or gradient descent with momentum."""
     learning_rate: float = 5e-3
-    """The highest, at the end of the warm-up; a cosine brings it to 0 at the last step."""
+    """The highest, at the end of the warm-up."""
     weight_decay: float = 1e-4
-    """Share of each weight that is taken off at a step, times the learning rate (AdamW)."""
+    """AdamW: share of a weight taken off a step, times the learning rate; else an L2 penalty."""
+    beta1: float = 0.9
+    """AdamW, Adam: decay a step of the mean of the gradients."""
+    beta2: float = 0.999
+    """AdamW, Adam: decay a step of the mean of their squares."""
+    epsilon: float = 1e-8
+    """AdamW, Adam: added to the root of the mean of the squares."""
+    momentum: float = 0.9
+    """SGD: decay a step of the sum of the gradients."""
+    nesterov: bool = False
+    """SGD: look ahead along the momentum."""
+    decay: Literal["cosine", "polynomial", "steps", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up; cosine and polynomial reach 0 at the end."""
+    decay_power: float = 0.9
+    """Polynomial: power of the share of steps that is left."""
+    decay_milestones: tuple[float, ...] = (0.5, 0.75)
+    """Steps: shares of all steps after which it falls."""
+    decay_factor: float = 0.1
+    """Steps: by which the learning rate is multiplied there."""
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 
+    def __post_init__(self):
+        check_choices(self)
+        for name, above in (
+            ("momentum", False),
+            ("epsilon", True),
+            ("decay_power", True),
+            ("decay_factor", True),
+        ):
+            usual = getattr(OptimizerConfig, name)
+            check_number(name, getattr(self, name), least=0, usual=usual, above=above)
+        for name in ("beta1", "beta2"):
+            value, usual = getattr(self, name), getattr(OptimizerConfig, name)
+            check_number(name, value, least=0, usual=usual)
+            check_number(f"1 - {name}", 1 - value, least=0, usual=1 - usual, above=True)
+        if not all(0 < share < 1 for share in self.decay_milestones):
+            raise ConfigError(
+                "decay_milestones must be shares of the steps between 0 and 1; "
+                f"got {self.decay_milestones}. Use for example (0.5, 0.75)."
+            )
+
     def schedule(self, num_steps: int) -> optax.Schedule:
         """Learning rate at each of ``num_steps`` steps."""
         warmup = max(1, round(self.warmup_fraction * num_steps))
-        return optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, warmup, max(num_steps, warmup + 1)
-        )
+        total = max(num_steps, warmup + 1)
+        if self.decay == "cosine":
+            return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, total)
+        if self.decay == "polynomial":
+            after = optax.polynomial_schedule(
+                self.learning_rate, 0.0, self.decay_power, total - warmup
+            )
+        else:
+            milestones = self.decay_milestones if self.decay == "steps" else ()
+            factors = {max(1, round(m * total) - warmup): self.decay_factor for m in milestones}
+            after = optax.piecewise_constant_schedule(self.learning_rate, factors)
+        rise = optax.linear_schedule(0.0, self.learning_rate, warmup)
+        return optax.join_schedules([rise, after], [warmup])
 
     def optimizer(self, num_steps: int) -> optax.GradientTransformation:
         """The Optax transformation for a run of ``num_steps`` steps."""
+        schedule = self.schedule(num_steps)
+        of_adam: dict[str, Any] = {"b1": self.beta1, "b2": self.beta2, "eps": self.epsilon}
+        if self.kind == "adamw":
+            steps = [optax.adamw(schedule, weight_decay=self.weight_decay, **of_adam)]
+        else:
+            plain = (
+                optax.adam(schedule, **of_adam)
+                if self.kind == "adam"
+                else optax.sgd(schedule, momentum=self.momentum, nesterov=self.nesterov)
+            )
+            steps = [optax.add_decayed_weights(self.weight_decay), plain]
         # Flat: all weights are one array. A kernel for each of hundreds takes longer to compile, to
         # load and to launch than it runs.
-        return optax.flatten(
-            optax.chain(
-                optax.clip_by_global_norm(self.clip_norm),
-                optax.adamw(self.schedule(num_steps), weight_decay=self.weight_decay),
-            )
-        )
+        return optax.flatten(optax.chain(optax.clip_by_global_norm(self.clip_norm), *steps))
 
 
 @struct.dataclass
@@ -313,26 +468,42 @@ def drop_modalities(
 
 
 def segmentation_terms(
-    output: NetworkOutput, labels: Labels, config: LossConfig
+    output: NetworkOutput,
+    labels: Labels,
+    config: LossConfig,
+    *,
+    labelled: Bool[Array | np.ndarray, " b"] | None = None,
+    axis_name: str | None = None,
 ) -> dict[str, Float[Array, " b"]]:
     """Overlap and voxel-wise loss per example, averaged over the supervised outputs.
 
-    Coarser logits are resized to the labels' grid, so that small lesions are not lost.
+    Coarser logits are resized to the labels' grid, so that small lesions are not lost. ``labelled``
+    says which examples have a label, None that all have; the others' values are 0.
     """
     tversky = partial(
         segmentation.tversky_loss, alpha=config.tversky_alpha, beta=config.tversky_beta
     )
-    region = {"dice": segmentation.dice_loss, "tversky": tversky}[config.region]
+    region = partial(
+        {"dice": segmentation.dice_loss, "tversky": tversky}[config.region],
+        smooth=config.smooth,
+        over=config.region_over,
+        labelled=labelled,
+        axis_name=axis_name,
+    )
+    entropy = partial(segmentation.cross_entropy_loss, class_weights=config.class_weights)
     focal = partial(segmentation.focal_loss, gamma=config.focal_gamma, alpha=config.focal_alpha)
-    voxel = {"cross_entropy": segmentation.cross_entropy_loss, "focal": focal}[config.voxel]
+    voxel = {"cross_entropy": entropy, "focal": focal}[config.voxel]
     outputs = [output.logits, *(resize(deep, labels.shape[1:]) for deep in output.deep_logits)]
     weights = [config.deep_weight**i for i in range(len(outputs))]
     none = jnp.zeros(labels.shape[0])
     terms = {f"{config.region}_loss": none, f"{config.voxel}_loss": none}
     for weight, logits in zip(weights, outputs, strict=True):
         share = weight / sum(weights)
-        terms[f"{config.region}_loss"] += share * region(logits, labels, smooth=config.smooth)
-        terms[f"{config.voxel}_loss"] += share * voxel(logits, labels)
+        terms[f"{config.region}_loss"] += share * region(logits, labels)
+        of_voxels = voxel(logits, labels)
+        if labelled is not None:
+            of_voxels = jnp.where(labelled, of_voxels, 0.0)
+        terms[f"{config.voxel}_loss"] += share * of_voxels
     return terms
 
 
@@ -343,35 +514,76 @@ def loss_terms(
     *,
     config: LossConfig,
     modalities: tuple[str, ...],
+    labelled: Bool[Array | np.ndarray, " b"] | None = None,
+    average: NetworkOutput | None = None,
+    withheld: Bool[Array, " b"] | None = None,
+    axis_name: str | None = None,
 ) -> dict[str, tuple[float, bool, Float[Array, " b"]]]:
     """Every term that is switched on: name to (weight, whether it warms up, value per example).
 
-    ``modalities`` names the columns of ``present``.
+    Args:
+        output: of the network in training.
+        labels: of the examples.
+        present: what the network saw of each example.
+        config: which terms.
+        modalities: names of the columns of ``present``.
+        labelled: which examples have a label; None is all.
+        average: what the averaged network made of all modalities there are, if it teaches.
+        withheld: in which examples it saw more than the network.
+        axis_name: the mapped axis over which the batch is split.
     """
     terms: dict[str, tuple[float, bool, Array]] = {}
     weights = (config.region_weight, config.voxel_weight)
-    for weight, (name, value) in zip(
-        weights, segmentation_terms(output, labels, config).items(), strict=True
-    ):
+    of_segmentation = segmentation_terms(
+        output, labels, config, labelled=labelled, axis_name=axis_name
+    )
+    for weight, (name, value) in zip(weights, of_segmentation.items(), strict=True):
         terms[name] = (weight, False, value)
-    num_stages = len(output.fused)
-    common = {
+    target = labels > 0
+    if labelled is not None:
+        target &= labelled.reshape(-1, *(1,) * (target.ndim - 1))
+    teachers = {*config.teachers}
+    maps: dict[str, Any] = {
         "attention": config.attention,
-        "stages": config.distilled_stages(num_stages),
+        "stages": config.distilled_stages(len(output.fused)),
         "distance": config.distance,
+        "reduction": config.reduction,
         "present": present,
         "modalities": modalities,
-        "foreground": labels > 0 if config.teachers == "informed" else None,
     }
-    if config.cross_modal_weight and len(output.features) > 1:
+    between = {
+        **maps,
+        "stop_gradient": config.stop_gradient,
+        "foreground": target if "informed" in teachers else None,
+    }
+    if config.taught_by_modalities and len(output.features) > 1:
         value = distillation.cross_modal_distillation_loss(
-            output.features, pairs=config.pairs, **common
+            output.features, pairs=config.pairs, **between
         )
         terms["cross_modal_distillation_loss"] = (config.cross_modal_weight, True, value)
     if config.self_weight and output.features:
-        value = distillation.self_distillation_loss(output.features, **common)
+        value = distillation.self_distillation_loss(output.features, **between)
         terms["self_distillation_loss"] = (config.self_weight, True, value)
-    if config.correlation_weight and output.gates[0] is not None:
+    if "label" in teachers and config.label_weight and output.features:
+        value = distillation.label_distillation_loss(output.features, target, **maps)
+        terms["label_distillation_loss"] = (config.label_weight, True, value)
+    if "fused" in teachers and config.fused_weight and output.features:
+        value = distillation.fused_distillation_loss(
+            output.features, output.fused, stop_gradient=config.stop_gradient, **maps
+        )
+        terms["fused_distillation_loss"] = (config.fused_weight, True, value)
+    if average is not None and withheld is not None:
+        if config.average_weight:
+            value = distillation.average_distillation_loss(
+                output.features, output.fused, average.fused, withheld=withheld, **maps
+            )
+            terms["average_distillation_loss"] = (config.average_weight, True, value)
+        if config.average_output_weight:
+            value = distillation.output_distillation_loss(
+                output.logits, average.logits, withheld=withheld
+            )
+            terms["output_distillation_loss"] = (config.average_output_weight, True, value)
+    if config.correlation_weight and any(gates is not None for gates in output.gates):
         terms["correlation_loss"] = (config.correlation_weight, True, output.correlation_loss)
     return terms
 
@@ -383,25 +595,54 @@ def loss_fn(
     *,
     network: CMSAD,
     config: LossConfig,
+    average: PyTree | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean objective of a batch, and the mean of every term under its own name (unweighted).
 
-    ``step`` sets the warm-up of the distillation terms.
+    Args:
+        params: the weights.
+        batch: what the network sees; where the averaged network teaches also ``available``, the
+            modalities that are there, of which ``present`` leaves some out.
+        step: sets the warm-up of the distillation terms.
+        network: the model.
+        config: terms and weights.
+        average: weights of the averaged network.
+        axis_name: the mapped axis over which the batch is split.
     """
     config.check(network.config)
-    output = apply(network, params, batch["image"], batch["present"])
+    present = batch["present"]
+    output = apply(network, params, batch["image"], present)
+    taught, withheld = None, None
+    if config.taught_by_average:
+        available = batch["available"]
+        withheld = jnp.any(available & ~present, -1)
+        taught = jax.lax.stop_gradient(apply(network, average, batch["image"], available))
     ramp = jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     total, metrics = jnp.zeros(()), {}
     for name, (weight, warms_up, value) in loss_terms(
         output,
         batch["label"],
-        batch["present"],
+        present,
         config=config,
         modalities=network.config.modalities,
+        labelled=batch.get("labelled"),
+        average=taught,
+        withheld=withheld,
+        axis_name=axis_name,
     ).items():
         metrics[name] = value.mean()
         total += weight * (ramp if warms_up else 1.0) * metrics[name]
-    return total, {"loss": total, **metrics}
+    metrics = {"loss": total, **metrics}
+    if config.distils_maps and output.features and len(present) > 1:
+        metrics[MAP_DISTANCE] = distillation.map_distance(
+            output.features,
+            attention=config.attention,
+            stages=config.distilled_stages(len(output.fused)),
+            present=present,
+            modalities=network.config.modalities,
+        )
+    return total, metrics
 
 
 def train_step(
@@ -436,7 +677,8 @@ def train_step(
         average_decay: of the moving average of the weights, ramped up over the first steps; 0
             keeps no average.
         accumulation: parts into which the batch is cut; their gradients are averaged, so that
-            only one part's activations are in memory. The result is that of the whole batch.
+            only one part's activations are in memory. The result is that of the whole batch, but
+            for an overlap over the batch, which is then taken over each part.
         rolled: loop over the parts inside the program. Compiles once for any number of them, but
             XLA's convolutions are 14 to 34 times slower in a rolled loop on CPUs.
         axis_name: the mapped axis over which gradients are averaged (under ``pmap``).
@@ -463,9 +705,17 @@ def train_step(
             keys=keys[:, 0],
             config=augmentation,
         )
+    if loss.taught_by_average:
+        batch["available"] = batch["present"]
     if modality_dropout:
         batch["present"] = drop_modalities(batch["present"], keys=keys[:, 1], rate=modality_dropout)
-    differentiate = partial(jax.grad(loss_fn, has_aux=True), network=network, config=loss)
+    differentiate = partial(
+        jax.grad(loss_fn, has_aux=True),
+        network=network,
+        config=loss,
+        average=state.average,
+        axis_name=axis_name,
+    )
     gradient, metrics = _mean_over_parts(
         lambda part: differentiate(state.params, part, state.step), batch, accumulation, rolled
     )

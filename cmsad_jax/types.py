@@ -50,9 +50,21 @@ class ConfigError(ValueError):
 
 
 def check_choices(config: Any) -> None:
-    """Raise ``ConfigError`` if a field of a dataclass is none of those its ``Literal`` names."""
+    """Raise ``ConfigError`` if a field of a dataclass is none of those its ``Literal`` names.
+
+    Of a tuple of them, each entry must be one, and none twice.
+    """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        entry = get_args(hint)[0] if get_origin(hint) is tuple else None
+        if get_origin(entry) is Literal:
+            choices = get_args(entry)
+            several = isinstance(value, tuple)
+            if not several or not {*value} <= {*choices} or len({*value}) != len(value):
+                raise ConfigError(
+                    f"{name} of {type(config).__name__} must be a tuple of different values of "
+                    f"{', '.join(map(str, choices))}; got {value!r}. Use {name}=({choices[0]!r},)."
+                )
         if get_origin(hint) is Literal and value not in get_args(hint):
             choices = ", ".join(map(str, get_args(hint)))
             raise ConfigError(

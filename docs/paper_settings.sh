@@ -39,6 +39,11 @@ settings=(
   --network.fusion.expression nonlinear
   --network.fusion.hidden 16
   --network.fusion.gate-kernel 3
+  --network.fusion.gate-identity True
+  --network.fusion.residual True
+  --network.fusion.stages None
+  --network.fusion.correlation-direction forward
+  --network.fusion.correlation-stop-gradient True
   # Decoder: blocks, deep supervision, first bias
   --network.decoder-block residual
   --network.decoder-blocks 1
@@ -54,6 +59,8 @@ settings=(
   --loss.tversky-beta 0.7
   --loss.focal-gamma 2.0
   --loss.focal-alpha None
+  --loss.region-over example
+  --loss.class-weights None
   --loss.deep-weight 0.5
   # Attention maps and who teaches whom, at which stages, by which distance, how strongly
   --loss.cross-modal-weight 0.1
@@ -66,11 +73,27 @@ settings=(
   --loss.stages None
   --loss.pairs mutual
   --loss.teachers all
+  --loss.label-weight 0.3
+  --loss.fused-weight 0.1
+  --loss.average-weight 0.1
+  --loss.average-output-weight 1.0
   --loss.distance l2
+  --loss.reduction sum
+  --loss.stop-gradient True
   --loss.warmup-steps 1000
   # Optimiser and schedule
+  --train.optimizer.kind adamw
   --train.optimizer.learning-rate 0.001
   --train.optimizer.weight-decay 0.0001
+  --train.optimizer.beta1 0.9
+  --train.optimizer.beta2 0.999
+  --train.optimizer.epsilon 1e-8
+  --train.optimizer.momentum 0.9
+  --train.optimizer.nesterov False
+  --train.optimizer.decay cosine
+  --train.optimizer.decay-power 0.9
+  --train.optimizer.decay-milestones 0.5 0.75
+  --train.optimizer.decay-factor 0.1
   --train.optimizer.warmup-fraction 0.05
   --train.optimizer.clip-norm 1.0
   # Augmentation
@@ -100,6 +123,7 @@ settings=(
   --train.batch-size 2
   --train.crop 20 160 160
   --train.foreground-share 0.3333333333333333
+  --train.unlabelled 0.0
   --train.modality-dropout 0.0
   --train.average-decay 0.999
   --train.validations 20

@@ -52,6 +52,10 @@ from experiments.studies.ablation_table import (
 _NO_DISTILLATION = {
     "loss.cross_modal_weight": 0.0,
     "loss.self_weight": 0.0,
+    "loss.label_weight": 0.0,
+    "loss.fused_weight": 0.0,
+    "loss.average_weight": 0.0,
+    "loss.average_output_weight": 0.0,
     "loss.correlation_weight": 0.0,
 }
 

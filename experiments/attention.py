@@ -4,19 +4,25 @@
 fold's own network looks again at the positive cases that it did not see, and the attention map of
 every modality and stage, on the whole reference grid, is held against the truth and against the
 maps of the other modalities. Distillation is to bring the maps together *on the target*: maps that
-agree because all have become flat teach nothing.
+agree because all have become one pattern, whatever the image shows, teach nothing. So the maps of
+different patients are held against one another too, and against those of the network before its
+training: where they have become much more alike than they were, the attention has collapsed.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import scipy.stats
 import tyro
 
+from cmsad_jax.losses.distillation import COLLAPSED
 from cmsad_jax.types import ConfigError
+from data_pipelines.case import Case
 from data_pipelines.faults import DataError
 from experiments.measuring import statistics
 from experiments.prediction.windows import predict_case
@@ -40,6 +46,10 @@ class Focus:
         lift_interval: its 95 % bootstrap interval over patients; None below two.
         auroc: how well attention tells voxels of the target from others; 0.5 is not at all.
         variation: sd over mean of a map's voxels; 0 is a flat map.
+        between_patients: distance of the maps of two patients under one network, mean over the
+            pairs of each fold; None where no fold has two patients with the modality.
+        before_training: the same of the networks as they were when their training began.
+        collapsed: whether ``between_patients`` is below ``COLLAPSED`` of ``before_training``.
     """
 
     run: str
@@ -51,6 +61,9 @@ class Focus:
     lift_interval: tuple[float, float] | None
     auroc: float
     variation: float
+    between_patients: float | None
+    before_training: float | None
+    collapsed: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +108,45 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.square(unit[0] - unit[1]).sum())
 
 
+class Spread:
+    """Mean distance between the maps of different patients, without keeping the maps.
+
+    For unit maps ``q`` of ``n`` patients all pairs together are ``n sum |q|^2 - |sum q|^2`` apart.
+    Of a patient's cases the first counts.
+    """
+
+    def __init__(self):
+        self._patients: set[str] = set()
+        self._sum: np.ndarray | float = 0.0
+        self._squares = 0.0
+
+    def add(self, patient: str, attention: np.ndarray) -> None:
+        """Take the map of a case of ``patient``."""
+        if patient in self._patients:
+            return
+        self._patients.add(patient)
+        unit = attention / max(float(np.linalg.norm(attention)), 1e-12)
+        self._sum = self._sum + unit
+        self._squares += float(np.square(unit).sum())
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of patients."""
+        return len(self._patients) * (len(self._patients) - 1) // 2
+
+    @property
+    def total(self) -> float:
+        """Sum of the distances of all pairs."""
+        apart = len(self._patients) * self._squares - float(np.square(self._sum).sum())
+        return max(apart, 0.0)
+
+
+def mean_distance(spreads: Sequence[Spread]) -> float | None:
+    """Mean over all pairs of all folds; None if there is none."""
+    num_pairs = sum(spread.num_pairs for spread in spreads)
+    return sum(spread.total for spread in spreads) / num_pairs if num_pairs else None
+
+
 def measure(
     folder: Path, accelerator: Accelerator, folds: Sequence[int] | None = None
 ) -> tuple[list[Focus], list[Agreement]]:
@@ -114,21 +166,34 @@ def measure(
     run = open_run(folder, folds)
     config, names = run.config, run.config.data.modalities
     num_stages = config.network.encoder.num_stages
-    program = compile_programs(config, select_accelerator(accelerator)[:1]).attention
+    programs = compile_programs(config, select_accelerator(accelerator)[:1])
+    key = jax.random.key(config.seed)
+    untrained = {fold: programs.init(jax.random.fold_in(key, fold)).params for fold in run.of_fold}
+    fold_of = {case_id: fold for fold, case_ids in run.of_fold.items() for case_id in case_ids}
+
+    def maps_of(params: Any, case: Case) -> np.ndarray:
+        found = predict_case(programs.attention, params, case, config, len(names) * num_stages)
+        return found.reshape(*case.label.shape, len(names), num_stages).astype(np.float64)
+
     of_map: dict[tuple[str, int], dict[str, tuple[float, float, float]]] = {}
     of_pair: dict[tuple[tuple[str, str], int], list[float]] = {}
+    after: dict[tuple[str, int], dict[int, Spread]] = {}
+    before: dict[tuple[str, int], dict[int, Spread]] = {}
     for params, case in run.cases():
         target = case.label > 0
         if not target.any() or target.all():  # too small or too large for the reference grid
             continue
-        maps = predict_case(program, params, case, config, len(names) * num_stages)
-        maps = maps.reshape(*target.shape, len(names), num_stages).astype(np.float64)
+        fold, patient = fold_of[case.case_id], run.patients[case.case_id]
+        maps, of_untrained = maps_of(params, case), maps_of(untrained[fold], case)
         there = [m for m in range(len(names)) if case.present[m]]
         for stage in range(num_stages):
             for m in there:
                 q = maps[..., m, stage]
                 found = (lift(q, target), auroc(q, target), variation(q))
                 of_map.setdefault((names[m], stage), {})[case.case_id] = found
+                for spreads, of_case in ((after, maps), (before, of_untrained)):
+                    of_fold = spreads.setdefault((names[m], stage), {})
+                    of_fold.setdefault(fold, Spread()).add(patient, of_case[..., m, stage])
             for m, n in itertools.combinations(there, 2):
                 found = distance(maps[..., m, stage], maps[..., n, stage])
                 of_pair.setdefault(((names[m], names[n]), stage), []).append(found)
@@ -138,7 +203,15 @@ def measure(
             f"{folder} none has. Name a run with another --data.preprocess.spacing-mm or size."
         )
     focus = [
-        _focus(str(folder), name, stage, of_map[name, stage], run.patients)
+        _focus(
+            str(folder),
+            name,
+            stage,
+            of_map[name, stage],
+            run.patients,
+            [*after[name, stage].values()],
+            [*before[name, stage].values()],
+        )
         for name, stage in itertools.product(names, range(num_stages))
         if (name, stage) in of_map
     ]
@@ -162,7 +235,10 @@ def _focus(
     stage: int,
     of_case: Mapping[str, tuple[float, float, float]],
     patients: Mapping[str, str],
+    after: Sequence[Spread],
+    before: Sequence[Spread],
 ) -> Focus:
+    between, at_first = mean_distance(after), mean_distance(before)
     owners = [patients[case_id] for case_id in of_case]
     found = np.array([*of_case.values()])
     means = found.mean(0)
@@ -176,20 +252,25 @@ def _focus(
         lift_interval=statistics.bootstrap_interval(found[:, 0], owners),
         auroc=float(means[1]),
         variation=float(means[2]),
+        between_patients=between,
+        before_training=at_first,
+        collapsed=None if between is None or not at_first else between < COLLAPSED * at_first,
     )
 
 
 def format_table(focus: Sequence[Focus], agreement: Sequence[Agreement]) -> str:
     """Both tables in Markdown, and what their columns mean."""
     lines = [
-        "| run | modality | stage | cases | lift | 95 % interval | AUROC | variation |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| run | modality | stage | cases | lift | 95 % interval | AUROC | variation "
+        "| between patients | before training | |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in focus:
         ends = "" if row.lift_interval is None else "{:.2f} to {:.2f}".format(*row.lift_interval)
         lines.append(
             f"| {row.run} | {row.modality} | {row.stage} | {row.num_cases} | {row.lift:.2f} "
-            f"| {ends} | {row.auroc:.3f} | {row.variation:.2f} |"
+            f"| {ends} | {row.auroc:.3f} | {row.variation:.2f} | {_number(row.between_patients)} "
+            f"| {_number(row.before_training)} | {'collapsed' if row.collapsed else ''} |"
         )
     lines += ["", "| run | modalities | stage | cases | distance |", "|---|---|---:|---:|---:|"]
     lines += [
@@ -202,12 +283,19 @@ def format_table(focus: Sequence[Focus], agreement: Sequence[Agreement]) -> str:
         "Positive cases, each looked at by the network that had not seen it. Lift: mean attention "
         "in the target over that of the whole volume (1: no focus); BCa bootstrap over patients. "
         "AUROC of attention for voxels of the target. Variation: sd over mean of a map (0: flat). "
-        "Distance of two maps of unit norm: 0 equal, 2 nothing in common.",
+        "Distance of two maps of unit norm: 0 equal, 2 nothing in common; between patients: of the "
+        "maps that one network makes of two of them, and before training those of the network that "
+        f"it was at first. Collapsed: less than {COLLAPSED:.0%} of that distance is left: the maps "
+        "hardly depend on the patient.",
     ]
     few = min(row.num_patients for row in focus)
     if few < statistics.FEW_PATIENTS:
         lines.append(f"Warning: {statistics.few_patients_warning(few)}")
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 @dataclasses.dataclass(frozen=True)

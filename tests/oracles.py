@@ -58,11 +58,13 @@ def correlation(features, alpha, beta, gamma):
     return result
 
 
-def distance(teacher, student, name, temperature=1.0):
+def distance(teacher, student, name, temperature=1.0, reduction="sum"):
     """Distance of two normalised maps of one example."""
     if name == "l2":
-        return ((teacher - student) ** 2).sum()
-    return temperature**2 * (teacher * np.log(teacher / student)).sum()
+        of_voxel = (teacher - student) ** 2
+    else:
+        of_voxel = temperature**2 * (teacher * np.log(teacher / student))
+    return of_voxel.sum() if reduction == "sum" else of_voxel.mean()
 
 
 def cross_modal_distillation_loss(
@@ -95,6 +97,75 @@ def cross_modal_distillation_loss(
                 terms.append(distance(*maps, name, norm_options["temperature"]))
         result.append(np.mean(terms) if terms else 0.0)
     return np.array(result)
+
+
+def taught_by_one(students, teacher, stages, name, valid, reduction="sum", **attention):
+    """Mean over the valid (student, stage) terms of each example; one teacher for all students.
+
+    ``teacher`` holds an energy for each stage, on its grid; ``valid[student]`` says where a student
+    is taught.
+    """
+    energy_options = {k: attention[k] for k in ("kind", "exponent")}
+    norm_options = {k: attention[k] for k in ("normalization", "temperature")}
+    result = []
+    for b in range(len(next(iter(valid.values())))):
+        terms = []
+        for student, stage in itertools.product(students, stages):
+            if valid[student][b]:
+                q = attention_energy(students[student][stage][b : b + 1], **energy_options)
+                maps = [
+                    normalize_map(energy, **norm_options)
+                    for energy in (np.asarray(teacher[stage])[b : b + 1], q)
+                ]
+                terms.append(distance(*maps, name, norm_options["temperature"], reduction))
+        result.append(np.mean(terms) if terms else 0.0)
+    return np.array(result)
+
+
+def output_distillation_loss(logits, teacher, withheld):
+    """``sum_k p log(p / q)`` voxel by voxel, then their mean; 0 where nothing is withheld."""
+    result = []
+    for student, expected, counts in zip(
+        np.asarray(logits, np.float64), np.asarray(teacher, np.float64), withheld, strict=True
+    ):
+        if student.shape[-1] == 1:
+            q, p = (1 / (1 + np.exp(-x[..., 0])) for x in (student, expected))
+            q, p = (np.stack([1 - x, x], -1) for x in (q, p))
+        else:
+            q, p = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (student, expected))
+        result.append((p * np.log(p / q)).sum(-1).mean() if counts else 0.0)
+    return np.array(result)
+
+
+def map_distance(features, stages, present, **attention):
+    """Mean over pairs of examples that have the modality, then over modalities and stages."""
+    terms = []
+    for (m, name), stage in itertools.product(enumerate(features), stages):
+        energy = attention_energy(features[name][stage], **attention)
+        maps = [q for q, there in zip(normalize_map(energy), present[:, m], strict=True) if there]
+        pairs = list(itertools.combinations(maps, 2))
+        if pairs:
+            terms.append(np.mean([distance(*pair, "l2") for pair in pairs]))
+    return np.mean(terms)
+
+
+def optimise(kind, params, gradients, rates, config):
+    """Weights after a step with each gradient, which are clipped already."""
+    x, mean, square = np.array(params, np.float64), 0.0, 0.0
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        if kind != "adamw":
+            gradient = gradient + config.weight_decay * x
+        if kind == "sgd":
+            mean = config.momentum * mean + gradient
+            x = x - rate * (gradient + config.momentum * mean if config.nesterov else mean)
+            continue
+        mean = config.beta1 * mean + (1 - config.beta1) * gradient
+        square = config.beta2 * square + (1 - config.beta2) * gradient**2
+        change = (mean / (1 - config.beta1**t)) / (
+            np.sqrt(square / (1 - config.beta2**t)) + config.epsilon
+        )
+        x = x - rate * (change + (config.weight_decay * x if kind == "adamw" else 0))
+    return x
 
 
 def dice_loss(probability, target, smooth):

@@ -632,6 +632,14 @@ TOGETHER = [
         "the fusion scff of two or more .* got scff of t2w",
     ),
     ("scff", ("t2w",), {}, None),
+    (
+        "early",
+        NAMES,
+        {**NO_DISTILLATION, "teachers": ("label", "fused")},
+        "Use --loss.label-weight=0 --loss.fused-weight=0, or another",
+    ),
+    ("early", NAMES, {**NO_DISTILLATION, "teachers": ("average",)}, None),
+    ("scff", NAMES, {"teachers": ("label",), "pairs": ("x->y",)}, None),
     ("scff", NAMES, TVERSKY_OF_DICE, "is Dice; got tversky_alpha 0.5 .*Use --loss.region=dice, or"),
     ("scff", NAMES, {"region": "tversky"}, None),
 ]
@@ -654,17 +662,40 @@ SAID = [
     ({}, {**NO_DISTILLATION}, []),
     (
         {},
-        {**NO_DISTILLATION, "stages": (1, 2), "pairs": ("adc->t2w",), "teachers": "informed"},
+        {**NO_DISTILLATION, "stages": (1, 2), "pairs": ("adc->t2w",), "teachers": ("informed",)},
         [
-            "loss.stages has no effect, as both distillation weights are 0.",
-            "loss.teachers has no effect, as both distillation weights are 0.",
-            "loss.pairs has no effect, as loss.cross_modal_weight is 0.",
+            "loss.stages has no effect, as nothing is distilled.",
+            "loss.teachers has no effect, as nothing is distilled.",
+            "loss.pairs has no effect, as no modality teaches another.",
         ],
     ),
     (
         {},
         {"cross_modal_weight": 0.0, "pairs": ("adc->t2w",), "stages": (1, 2)},
-        ["loss.pairs has no effect, as loss.cross_modal_weight is 0."],
+        ["loss.pairs has no effect, as no modality teaches another."],
+    ),
+    (
+        {},
+        {"teachers": ("fused",), "label_weight": 0.2, "average_weight": 0.0, "fused_weight": 0.2},
+        ["loss.label_weight has no effect, as loss.teachers lacks label."],
+    ),
+    (
+        {},
+        {"voxel": "focal", "class_weights": (1.0, 2.0)},
+        ["loss.class_weights has no effect, as loss.voxel is focal."],
+    ),
+    (
+        {"fusion": FusionConfig(kind="max", stages=(1,), residual=False)},
+        {},
+        [
+            "network.fusion.stages has no effect, as network.fusion.kind is max.",
+            "network.fusion.residual has no effect, as network.fusion.kind is max.",
+        ],
+    ),
+    (
+        {"fusion": FusionConfig(correlation_direction="reverse")},
+        {},
+        ["network.fusion.correlation_direction has no effect, as loss.correlation_weight is 0."],
     ),
     (
         {},

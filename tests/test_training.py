@@ -14,6 +14,7 @@ from cmsad_jax import parallel
 from cmsad_jax.augmentation import AugmentationConfig
 from cmsad_jax.losses.distillation import AttentionConfig
 from cmsad_jax.modules import CMSAD
+from cmsad_jax.modules.network import apply
 from cmsad_jax.training import (
     LossConfig,
     OptimizerConfig,
@@ -23,6 +24,7 @@ from cmsad_jax.training import (
     train_step,
 )
 from cmsad_jax.types import ConfigError
+from tests import oracles
 from tests.networks import init, tiny_batch, tiny_config
 
 ALL_TERMS = LossConfig(
@@ -65,6 +67,7 @@ def test_every_term_is_named_and_the_total_is_their_weighted_sum():
         "cross_modal_distillation_loss",
         "self_distillation_loss",
         "correlation_loss",
+        "map_distance",
     }
     ramp = 0.5
     expected = (
@@ -75,6 +78,100 @@ def test_every_term_is_named_and_the_total_is_their_weighted_sum():
         + ramp * 0.5 * metrics["correlation_loss"]
     )
     np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+def teaching(*teachers, **changes):
+    return dataclasses.replace(
+        ALL_TERMS, **{"correlation_weight": 0.0, "teachers": teachers, **changes}
+    )
+
+
+def test_each_teacher_has_its_terms():
+    batch = tiny_batch()
+    batch["available"] = batch["present"]
+    batch["present"] = np.array([[True, False, True], [True, True, True]])
+    network, params = init(tiny_config(), batch)
+
+    def terms(config):
+        function = partial(loss_fn, network=network, config=config, average=params)
+        found = jax.eval_shape(function, params, batch, jnp.asarray(5))[1]
+        return {name.removesuffix("_distillation_loss") for name in found if "distil" in name}
+
+    assert terms(teaching()) == {"self"}
+    assert terms(teaching("informed")) == {"self", "cross_modal"}
+    assert terms(teaching("label", self_weight=0.0)) == {"label"}
+    assert terms(teaching("fused", self_weight=0.0)) == {"fused"}
+    assert terms(teaching("average", self_weight=0.0)) == {"average", "output"}
+    assert terms(teaching("average", self_weight=0.0, average_weight=0.0)) == {"output"}
+    off = {"label_weight": 0.0, "fused_weight": 0.0, "average_weight": 0.0}
+    off |= {"average_output_weight": 0.0, "self_weight": 0.0, "cross_modal_weight": 0.0}
+    none = teaching("all", "label", "fused", "average", **off)
+    assert terms(none) == set()
+    assert not none.distils_maps
+    assert not none.taught_by_average
+
+
+def test_averaged_network_sees_what_is_withheld_and_learns_nothing():
+    batch = tiny_batch()
+    batch["available"] = batch["present"]
+    batch["present"] = np.array([[True, False, True], [True, True, True]])
+    network, params = init(tiny_config(), batch)
+    average = init(tiny_config(), batch)[1]
+    average = jax.tree.map(lambda leaf: 0.9 * leaf, average)
+    config = teaching("average", self_weight=0.0)
+
+    @jax.jit
+    def found(average, batch):
+        def total(params, average):
+            return loss_fn(
+                params, batch, jnp.asarray(1), network=network, config=config, average=average
+            )
+
+        gradients, metrics = jax.grad(total, (0, 1), has_aux=True)(params, average)
+        seen = apply(network, average, batch["image"], batch["available"])
+        own = apply(network, params, batch["image"], batch["present"])
+        return gradients, metrics, seen.logits, own.logits
+
+    (of_own, of_average), metrics, seen, own = found(average, batch)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_average))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(of_own))
+    expected = oracles.output_distillation_loss(own, seen, [True, False])
+    assert metrics["output_distillation_loss"] == pytest.approx(expected.mean(), rel=1e-3)
+    everything = {**batch, "present": batch["available"]}
+    _, metrics, _, _ = found(average, everything)
+    assert metrics["output_distillation_loss"] == metrics["average_distillation_loss"] == 0
+
+
+def test_examples_without_a_label_take_part_in_distillation_alone():
+    batch = tiny_batch()
+    config = dataclasses.replace(teaching("informed", "label", "fused"), region_over="batch")
+    network, params = init(tiny_config(), batch)
+    function = jax.jit(partial(loss_fn, network=network, config=config))
+    found = {}
+    for name, unknown in {"zeros": 0, "ones": 1}.items():
+        batch["label"][1] = unknown
+        batch["labelled"] = np.array([True, False])
+        found[name] = function(params, batch, jnp.asarray(1))[1]
+    assert found["zeros"] == found["ones"]
+    one = {name: value[:1] for name, value in batch.items()}
+    alone = jax.jit(partial(loss_fn, network=network, config=config))(params, one, jnp.asarray(1))[
+        1
+    ]
+    for name in ("dice_loss", "cross_entropy_loss", "label_distillation_loss"):
+        np.testing.assert_allclose(found["ones"][name], alone[name] / 2, rtol=1e-5)
+    assert found["ones"]["fused_distillation_loss"] > alone["fused_distillation_loss"] / 2
+
+
+def test_teachers_that_contradict_or_are_unknown_are_refused():
+    with pytest.raises(ConfigError, match=r"all or informed, not both: .* Leave out one"):
+        LossConfig(teachers=("all", "informed"))
+    for teachers in (("nobody",), ("all", "all"), "all"):
+        config = LossConfig()
+        object.__setattr__(config, "teachers", teachers)
+        with pytest.raises(
+            ConfigError, match=r"tuple of different values of all, informed, label, fused, average"
+        ):
+            config.__post_init__()
 
 
 def test_switched_off_distillation_leaves_nothing_in_the_program():
@@ -188,6 +285,61 @@ def test_optimizer_on_one_array_of_all_weights_is_that_on_each():
     assert np.abs(found["a"] - params["a"]).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("kind", "nesterov"), [("adamw", False), ("adam", False), ("sgd", False), ("sgd", True)]
+)
+def test_optimizers_equal_the_oracle(kind, nesterov):
+    config = OptimizerConfig(
+        kind=kind,
+        nesterov=nesterov,
+        learning_rate=0.1,
+        weight_decay=0.2,
+        beta1=0.8,
+        beta2=0.95,
+        epsilon=0.01,
+        momentum=0.7,
+        clip_norm=1e6,
+    )
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=5), rng.normal(size=(6, 5))
+    optimizer, params = config.optimizer(6), {"a": jnp.asarray(start, jnp.float32)}
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update({"a": jnp.asarray(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+    rates = [float(config.schedule(6)(i)) for i in range(6)]
+    expected = oracles.optimise(kind, start, gradients, rates, config)
+    np.testing.assert_allclose(params["a"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("cosine", lambda i: 0.5 * (1 + np.cos(np.pi * (i - 10) / 90))),
+        ("polynomial", lambda i: (1 - (i - 10) / 90) ** 2),
+        ("steps", lambda i: 1.0 if i < 50 else 0.2 if i < 80 else 0.04),
+        ("constant", lambda i: 1.0),
+    ],
+)
+def test_learning_rate_rises_and_falls_as_its_formula_says(decay, expected):
+    config = OptimizerConfig(
+        learning_rate=3.0,
+        warmup_fraction=0.1,
+        decay=decay,
+        decay_power=2.0,
+        decay_milestones=(0.5, 0.8),
+        decay_factor=0.2,
+    )
+    found = [float(config.schedule(100)(i)) for i in range(100)]
+    np.testing.assert_allclose(found[:10], 3 * np.arange(10) / 10, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[10:], [3 * expected(i) for i in range(10, 100)], rtol=1e-4)
+
+
+def test_milestones_that_are_no_shares_are_refused():
+    with pytest.raises(ConfigError, match=r"between 0 and 1; got \(0.5, 80.0\). Use for example"):
+        OptimizerConfig(decay_milestones=(0.5, 80.0))
+
+
 def test_modality_dropout_keeps_one_and_adds_none():
     keys = jax.random.split(jax.random.key(0), 2000)
     present = jnp.tile(jnp.array([True, False, True]), (2000, 1))
@@ -220,12 +372,12 @@ def test_batch_not_divisible_by_devices_is_refused():
 
 
 FOUR_DEVICES = """
-import jax, numpy as np, sys
+import dataclasses, jax, numpy as np, sys
 from functools import partial
 sys.path.insert(0, ".")
 from cmsad_jax import parallel
 from tests.networks import tiny_batch
-from tests.test_training import make_step
+from tests.test_training import ALL_TERMS, make_step
 from cmsad_jax.augmentation import AugmentationConfig
 
 assert len(jax.devices()) == 4
@@ -234,8 +386,11 @@ results = {}
 for name, mode, devices in [
     ("one", "jit", jax.devices()[:1]), ("jit", "jit", None), ("pmap", "pmap", None)
 ]:
+    loss = dataclasses.replace(
+        ALL_TERMS, teachers=("all", "average"), region_over="batch", cross_modal_weight=0.1
+    )
     state, step = make_step(
-        average_decay=0.9, modality_dropout=0.3, augmentation=AugmentationConfig()
+        loss=loss, average_decay=0.9, modality_dropout=0.3, augmentation=AugmentationConfig()
     )
     program = parallel.parallelize(step, mode=mode, devices=devices)
     state = program.place_state(state)

@@ -2,7 +2,12 @@
 
 from cmsad_jax.losses.distillation import (
     AttentionConfig,
+    average_distillation_loss,
     cross_modal_distillation_loss,
+    fused_distillation_loss,
+    label_distillation_loss,
+    map_distance,
+    output_distillation_loss,
     parse_pairs,
     self_distillation_loss,
 )
@@ -15,10 +20,15 @@ from cmsad_jax.losses.segmentation import (
 
 __all__ = [
     "AttentionConfig",
+    "average_distillation_loss",
     "cross_entropy_loss",
     "cross_modal_distillation_loss",
     "dice_loss",
     "focal_loss",
+    "fused_distillation_loss",
+    "label_distillation_loss",
+    "map_distance",
+    "output_distillation_loss",
     "parse_pairs",
     "self_distillation_loss",
     "tversky_loss",

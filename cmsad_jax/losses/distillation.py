@@ -3,9 +3,12 @@
 In every term the teacher's map is under a stop-gradient. Each loss is a value per example: the mean
 over its valid (stage, pair) terms, so that a weight means the same for any number of modalities.
 
-Where everyone teaches everyone, the maps agree soonest by becoming flat: a modality that shows the
-target gives up its own to meet those that do not. With ``foreground`` a term counts only in the
-examples in which its teacher attends to the target more than its student does.
+Where everyone teaches everyone and nobody else teaches, the maps agree soonest by becoming one
+pattern, the same for every modality and for every patient. With ``foreground`` a term counts only
+in the examples in which its teacher attends to the target more than its student does. The other
+teachers tie the maps to the image: the target itself, the fused feature, which has seen every
+modality, and the averaged network, which sees those that are withheld from the student.
+``map_distance`` tells whether the maps depend on the image.
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from cmsad_jax import kernels
 from cmsad_jax.kernels.api import check_energy, check_normalization
@@ -28,6 +31,7 @@ from cmsad_jax.types import (
     ConfigError,
     Feature,
     Features,
+    Logits,
     PerExample,
     Present,
     check_number,
@@ -36,6 +40,15 @@ from cmsad_jax.types import (
 
 Foreground = Shaped[Array | np.ndarray, "b *grid"]
 """Where the target is: booleans, or shares of voxels."""
+
+
+COLLAPSED = 0.25
+"""Attention has collapsed where the maps of two examples have kept less than this share of the
+distance (``map_distance``) that they had before training.
+
+Of the untrained network the distance says how much the images themselves make maps differ, on that
+grid, at that size of stage: an absolute bound would not know it.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +78,8 @@ def cross_modal_distillation_loss(
     stages: Sequence[int],
     pairs: str | Sequence[str] = "mutual",
     distance: str = "l2",
+    reduction: str = "sum",
+    stop_gradient: bool = True,
     present: Present | None = None,
     modalities: Sequence[str] | None = None,
     foreground: Foreground | None = None,
@@ -85,6 +100,9 @@ def cross_modal_distillation_loss(
         distance: ``l2``: squared differences summed over voxels, for unit maps ``2 - 2 cos``.
             ``kl``: ``temperature^2 KL(teacher || student)`` of softmax maps. Neither shrinks as
             maps grow, as ``l2`` does between softmax maps.
+        reduction: ``sum`` over the voxels, or their ``mean``, which shrinks as maps grow (public
+            code of attention transfer has it).
+        stop_gradient: whether teachers learn nothing of their students.
         present: which modalities each example has, bool ``b m``; None is all. Whatever an absent
             one holds, NaN and inf included, changes neither the loss nor a gradient.
         modalities: names of the columns of ``present``, needed with it. The keys of ``features``
@@ -96,12 +114,12 @@ def cross_modal_distillation_loss(
             None is the fastest.
 
     Raises:
-        ConfigError: if features, stages, pairs, distance, ``foreground``, or ``present`` and its
-            columns do not fit.
+        ConfigError: if features, stages, pairs, distance, reduction, ``foreground``, or ``present``
+            and its columns do not fit.
         NotImplementedError: if ``implementation`` is unknown or refuses the shape of a feature.
     """
     _check_features(features)
-    check_distance(distance, attention)
+    check_distance(distance, attention, reduction)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
     parsed = parse_pairs(pairs, tuple(features))
@@ -115,7 +133,7 @@ def cross_modal_distillation_loss(
         for (teacher, student), stage in itertools.product(parsed, stages):
             space = features[student][stage].shape[1:-1]
             target, q = (attention_of(name, stage, space) for name in (teacher, student))
-            value = _distance(target, q, attention, distance)
+            value = _distance(target, q, attention, distance, reduction, stop_gradient)
             valid = there[teacher] & there[student] & _informed(target, q, foreground, distance)
             terms.append((valid, value))
         return _mean_of_valid(terms, there)
@@ -129,6 +147,8 @@ def self_distillation_loss(
     attention: AttentionConfig = AttentionConfig(),
     stages: Sequence[int],
     distance: str = "l2",
+    reduction: str = "sum",
+    stop_gradient: bool = True,
     present: Present | None = None,
     modalities: Sequence[str] | None = None,
     foreground: Foreground | None = None,
@@ -141,7 +161,7 @@ def self_distillation_loss(
     2019). Arguments and errors as in ``cross_modal_distillation_loss``.
     """
     _check_features(features)
-    check_distance(distance, attention)
+    check_distance(distance, attention, reduction)
     _check_stages(stages, features)
     there = _presence(features, present, modalities)
     _check_foreground(foreground, features)
@@ -156,10 +176,179 @@ def self_distillation_loss(
                 space = features[name][stage].shape[1:-1]
                 target, q = (attention_of(name, s, space) for s in (stage + 1, stage))
                 valid = there[name] & _informed(target, q, foreground, distance)
-                terms.append((valid, _distance(target, q, attention, distance)))
+                value = _distance(target, q, attention, distance, reduction, stop_gradient)
+                terms.append((valid, value))
         return _mean_of_valid(terms, there)
 
     return _keeping_energies(loss)(dict(features))
+
+
+def label_distillation_loss(
+    features: Features,
+    foreground: Foreground,
+    *,
+    attention: AttentionConfig = AttentionConfig(),
+    stages: Sequence[int],
+    distance: str = "l2",
+    reduction: str = "sum",
+    present: Present | None = None,
+    modalities: Sequence[str] | None = None,
+) -> PerExample:
+    """The target, as if it were a map of attention, teaches every modality at each stage.
+
+    ``foreground`` is resized to the stage and normalised as a map is; an example without target has
+    no term. Arguments and errors as in ``cross_modal_distillation_loss``.
+    """
+    _check_features(features)
+    check_distance(distance, attention, reduction)
+    _check_stages(stages, features)
+    there = _presence(features, present, modalities)
+    _check_foreground(foreground, features)
+    target = jnp.asarray(foreground, jnp.float32)
+    holds = target.sum(tuple(range(1, target.ndim))) > 0
+
+    def map_of(stage: int, space: tuple[int, ...]) -> AttentionMap:
+        del stage
+        return _normalized(kernels.resize_map(target, space), attention, distance)
+
+    valid = {name: of_modality & holds for name, of_modality in there.items()}
+    if present is not None:
+        features = _without_absent(features, there)
+    return _taught_by_one(features, map_of, valid, attention, stages, distance, reduction, True)
+
+
+def fused_distillation_loss(
+    features: Features,
+    fused: Sequence[Float[Array, "b ..."]],
+    *,
+    attention: AttentionConfig = AttentionConfig(),
+    stages: Sequence[int],
+    distance: str = "l2",
+    reduction: str = "sum",
+    stop_gradient: bool = True,
+    present: Present | None = None,
+    modalities: Sequence[str] | None = None,
+) -> PerExample:
+    """Attention of the fused feature of a stage teaches every modality there.
+
+    It has seen all modalities, and its own map is taught by nothing but the task (fusion, then
+    distillation: FtD++, arXiv 2410.19446). ``fused`` holds the fused feature of each stage; other
+    arguments and errors as in ``cross_modal_distillation_loss``.
+    """
+    _check_features({_FUSED: fused, **features})
+    check_distance(distance, attention, reduction)
+    _check_stages(stages, {_FUSED: fused, **features})
+    there = _presence(features, present, modalities)
+    if present is not None:
+        features = _without_absent(features, there)
+    map_of = _map_of(fused, attention, distance)
+    return _taught_by_one(
+        features, map_of, there, attention, stages, distance, reduction, stop_gradient
+    )
+
+
+def average_distillation_loss(
+    features: Features,
+    fused: Sequence[Float[Array, "b ..."]],
+    teacher: Sequence[Float[Array, "b ..."]],
+    *,
+    withheld: Bool[Array | np.ndarray, " b"],
+    attention: AttentionConfig = AttentionConfig(),
+    stages: Sequence[int],
+    distance: str = "l2",
+    reduction: str = "sum",
+    present: Present | None = None,
+    modalities: Sequence[str] | None = None,
+) -> PerExample:
+    """Attention of a network that sees every modality teaches one that lacks some.
+
+    The map of the teacher's fused feature of a stage is the target of the student's fused feature,
+    so that the path that predicts without a modality is taught, and of each modality that is left
+    (Tarvainen & Valpola, NeurIPS 2017, for an averaged network as the teacher).
+
+    ``features`` are those of the student, empty for a network without encoders of one modality;
+    ``fused`` are its fused features and ``teacher`` those of the teacher, which learns nothing, one
+    for each stage. ``withheld`` says in which examples the student lacks a modality that the
+    teacher sees; others have no term. Other arguments and errors as in
+    ``cross_modal_distillation_loss``.
+    """
+    known = {**features, _FUSED: fused, "(teacher)": teacher}
+    _check_features(known)
+    check_distance(distance, attention, reduction)
+    _check_stages(stages, known)
+    valid = {_FUSED: jnp.asarray(withheld)}
+    if features:
+        there = _presence(features, present, modalities)
+        valid |= {name: of_modality & withheld for name, of_modality in there.items()}
+        if present is not None:
+            features = _without_absent(features, there)
+    students = {**features, _FUSED: fused}
+    map_of = _map_of(teacher, attention, distance)
+    return _taught_by_one(students, map_of, valid, attention, stages, distance, reduction, True)
+
+
+def output_distillation_loss(
+    logits: Logits, teacher: Logits, *, withheld: Bool[Array | np.ndarray, " b"]
+) -> PerExample:
+    """``KL(teacher || student)`` of the classes' probabilities, mean over voxels, in float32.
+
+    Args:
+        logits: of the student; one is a sigmoid, several are a softmax.
+        teacher: of a network that sees more; it learns nothing.
+        withheld: in which examples it sees more; in others the value is 0.
+
+    Raises:
+        ConfigError: if the shapes differ.
+    """
+    if logits.shape != teacher.shape:
+        raise ConfigError(
+            "logits of student and teacher must have one shape; "
+            f"got {logits.shape} and {teacher.shape}. Give both networks the same images."
+        )
+    logits = logits.astype(jnp.float32)
+    teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
+    if logits.shape[-1] == 1:
+        logits, teacher = (jnp.concatenate([-x / 2, x / 2], -1) for x in (logits, teacher))
+    expected, found = jax.nn.log_softmax(teacher), jax.nn.log_softmax(logits)
+    divergence = (jnp.exp(expected) * (expected - found)).sum(-1)
+    return jnp.where(withheld, divergence.mean(tuple(range(1, divergence.ndim))), 0.0)
+
+
+def map_distance(
+    features: Features,
+    *,
+    attention: AttentionConfig = AttentionConfig(),
+    stages: Sequence[int],
+    present: Present | None = None,
+    modalities: Sequence[str] | None = None,
+) -> Float[Array, ""]:
+    """How far the attention of one example lies from that of another, without gradient.
+
+    Squared differences of maps of unit norm, summed over the voxels: 0 where they are one pattern
+    whatever the image shows, 2 where they have nothing in common. The mean over all pairs of
+    examples of the batch that have the modality, then over modalities and ``stages``; NaN where no
+    modality is in two examples. Arguments and errors as in ``cross_modal_distillation_loss``.
+    """
+    _check_features(features)
+    _check_stages(stages, features)
+    there = _presence(features, present, modalities)
+    if present is not None:
+        features = _without_absent(features, there)
+    attention_of = _attention(
+        jax.lax.stop_gradient(dict(features)),
+        AttentionConfig(attention.kind, attention.exponent),
+        "l2",
+        None,
+    )
+    total, count = jnp.zeros(()), jnp.zeros(())
+    for name, stage in itertools.product(features, stages):
+        q = attention_of(name, stage, features[name][stage].shape[1:-1])
+        num = there[name].sum()
+        # Over all ordered pairs: 2 num sum_i |q_i|^2 - 2 |sum_i q_i|^2.
+        both = 2 * num * jnp.square(q).sum() - 2 * jnp.square(q.sum(0)).sum()
+        total += jnp.where(num > 1, both / jnp.maximum(num * (num - 1), 1), 0.0)
+        count += num > 1
+    return jnp.where(count > 0, jnp.maximum(total, 0.0) / jnp.maximum(count, 1), jnp.nan)
 
 
 def check_stages(stages: Any) -> None:
@@ -227,6 +416,9 @@ def _names(entry: Any) -> tuple[str, ...]:
     return tuple(name.strip() for name in entry.split("->")) if isinstance(entry, str) else ()
 
 
+_FUSED = "(fused)"
+"""Stands for the fused feature among the students; no modality is named so."""
+
 _ENERGY = "attention_energy"
 
 _keeping_energies = functools.partial(
@@ -250,25 +442,72 @@ def _attention(
             implementation=implementation,
         )
         energy = kernels.resize_map(checkpoint_name(energy, _ENERGY), space)
-        if distance == "kl":
-            scaled = energy / attention.temperature
-            return jax.nn.log_softmax(scaled, axis=tuple(range(1, scaled.ndim)))
-        return kernels.normalize_map(
-            energy, normalization=attention.normalization, temperature=attention.temperature
-        )
+        return _normalized(energy, attention, distance)
 
     return attention_of
 
 
-def _distance(
-    teacher: AttentionMap, student: AttentionMap, attention: AttentionConfig, distance: str
-) -> PerExample:
-    """Distance of what ``_attention`` gives, summed over voxels; no gradient for the teacher."""
-    teacher, space = jax.lax.stop_gradient(teacher), tuple(range(1, student.ndim))
+def _normalized(energy: AttentionMap, attention: AttentionConfig, distance: str) -> AttentionMap:
+    """The map of an energy; its logarithm for ``kl``."""
     if distance == "kl":
-        divergence = (jnp.exp(teacher) * (teacher - student)).sum(space)
-        return attention.temperature**2 * divergence
-    return jnp.square(teacher - student).sum(space)
+        scaled = energy / attention.temperature
+        return jax.nn.log_softmax(scaled, axis=tuple(range(1, scaled.ndim)))
+    return kernels.normalize_map(
+        energy, normalization=attention.normalization, temperature=attention.temperature
+    )
+
+
+def _map_of(
+    features: Sequence[Float[Array, "b ..."]], attention: AttentionConfig, distance: str
+) -> Callable[[int, tuple[int, ...]], AttentionMap]:
+    """Attention of one feature for each stage, by stage and grid."""
+    attention_of = _attention({_FUSED: features}, attention, distance, None)
+    return functools.partial(attention_of, _FUSED)
+
+
+def _taught_by_one(
+    students: Features,
+    map_of: Callable[[int, tuple[int, ...]], AttentionMap],
+    valid: dict[str, Bool[Array, " b"]],
+    attention: AttentionConfig,
+    stages: Sequence[int],
+    distance: str,
+    reduction: str,
+    stop_gradient: bool,
+) -> PerExample:
+    """One map for each stage and grid teaches every student, in the examples that are valid."""
+
+    def loss(students: Features) -> PerExample:
+        attention_of = _attention(students, attention, distance, None)
+        terms = []
+        for name, stage in itertools.product(students, stages):
+            space = students[name][stage].shape[1:-1]
+            target, q = map_of(stage, space), attention_of(name, stage, space)
+            value = _distance(target, q, attention, distance, reduction, stop_gradient)
+            terms.append((valid[name], value))
+        return _mean_of_valid(terms, valid)
+
+    return _keeping_energies(loss)(dict(students))
+
+
+def _distance(
+    teacher: AttentionMap,
+    student: AttentionMap,
+    attention: AttentionConfig,
+    distance: str,
+    reduction: str,
+    stop_gradient: bool,
+) -> PerExample:
+    """Distance of what ``_attention`` gives, over the voxels."""
+    space = tuple(range(1, student.ndim))
+    if stop_gradient:
+        teacher = jax.lax.stop_gradient(teacher)
+    if distance == "kl":
+        of_voxel = jnp.exp(teacher) * (teacher - student)
+        total = attention.temperature**2 * of_voxel.sum(space)
+    else:
+        total = jnp.square(teacher - student).sum(space)
+    return total / (student[0].size if reduction == "mean" else 1)
 
 
 def _informed(
@@ -382,8 +621,10 @@ def _check_foreground(foreground: Foreground | None, features: Features) -> None
         )
 
 
-def check_distance(distance: str, attention: AttentionConfig) -> None:
+def check_distance(distance: str, attention: AttentionConfig, reduction: str = "sum") -> None:
     """Raise ``ConfigError`` if ``distance`` is unknown or not one of such maps."""
+    if reduction not in ("sum", "mean"):
+        raise ConfigError(f"reduction must be one of sum, mean; got {reduction!r}. Use 'sum'.")
     if distance not in ("l2", "kl"):
         raise ConfigError(f"distance must be one of l2, kl; got {distance!r}. Use 'l2'.")
     if distance == "kl" and attention.normalization != "softmax":

@@ -6,23 +6,35 @@ They raise ``ConfigError`` where the shapes of logits and labels disagree, where
 whole numbers, and for constants outside their range.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from cmsad_jax.types import ConfigError, Labels, Logits, PerExample, check_number
 
+Over = Literal["example", "batch", "target"]
+"""Over what an overlap is taken: each example; the whole batch; each example that holds target."""
+
 
 def dice_loss(
-    logits: Logits, labels: Labels, *, smooth: float = 1e-5, include_background: bool = False
+    logits: Logits,
+    labels: Labels,
+    *,
+    smooth: float = 1e-5,
+    include_background: bool = False,
+    over: Over = "example",
+    labelled: Bool[Array | np.ndarray, " b"] | None = None,
+    axis_name: str | None = None,
 ) -> PerExample:
     """Soft Dice: ``1 - (2 |p y| + smooth) / (|p| + |y| + smooth)``, averaged over the classes.
 
     Equals MONAI's ``DiceLoss`` at its defaults. An example without foreground has the loss
     ``1 - smooth / (|p| + smooth)``: its gradient matters where the predicted volume ``|p|`` is of
-    the order of ``smooth``, so raise ``smooth`` to give such examples a say.
+    the order of ``smooth``, and grows without bound as it shrinks. ``over`` takes the overlap where
+    there is target, and leaves the rest to a voxel-wise loss.
 
     Args:
         logits: network output ``b *space k``. One is a sigmoid; several are a softmax, of which the
@@ -30,14 +42,23 @@ def dice_loss(
         labels: integers ``b *space``; beside one logit, foreground is every value above 0.
         smooth: in voxels, added to numerator and denominator.
         include_background: count the background of several classes as a class.
+        over: ``example``: each example by itself. ``batch``: one overlap of the whole batch, the
+            value of each of its examples (nnU-Net's ``batch_dice``). ``target``: each example that
+            holds target. A class counts under ``batch`` only if the batch holds it, and under
+            ``target`` only in the examples that hold it; where there is none, value and gradient
+            are 0.
+        labelled: which examples have a label, None is all; the others have value 0 and no part in
+            the overlap of a batch.
+        axis_name: the mapped axis over which the batch is split, for ``batch``.
 
     Raises:
         ConfigError: if logits, labels or constants do not fit; see the module.
     """
     check_number("smooth", smooth, least=0, usual=1e-5)
     p, y = _foreground(logits, labels, include_background)
-    score = (2 * _sum(p * y) + smooth) / (_sum(p) + _sum(y) + smooth)
-    return (1 - score).mean(-1)
+    hit, predicted, true = _counted((_sum(p * y), _sum(p), _sum(y)), over, labelled, axis_name)
+    loss = 1 - (2 * hit + smooth) / (predicted + true + smooth)
+    return _mean_of_classes(loss, true, over, labelled)
 
 
 def tversky_loss(
@@ -48,6 +69,9 @@ def tversky_loss(
     beta: float = 0.5,
     smooth: float = 1e-5,
     include_background: bool = False,
+    over: Over = "example",
+    labelled: Bool[Array | np.ndarray, " b"] | None = None,
+    axis_name: str | None = None,
 ) -> PerExample:
     """``1 - (tp + smooth) / (tp + alpha fp + beta fn + smooth)``, averaged over the classes.
 
@@ -62,6 +86,14 @@ def tversky_loss(
         beta: weight of false negatives.
         smooth: in voxels, added to numerator and denominator.
         include_background: count the background of several classes as a class.
+        over: ``example``: each example by itself. ``batch``: one overlap of the whole batch, the
+            value of each of its examples (nnU-Net's ``batch_dice``). ``target``: each example that
+            holds target. A class counts under ``batch`` only if the batch holds it, and under
+            ``target`` only in the examples that hold it; where there is none, value and gradient
+            are 0.
+        labelled: which examples have a label, None is all; the others have value 0 and no part in
+            the overlap of a batch.
+        axis_name: the mapped axis over which the batch is split, for ``batch``.
 
     Raises:
         ConfigError: if logits, labels or constants do not fit; see the module.
@@ -70,12 +102,15 @@ def tversky_loss(
     check_number("alpha", alpha, least=0, usual=0.3)
     check_number("beta", beta, least=0, usual=0.7)
     p, y = _foreground(logits, labels, include_background)
-    hit = _sum(p * y)
-    wrong = alpha * _sum(p * (1 - y)) + beta * _sum((1 - p) * y)
-    return (1 - (hit + smooth) / (hit + wrong + smooth)).mean(-1)
+    sums = (_sum(p * y), _sum(p * (1 - y)), _sum((1 - p) * y), _sum(y))
+    hit, false, missed, true = _counted(sums, over, labelled, axis_name)
+    loss = 1 - (hit + smooth) / (hit + alpha * false + beta * missed + smooth)
+    return _mean_of_classes(loss, true, over, labelled)
 
 
-def cross_entropy_loss(logits: Logits, labels: Labels) -> PerExample:
+def cross_entropy_loss(
+    logits: Logits, labels: Labels, *, class_weights: tuple[float, ...] | None = None
+) -> PerExample:
     """Mean over voxels of ``-log p`` of the true class, from the logits.
 
     Equals the cross-entropy term of MONAI's ``DiceCELoss``.
@@ -84,11 +119,26 @@ def cross_entropy_loss(logits: Logits, labels: Labels) -> PerExample:
         logits: network output ``b *space k``. One is a sigmoid; several are a softmax, of which the
             first is the background.
         labels: integers ``b *space``; beside one logit, foreground is every value above 0.
+        class_weights: of each class, background first (so two beside one logit); the mean is then
+            weighted by that of each voxel's true class, as in PyTorch. None weighs all alike.
 
     Raises:
-        ConfigError: if logits, labels or constants do not fit; see the module.
+        ConfigError: if logits, labels or constants do not fit, see the module, or the weights are
+            not one positive number for each class.
     """
-    return _mean(jax.nn.softplus(-_margin(logits, labels)))
+    loss = jax.nn.softplus(-_margin(logits, labels))
+    if class_weights is None:
+        return _mean(loss)
+    num_classes = max(logits.shape[-1], 2)
+    if len(class_weights) != num_classes or min(class_weights) <= 0:
+        raise ConfigError(
+            "class weights must be one positive number for each class, background first; "
+            f"got {class_weights} for {num_classes} classes. "
+            f"Use for example {(1.0,) * num_classes}."
+        )
+    index = labels > 0 if logits.shape[-1] == 1 else labels
+    weights = jnp.asarray(class_weights, jnp.float32)[jnp.asarray(index, jnp.int32)]
+    return _mean(loss * weights) / _mean(weights)
 
 
 def focal_loss(
@@ -143,6 +193,42 @@ def _foreground(
     first = 0 if include_background else 1
     truth = jax.nn.one_hot(labels, logits.shape[-1])
     return jax.nn.softmax(logits)[..., first:], truth[..., first:]
+
+
+def _counted(
+    sums: tuple[Float[Array, "b classes"], ...],
+    over: Over,
+    labelled: Bool[Array | np.ndarray, " b"] | None,
+    axis_name: str | None,
+) -> tuple[Float[Array, "b classes"], ...]:
+    """Sums over each example, or under ``batch`` over all that are labelled, for each example."""
+    if over not in get_args(Over):
+        raise ConfigError(
+            f"over must be one of {', '.join(get_args(Over))}; got {over!r}. Use 'example'."
+        )
+    if over != "batch":
+        return sums
+    if labelled is not None:
+        sums = tuple(jnp.where(labelled[:, None], x, 0.0) for x in sums)
+    totals = tuple(x.sum(0, keepdims=True) for x in sums)
+    if axis_name is not None:
+        totals = jax.lax.psum(totals, axis_name)
+    return tuple(jnp.broadcast_to(total, x.shape) for total, x in zip(totals, sums, strict=True))
+
+
+def _mean_of_classes(
+    loss: Float[Array, "b classes"],
+    true: Float[Array, "b classes"],
+    over: Over,
+    labelled: Bool[Array | np.ndarray, " b"] | None,
+) -> PerExample:
+    """Mean over the classes that count: all, or those with target; 0 where there is none."""
+    if over == "example":
+        mean = loss.mean(-1)
+    else:
+        counts = true > 0
+        mean = jnp.where(counts, loss, 0.0).sum(-1) / jnp.maximum(counts.sum(-1), 1)
+    return mean if labelled is None else jnp.where(labelled, mean, 0.0)
 
 
 def _sum(x: Float[Array, "b *space classes"]) -> Float[Array, "b classes"]:

@@ -8,6 +8,7 @@ modalities.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -45,6 +46,16 @@ class FusionConfig:
     """SCFF: hidden units of the MLP that gives the coefficients."""
     gate_kernel: int = 3
     """SCFF, attention: in-plane kernel of the convolution that gives the gates, in voxels, odd."""
+    gate_identity: bool = True
+    """SCFF: a modality is multiplied by 1 + gate; else by its gate alone."""
+    residual: bool = True
+    """SCFF, concat, attention: add the mean of the modalities to their joint convolution."""
+    stages: tuple[int, ...] | None = None
+    """SCFF: stages that have it, from 0; the others join by concat. All by default."""
+    correlation_direction: Literal["forward", "reverse"] = "forward"
+    """SCFF's loss: KL of a modality from its expression by another one, or reverse."""
+    correlation_stop_gradient: bool = True
+    """SCFF's loss: the expressed modality does not move towards its expression."""
 
     def __post_init__(self):
         check_choices(self)
@@ -66,8 +77,8 @@ class FusionOutput:
             to 1 over those present; None for the other baselines, and under SCFF for a single
             modality, which has no other to correlate with.
         correlation_loss: ``KL(softmax_c(g_i) || softmax_c(ghat_ij))`` summed over channels,
-            averaged over voxels and over the pairs present; 0 where there is no pair. The first
-            argument is under a stop-gradient.
+            averaged over voxels and over the pairs present; 0 where there is no pair. ``g_i`` is
+            under a stop-gradient unless ``FusionConfig`` says otherwise, and so is the direction.
     """
 
     fused: Float[Array, "b *space c"]
@@ -147,20 +158,22 @@ class Fusion(nn.Module):
             fused = Conv(self.channels, pointwise, dtype=self.dtype, name="join")(
                 sum(weighed[1:], weighed[0])
             )
-            return FusionOutput(fused + mean, gates, no_loss)
+            return FusionOutput(fused + mean if self.config.residual else fused, gates, no_loss)
 
         gates, loss = None, no_loss
         gated = projected
         if self.config.kind == "scff" and num_modalities > 1:
             gates, loss = self._correlate(projected, present)
+            least = 1 if self.config.gate_identity else 0
             gated = [
-                g * (1 + gates[..., m : m + 1].astype(self.dtype)) for m, g in enumerate(projected)
+                g * (least + gates[..., m : m + 1].astype(self.dtype))
+                for m, g in enumerate(projected)
             ]
         # Like dropout: what is there is scaled up for what is not.
         rescale = (num_modalities / count).astype(self.dtype)
         joint = jnp.concatenate(gated, -1) * rescale
         fused = Conv(self.channels, pointwise, dtype=self.dtype, name="join")(joint)
-        return FusionOutput(fused + mean, gates, loss)
+        return FusionOutput(fused + mean if self.config.residual else fused, gates, loss)
 
     def _check(self, features: Any) -> None:
         check_names("modalities", self.modalities)
@@ -213,7 +226,13 @@ class Fusion(nn.Module):
         loss = jnp.zeros(r.shape[0], jnp.float32)
         for pair, (i, j) in enumerate(pairs):
             of_pair = (x[:, i, j].reshape(-1, *ones, self.channels) for x in (alpha, beta, gamma))
-            divergence = _divergence(projected[i], projected[j], *of_pair)
+            divergence = _divergence(
+                projected[i],
+                projected[j],
+                *of_pair,
+                direction=self.config.correlation_direction,
+                stop_gradient=self.config.correlation_stop_gradient,
+            )
             loss += jnp.where(both[:, pair], divergence, 0)
         return gates, loss / jnp.maximum(both.sum(-1), 1)
 
@@ -252,16 +271,22 @@ class Fusion(nn.Module):
 
 
 # Jitted, so that all pairs of a stage are traced and differentiated once; XLA inlines the calls.
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("direction", "stop_gradient"))
 def _divergence(
     own: Feature,
     other: Feature,
     a: Float[Array, "b *ones c"],
     b: Float[Array, "b *ones c"],
     c: Float[Array, "b *ones c"],
+    *,
+    direction: str,
+    stop_gradient: bool,
 ) -> Float[Array, " b"]:
     """How far the expression of ``own`` by ``other`` is from it; see ``FusionOutput``."""
     g = other.astype(jnp.float32)
-    target = jax.nn.log_softmax(jax.lax.stop_gradient(own).astype(jnp.float32))
-    expressed = jax.nn.log_softmax((a * g + b) * g + c)
-    return (jnp.exp(target) * (target - expressed)).sum(-1).mean(tuple(range(1, g.ndim - 1)))
+    own = jax.lax.stop_gradient(own) if stop_gradient else own
+    first = jax.nn.log_softmax(own.astype(jnp.float32))
+    second = jax.nn.log_softmax((a * g + b) * g + c)
+    if direction == "reverse":
+        first, second = second, first
+    return (jnp.exp(first) * (first - second)).sum(-1).mean(tuple(range(1, g.ndim - 1)))

@@ -68,6 +68,18 @@ class NetworkConfig:
                 f"got {self.deep_supervision} and {self.encoder.num_stages} stages. "
                 f"Use 0 to {self.encoder.num_stages - 1}."
             )
+        if not self.scff_stages or not {*self.scff_stages} <= {*range(self.encoder.num_stages)}:
+            raise ConfigError(
+                "the stages of SCFF must be one or more of the encoder's 0 to "
+                f"{self.encoder.num_stages - 1}; got {self.fusion.stages}. "
+                "Name existing stages, or use fusion kind concat."
+            )
+
+    @property
+    def scff_stages(self) -> tuple[int, ...]:
+        """Stages that have SCFF, where that is the fusion."""
+        stages = self.fusion.stages
+        return tuple(range(self.encoder.num_stages)) if stages is None else stages
 
 
 @struct.dataclass
@@ -81,7 +93,7 @@ class NetworkOutput:
             early fusion, where no feature is of one modality: then there is nothing to distil.
         fused: fused feature of each stage.
         gates: spatial gates ``b *space m`` of each stage; None where the fusion has none.
-        correlation_loss: mean over the stages of SCFF's correlation loss; 0 for other fusions.
+        correlation_loss: mean of SCFF's correlation loss over the stages that have SCFF, else 0.
     """
 
     logits: Float[Array, "b *space k"]
@@ -149,12 +161,16 @@ class CMSAD(nn.Module):
                 encoder = shared or Encoder(config.encoder, dtype, remat, name=f"encoder_{name}")
                 features[name] = tuple(jnp.where(mask, f, 0) for f in encoder(channel))
             for stage, channels in enumerate(config.encoder.channels):
-                output = Fusion(channels, names, config.fusion, dtype, name=f"fusion{stage}")(
+                fusion = config.fusion
+                if fusion.kind == "scff" and stage not in config.scff_stages:
+                    fusion = dataclasses.replace(fusion, kind="concat")
+                output = Fusion(channels, names, fusion, dtype, name=f"fusion{stage}")(
                     {name: features[name][stage] for name in names}, present
                 )
                 fused.append(output.fused)
                 gates.append(output.gates)
-                losses.append(output.correlation_loss)
+                if fusion.kind == config.fusion.kind:
+                    losses.append(output.correlation_loss)
         logits, deep_logits = Decoder(
             config.num_classes,
             config.encoder.kernels,

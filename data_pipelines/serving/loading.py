@@ -7,7 +7,7 @@ more than they give. Decoded training arrays stay in memory up to a stated bound
 import contextlib
 import importlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,14 +197,22 @@ def sampling_plan(
     seed: int,
     foreground_share: float = 1 / 3,
     num_threads: int = 2,
+    unlabelled: Collection[str] = (),
 ) -> SamplingPlan:
     """The plan by which crops of these cases are drawn; reads every case once.
+
+    Of those that are ``unlabelled`` no foreground is known.
 
     Raises:
         DataError: a case is unknown; or see ``SamplingPlan``.
     """
     with ThreadPoolExecutor(max(1, num_threads)) as threads:
         foreground = list(threads.map(source.foreground, case_ids))
+    nothing = np.empty(0, np.int32)
+    foreground = [
+        nothing if case_id in unlabelled else voxels
+        for case_id, voxels in zip(case_ids, foreground, strict=True)
+    ]
     return SamplingPlan(
         foreground, source.shape, crop=crop, seed=seed, foreground_share=foreground_share
     )
@@ -222,6 +230,7 @@ def train_batches(
     start_step: int = 0,
     num_threads: int = 2,
     part: tuple[int, int] = (0, 1),
+    unlabelled: Collection[str] = (),
 ) -> Iterator[Batch]:
     """Batches of crops for the steps from ``start_step`` up to ``num_steps``.
 
@@ -241,6 +250,8 @@ def train_batches(
         num_threads: that read; 0 reads in the calling thread.
         part: ``(i, n)`` reads part ``i`` of the ``n`` equal ones of each batch: that of one of
             several processes.
+        unlabelled: cases whose labels are not to be used: no crop is drawn by them, and a batch
+            has ``labelled``, bool ``b``, by which the train step leaves them out.
 
     Raises:
         DataError: at once, not at the first batch: an unknown case, or a batch that has no such
@@ -254,6 +265,7 @@ def train_batches(
         seed=seed,
         foreground_share=foreground_share,
         num_threads=num_threads,
+        unlabelled=unlabelled,
     )
 
     def example(index: int) -> dict[str, Any]:
@@ -262,13 +274,16 @@ def train_batches(
         window = tuple(
             slice(start, start + size) for start, size in zip(drawn.offset, crop, strict=True)
         )
-        return {
+        found = {
             "image": arrays.image[window].astype(np.float32) * np.float32(STORED_UNIT),
             "label": arrays.label[window].astype(np.int32),
             "present": arrays.present,
             "key": drawn.key,
             "case_index": np.int32(drawn.case_index),
         }
+        if unlabelled:
+            found["labelled"] = np.bool_(case_ids[drawn.case_index] not in unlabelled)
+        return found
 
     def of_part(number: int) -> dict[str, Any]:
         step, row = divmod(number, len(rows))
@@ -306,10 +321,11 @@ def train_plans(
     start_step: int = 0,
     num_threads: int = 2,
     part: tuple[int, int] = (0, 1),
+    unlabelled: Collection[str] = (),
 ) -> Iterator[Batch]:
     """Where the crops of ``train_batches`` lie, instead of the crops: for cases on the device.
 
-    ``case_index``: int32 ``b``; ``offset``: int32 ``b 3``; ``key`` as in a batch. Arguments and
+    ``case_index``: int32 ``b``; ``offset``: int32 ``b 3``; others as in a batch. Arguments and
     errors are those of ``train_batches``.
     """
     rows = _rows(batch_size, part)
@@ -320,16 +336,21 @@ def train_plans(
         seed=seed,
         foreground_share=foreground_share,
         num_threads=num_threads,
+        unlabelled=unlabelled,
     )
 
     def batches():
         for step in range(start_step, num_steps):
             drawn = [plan[step * batch_size + i] for i in rows]
-            yield {
+            found = {
                 "case_index": np.array([one.case_index for one in drawn], np.int32),
                 "offset": np.array([one.offset for one in drawn], np.int32),
                 "key": np.stack([one.key for one in drawn]),
             }
+            if unlabelled:
+                labelled = [case_ids[one.case_index] not in unlabelled for one in drawn]
+                found["labelled"] = np.array(labelled)
+            yield found
 
     return batches()
 

@@ -38,6 +38,11 @@ CURVE_LABELS = {
     "cross_entropy_loss": "Cross-entropy loss",
     "cross_modal_distillation_loss": "Cross-modal distillation loss",
     "self_distillation_loss": "Self-distillation loss",
+    "label_distillation_loss": "Distillation loss, label",
+    "fused_distillation_loss": "Distillation loss, fused feature",
+    "average_distillation_loss": "Distillation loss, averaged network",
+    "output_distillation_loss": "Distillation loss, output of the averaged network",
+    "map_distance": "Distance between the distilled maps of two cases",
     "examples_per_s": "Training examples per second",
     "validation_dice": "Validation Dice (reference grid)",
 }

@@ -49,7 +49,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "at least 0 and below 1",
         lambda value: 0 <= value < 1,
-        ("train.modality_dropout", "train.average_decay", "predict.overlap"),
+        ("train.unlabelled", "train.modality_dropout", "train.average_decay", "predict.overlap"),
     ),
     ("between 0 and 1", lambda value: 0 < value < 1, ("predict.threshold",)),
 )
@@ -126,6 +126,12 @@ def complete(config: Config) -> Config:
         )
     network.encoder.stage_shapes(window(config))
     config.loss.check(network)
+    if config.loss.taught_by_average and not train.modality_dropout:
+        raise ConfigError(
+            "the averaged network teaches what is withheld from the student; got "
+            "--loss.teachers with average and --train.modality-dropout=0.0. "
+            "Use --train.modality-dropout=0.3, or other teachers."
+        )
     if config.deterministic and config.parallel == "pmap":
         raise ConfigError(
             "a deterministic run needs compiler options, which pmap does not take; "

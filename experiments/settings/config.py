@@ -24,6 +24,8 @@ class TrainConfig:
     """Voxels d h w of a training crop and of the sliding window; depth 1 for networks of slices."""
     foreground_share: float = 1 / 3
     """Share of the crops that hold foreground, balanced over the positive cases."""
+    unlabelled: float = 0.0
+    """Share of a fold's training patients whose label is hidden: they are distilled alone."""
     optimizer: OptimizerConfig = OptimizerConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     modality_dropout: float = 0.0

@@ -62,6 +62,8 @@ def _from_json(hint: Any, value: Any) -> Any:
         return from_json(cast(type, hint), value)
     if isinstance(value, list):
         return tuple(_from_json(None, item) for item in value)
+    if isinstance(value, str) and typing.get_origin(hint) is tuple:
+        return (value,)  # a field that had one value where it has several today
     if isinstance(value, str) and Path in (hint, *typing.get_args(hint)):
         return Path(value)
     return value

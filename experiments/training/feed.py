@@ -1,11 +1,12 @@
 """What a train step is fed with: batches read by the host, or crops cut on the device."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from cmsad_jax.residency import take_crops
 from cmsad_jax.types import ConfigError
@@ -90,6 +91,7 @@ def training_feed(
     start_step: int = 0,
     part: tuple[int, int] = (0, 1),
     num_folds: int = 1,
+    unlabelled: Collection[str] = (),
 ) -> Feed:
     """The batches of one fold from ``start_step`` on, the same from the host and on the device.
 
@@ -102,6 +104,7 @@ def training_feed(
         start_step: steps made before.
         part: which of how many equal parts of each batch; see ``loading.train_batches``.
         num_folds: fed at a time.
+        unlabelled: cases whose label is hidden.
     """
     train = config.train
     sampling: dict[str, Any] = {
@@ -113,6 +116,7 @@ def training_feed(
         "start_step": start_step,
         "num_threads": train.read_threads,
         "part": part,
+        "unlabelled": unlabelled,
     }
     if residency(config, source, num_folds=num_folds)[0] == "host":
         return Feed(loading.train_batches(source, case_ids, **sampling))
@@ -121,3 +125,26 @@ def training_feed(
     cut = jax.jit(partial(take_crops, crop=train.crop, unit=STORED_UNIT))
     crops = (plan | cut(cases, plan["case_index"], plan.pop("offset")) for plan in plans)
     return Feed(crops, sum(array.nbytes for array in jax.tree.leaves(cases)))
+
+
+def hidden_labels(
+    source: loading.CaseSource, case_ids: Sequence[str], *, share: float, seed: int
+) -> frozenset[str]:
+    """The cases whose label training does not see: all those of a ``share`` of the patients.
+
+    Of patients with the target and of others alike, and of each at least one keeps its label. A
+    larger share hides those of a smaller one too.
+    """
+    positive: dict[str, bool] = {}
+    chosen, owner = {*case_ids}, {}
+    for info in source.info:
+        if info.case_id in chosen:
+            owner[info.case_id] = info.patient_id
+            positive[info.patient_id] = positive.get(info.patient_id, False) or info.positive
+    hidden: set[str] = set()
+    for kind in (False, True):
+        patients = sorted(patient for patient, holds in positive.items() if holds is kind)
+        words = np.random.SeedSequence((seed, int(kind))).generate_state(len(patients))
+        count = min(round(share * len(patients)), len(patients) - 1)
+        hidden |= {patients[i] for i in np.argsort(words, kind="stable")[: max(count, 0)]}
+    return frozenset(case_id for case_id in case_ids if owner[case_id] in hidden)

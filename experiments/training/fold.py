@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmsad_jax.training import TrainState
+from cmsad_jax.losses.distillation import COLLAPSED
+from cmsad_jax.training import MAP_DISTANCE, TrainState
 from data_pipelines.serving import loading
 from experiments.process import hosts
 from experiments.process.console import RunError, log
@@ -22,10 +23,14 @@ from experiments.process.storage import whole_file
 from experiments.settings.config import Config
 from experiments.settings.stored import to_json
 from experiments.training.checkpoints import Checkpoints, newest_intact
-from experiments.training.feed import Feed, training_feed
+from experiments.training.feed import Feed, hidden_labels, training_feed
 
 LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""
+
+
+MAP_ROWS = 10
+"""Rows of which the first mean distance between maps is taken; the last one of twice as many."""
 
 
 class Fold(NamedTuple):
@@ -81,6 +86,7 @@ class Progress:
         history: rows of ``history.csv``.
         pending: metrics of the counted steps since the last row.
         best: step and score of the best look at the validation fold.
+        collapse_said: whether it was said that the distilled maps have collapsed.
         skipped, skipped_in_a_row: updates left out because something was not finite.
         first_step_s: of the first step, most of it to compile.
         train_s: all time spent, over all starts.
@@ -92,6 +98,7 @@ class Progress:
     best: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"step": None, "validation_dice": None}
     )
+    collapse_said: bool = False
     skipped: int = 0
     skipped_in_a_row: int = 0
     first_step_s: float = 0.0
@@ -103,13 +110,25 @@ class Progress:
         """Turn the pending metrics into a row: their means over the steps that made an update."""
         made = [row for row in self.pending if not row["skipped"]]
         row = {
-            name: float(np.mean([row[name] for row in made])) if made else None
+            name: _mean([row[name] for row in made])
             for name in self.pending[0]
             if name != "skipped"
         }
         self.pending = []
         self.history.append(row | facts)
         return self.history[-1]
+
+    def kept_map_distance(self) -> float | None:
+        """Which share of the first distance between maps of two examples is left; None too early.
+
+        That is: of the mean over the first rows, in the mean over twice as many of the last.
+        """
+        of_rows = (row.get(MAP_DISTANCE) for row in self.history)
+        rows = [distance for distance in of_rows if distance is not None]
+        if len(rows) < 3 * MAP_ROWS:
+            return None
+        first, last = np.mean(rows[:MAP_ROWS]), np.mean(rows[-2 * MAP_ROWS :])
+        return float(last / first) if first > 0 else None
 
     def count(self, step: Step, title: str) -> None:
         """Keep the metrics of a step, and note whether it made its update."""
@@ -203,6 +222,20 @@ class FoldInTraining:
                 validation_dice=None,
             )
             self._row_from = done.steady_steps, done.steady_s
+            self._warn_of_collapse(step.number)
+
+    def _warn_of_collapse(self, number: int) -> None:
+        """Say once if the distilled maps have stopped to depend on the case."""
+        kept = self.done.kept_map_distance()
+        if self.done.collapse_said or kept is None or kept >= COLLAPSED:
+            return
+        self.done.collapse_said = True
+        log(
+            f"{self.title}: step {number}: the distilled attention maps have collapsed: two cases "
+            f"differ by {kept:.0%} of what they did at first, so that hardly anything of the image "
+            "is taught. Add label to --loss.teachers, or lower --loss.cross-modal-weight and "
+            "--loss.self-weight."
+        )
 
     def look(self, number: int, score: float | None, state: TrainState) -> None:
         """Note the validation Dice after step ``number``, and keep the state if it is the best."""
@@ -293,20 +326,36 @@ def train_batches(
     train = config.train
     if start == train.steps:
         return Feed(iter(()))
-    share = train.foreground_share
-    if share and not any(source.foreground(case_id).size for case_id in training):
+    share, seed = train.foreground_share, config.seed * 1000 + fold
+    unlabelled: frozenset[str] = frozenset()
+    if train.unlabelled:
+        unlabelled = hidden_labels(source, training, share=train.unlabelled, seed=seed)
+        log(
+            f"fold {fold + 1}: {len(training) - len(unlabelled)} training cases with a label, "
+            f"{len(unlabelled)} without"
+        )
+    labelled = [case_id for case_id in training if case_id not in unlabelled]
+    if share and not any(source.foreground(case_id).size for case_id in labelled):
         share = 0.0
         log(f"fold {fold + 1}: no training case holds the target; crops are drawn at random")
     return training_feed(
         config,
         source,
         training,
-        seed=config.seed * 1000 + fold,
+        seed=seed,
         foreground_share=share,
         start_step=start,
         part=hosts.part(),
         num_folds=num_folds,
+        unlabelled=unlabelled,
     )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Mean of what was measured; a metric that a step could not measure is NaN."""
+    if np.isnan(values).all():
+        return None
+    return float(np.nanmean(values))
 
 
 def state_arrays(state: TrainState) -> dict[str, np.ndarray]:

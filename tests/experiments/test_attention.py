@@ -1,6 +1,7 @@
 """Where attention lies: by hand, and of runs with random weights against the network itself."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -44,6 +45,27 @@ def test_no_attention_is_no_focus():
     assert attention.distance(nothing, nothing) == 0
 
 
+def test_spread_is_the_mean_over_all_pairs_of_patients():
+    rng = np.random.default_rng(0)
+    maps, others = rng.random((5, 2, 3, 4)), rng.random((2, 2, 3, 4))
+    first, second = attention.Spread(), attention.Spread()
+    for i, q in enumerate(maps):
+        first.add(f"patient{i}", q)
+        first.add(f"patient{i}", rng.random(q.shape))  # another visit
+    for i, q in enumerate(others):
+        second.add(f"other{i}", 1000 * q)
+    pairs = [*itertools.combinations(maps, 2), tuple(others)]
+    expected = np.mean([attention.distance(*pair) for pair in pairs])
+    assert attention.mean_distance([first, second]) == pytest.approx(expected)
+    one = attention.Spread()
+    one.add("alone", maps[0])
+    assert attention.mean_distance([one]) is None
+    same = attention.Spread()
+    same.add("a", maps[0])
+    same.add("b", 3 * maps[0])
+    assert attention.mean_distance([same]) == pytest.approx(0, abs=1e-12)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """One window covers the grid, so that the network itself gives the whole map."""
@@ -84,23 +106,57 @@ def test_command_measures_every_modality_and_stage(run, config, tmp_path, capsys
     ]
     source, network = loading.build(config.data), CMSAD(config.network)
     features = jax.jit(lambda params, x: apply(network, params, x).features)
-    lifts, distances = [], []
+    lifts, distances, maps = [], [], {}
     for fold, case_ids in enumerate(splits.Folds.load(run / "folds.json").validation):
         params = load_params(run, fold)
         for case_id in case_ids:
             case = source[case_id]
             found = features(params, jnp.asarray(scaled_image(case))[None])
             t2w, adc = (oracles.attention_energy(found[name][0])[0] for name in ("t2w", "adc"))
+            maps.setdefault(fold, []).append((t2w, adc))
             target = case.label > 0
             lifts.append(t2w[target].mean() / t2w.mean())
             unit = [q / np.linalg.norm(q) for q in (t2w, adc)]
             distances.append(2 - 2 * (unit[0] * unit[1]).sum())
+        maps[fold] = [*zip(*maps[fold], strict=True)]
+    for m, row in enumerate((0, 2)):
+        spread = np.mean(
+            [
+                attention.distance(*pair)
+                for of_fold in maps.values()
+                for pair in itertools.combinations(of_fold[m], 2)
+            ]
+        )
+        assert record["focus"][row]["between_patients"] == pytest.approx(spread, rel=1e-4)
+        assert record["focus"][row]["before_training"] > 0
+        assert isinstance(record["focus"][row]["collapsed"], bool)
     assert len(lifts) == record["focus"][0]["num_cases"] == 4
     assert record["focus"][0]["lift"] == pytest.approx(np.mean(lifts), rel=1e-4)
     (of_stage_0, of_stage_1) = record["agreement"]
     assert of_stage_0["modalities"] == ["t2w", "adc"]
     assert of_stage_0["distance"] == pytest.approx(np.mean(distances), rel=1e-4)
     assert f"| {run} | t2w and adc | 1 | 4 | {of_stage_1['distance']:.3f} |" in printed
+
+
+@pytest.mark.parametrize(("own", "collapsed"), [(0.02, True), (0.8, False)])
+def test_maps_that_hardly_depend_on_the_patient_have_collapsed(
+    run, monkeypatch, capsys, own, collapsed
+):
+    rng = np.random.default_rng(0)
+    pattern, turns = rng.random((6, 16, 16, 4)), itertools.cycle([own, 1.0])
+
+    def made(program, params, case, config, num_outputs):
+        share = next(turns)  # of the trained network, then of the untrained one
+        shape = (*case.label.shape, num_outputs)
+        return (1 - share) * np.resize(pattern, shape) + share * rng.random(shape)
+
+    monkeypatch.setattr(attention, "predict_case", made)
+    focus, _ = attention.measure(run, "cpu")
+    assert {row.collapsed for row in focus} == {collapsed}
+    assert all(0 < row.between_patients < row.before_training for row in focus)
+    monkeypatch.setattr(attention, "measure", lambda *_: (focus, []))
+    attention.main([str(run), "--accelerator=cpu"])
+    assert ("| collapsed |" in capsys.readouterr().out) == collapsed
 
 
 def test_what_has_no_attention_is_refused(run, config, tmp_path, monkeypatch):

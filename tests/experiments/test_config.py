@@ -8,9 +8,9 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig, PreprocessConfig
 from experiments.process import accelerator, console
 from experiments.settings.command_line import complete, parse
-from experiments.settings.config import TrainConfig
+from experiments.settings.config import Config, TrainConfig
 from experiments.settings.presets import PRESETS
-from experiments.settings.stored import differences, to_json
+from experiments.settings.stored import differences, from_json, to_json
 
 
 def test_presets_are_consistent_and_become_json():
@@ -41,6 +41,18 @@ def test_differences_name_fields_and_pass_over_where_it_runs():
         old, accelerator="cpu", folds=(1,), train=dataclasses.replace(old.train, steps=9)
     )
     assert differences(to_json(old), to_json(new)) == [f"train.steps: {old.train.steps} -> 9"]
+
+
+def test_run_stored_with_one_teacher_is_one_with_several_today():
+    stored = to_json(parse(["--loss.teachers=informed"]))
+    assert stored["loss"]["teachers"] == ["informed"]
+    stored["loss"]["teachers"] = "informed"
+    for name in ("label_weight", "reduction", "region_over"):
+        del stored["loss"][name]
+    loaded = from_json(Config, stored)
+    assert loaded.loss.teachers == ("informed",)
+    assert differences(to_json(loaded), to_json(parse(["--loss.teachers", "informed"]))) == []
+    assert parse(["--loss.teachers", "label", "all"]).loss.teachers == ("label", "all")
 
 
 def test_unknown_option_ends_with_status_2_and_says_which(capsys):
@@ -89,6 +101,10 @@ SMALL = PRESETS["small"]
             lambda: complete(dataclasses.replace(SMALL, deterministic=True, parallel="pmap")),
             "got --deterministic=True and --parallel=pmap. Use --parallel=jit",
         ),
+        (
+            lambda: parse(["--loss.teachers", "label", "average"]),
+            r"what is withheld from the student; got .*Use --train.modality-dropout=0.3, or other",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make, message):
@@ -110,6 +126,7 @@ def test_bad_settings_are_refused(make, message):
         ("train.optimizer.learning-rate", "0", "1e-9", "learning-rate must be above 0; got 0.0"),
         ("train.optimizer.learning-rate", "nan", "1", "learning-rate must be above 0; got nan"),
         ("train.foreground-share", "1.1", "1", "foreground-share must be from 0 to 1; got 1.1"),
+        ("train.unlabelled", "1", "0.9", "unlabelled must be at least 0 and below 1; got 1.0"),
         ("predict.overlap", "1", "0.99", "overlap must be at least 0 and below 1; got 1.0"),
         ("predict.threshold", "1", "0.9", "threshold must be between 0 and 1; got 1.0"),
     ],

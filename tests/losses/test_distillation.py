@@ -1,15 +1,22 @@
+import inspect
 import itertools
 import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from cmsad_jax import kernels
 from cmsad_jax.losses import (
     AttentionConfig,
+    average_distillation_loss,
     cross_modal_distillation_loss,
+    fused_distillation_loss,
+    label_distillation_loss,
+    map_distance,
+    output_distillation_loss,
     parse_pairs,
     self_distillation_loss,
 )
@@ -20,9 +27,13 @@ MODALITIES = ("t2w", "adc", "hbv")
 L2 = AttentionConfig()
 SOFTMAX = AttentionConfig(normalization="softmax", temperature=2.0)
 DISTANCES = [("l2", L2), ("l2", SOFTMAX), ("kl", SOFTMAX)]
-STATIC = ("attention", "stages", "pairs", "distance", "modalities")
+STATIC = ("attention", "stages", "pairs", "distance", "reduction", "stop_gradient", "modalities")
 CROSS = jax.jit(cross_modal_distillation_loss, static_argnames=STATIC)
 SELF = jax.jit(self_distillation_loss, static_argnames=set(STATIC) - {"pairs"})
+LABEL, FUSED, AVERAGE = (
+    jax.jit(loss, static_argnames={*STATIC} & {*inspect.signature(loss).parameters})
+    for loss in (label_distillation_loss, fused_distillation_loss, average_distillation_loss)
+)
 BOTH = pytest.mark.parametrize("loss", [CROSS, SELF], ids=["cross", "self"])
 PRESENT = jnp.array([[True, True, True], [True, False, True], [False, True, False]])
 
@@ -209,6 +220,191 @@ def test_no_gradient_reaches_a_teacher(distance, attention):
         assert np.any(np.asarray(of_self[name][1]) != 0)
 
 
+def of_stages(seed, rank=3):
+    """A feature for each stage, as a fusion gives them."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        jnp.asarray(rng.normal(size=f.shape), jnp.float32) for f in features(rank=rank)["t2w"]
+    )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(("distance", "attention"), DISTANCES)
+def test_label_fused_and_average_equal_the_oracle(distance, attention, reduction):
+    x, fused, teacher = features(), of_stages(1), of_stages(2)
+    options = settings(attention)
+    stages, given = (0, 1), {"attention": attention, "distance": distance, "reduction": reduction}
+    given |= {"stages": stages, "present": PRESENT, "modalities": MODALITIES}
+    there = {name: np.asarray(PRESENT)[:, m] for m, name in enumerate(MODALITIES)}
+
+    target = np.zeros((3, 3, 8, 8), np.float32)
+    target[0, 1, 2:5, 3:6] = 1
+    target[1, :, 6:, :2] = 1
+    on_stage = [
+        np.asarray(kernels.resize_map(jnp.asarray(target), x["t2w"][stage].shape[1:-1]))
+        for stage in stages
+    ]
+    holds = np.array([True, True, False])
+    found = LABEL(x, target, **given)
+    expected = oracles.taught_by_one(
+        x,
+        on_stage,
+        stages,
+        distance,
+        {name: of & holds for name, of in there.items()},
+        reduction,
+        **options,
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert found[2] == 0 < min(found[:2])  # no target, nobody to learn from
+
+    def energy(of):
+        return [oracles.attention_energy(f, options["kind"], options["exponent"]) for f in of]
+
+    found = FUSED(x, fused, **given)
+    expected = oracles.taught_by_one(
+        x, energy(fused), stages, distance, there, reduction, **options
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert np.all(np.asarray(found) > 0)
+
+    withheld = np.array([False, True, True])
+    found = AVERAGE(x, fused, teacher, withheld=withheld, **given)
+    students = {**x, "fused": fused}
+    valid = {"fused": withheld} | {name: of & withheld for name, of in there.items()}
+    expected = oracles.taught_by_one(
+        students, energy(teacher), stages, distance, valid, reduction, **options
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert found[0] == 0 < min(found[1:])  # nothing withheld, nothing to teach
+    # Where no feature is of one modality, the path that predicts is taught alone.
+    early = {"attention": attention, "distance": distance, "reduction": reduction, "stages": stages}
+    found = AVERAGE({}, fused, teacher, withheld=withheld, **early)
+    expected = oracles.taught_by_one(
+        {"fused": fused}, energy(teacher), stages, distance, valid, reduction, **options
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_output_distillation_equals_the_oracle(num_classes, monkeypatch):
+    rng = np.random.default_rng(0)
+    logits, teacher = (
+        jnp.asarray(4 * rng.normal(size=(3, 2, 4, 4, num_classes)), jnp.float32) for _ in range(2)
+    )
+    withheld = np.array([True, False, True])
+    found = output_distillation_loss(logits, teacher, withheld=withheld)
+    expected = oracles.output_distillation_loss(logits, teacher, withheld)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    same = output_distillation_loss(teacher, teacher, withheld=withheld)
+    np.testing.assert_allclose(same, 0, atol=1e-6)
+    large = output_distillation_loss(1e4 * logits, -1e4 * logits, withheld=withheld)
+    assert np.all(np.isfinite(large))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ConfigError, match=r"must have one shape; got \(3, 2, .* Give both"):
+        output_distillation_loss(logits, teacher[..., :1, :], withheld=withheld)
+
+
+def gradients_of_teachers(stop_gradient=True):
+    """Gradient of each loss with respect to its teacher, and to its students."""
+    x, fused, teacher = features(), of_stages(1), of_stages(2)
+    withheld = jnp.ones(3, bool)
+    target = jnp.zeros((3, 3, 8, 8)).at[:, 1, 2:5, 3:6].set(1)
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 4, 1)), jnp.float32)
+    learning = {"stop_gradient": stop_gradient}
+    losses = {
+        "label": lambda t, x: label_distillation_loss(x, t, stages=(0, 1)),
+        "fused": lambda t, x: fused_distillation_loss(x, t, stages=(0, 1), **learning),
+        "average": lambda t, x: average_distillation_loss(
+            x, fused, t, withheld=withheld, stages=(0, 1)
+        ),
+        "output": lambda t, x: output_distillation_loss(x, t, withheld=withheld),
+        "cross": lambda t, x: cross_modal_distillation_loss(
+            {**x, "adc": t}, pairs=("adc->t2w",), stages=(0, 1), **learning
+        ),
+        "self": lambda t, x: self_distillation_loss(
+            {"t2w": (x["t2w"][0], *t[1:2])}, stages=(0,), **learning
+        ),
+    }
+    given = {
+        "label": (target, x),
+        "fused": (fused, x),
+        "average": (teacher, x),
+        "output": (logits, 1 - logits),
+        "cross": (x["adc"], x),
+        "self": (x["t2w"], x),
+    }
+
+    @jax.jit
+    def gradients(given):
+        return {
+            name: jax.grad(lambda t, x, name=name: losses[name](t, x).sum(), (0, 1))(*given[name])
+            for name in losses
+        }
+
+    return gradients(given)
+
+
+def largest(tree):
+    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def test_no_gradient_reaches_any_kind_of_teacher():
+    for name, (of_teacher, of_students) in gradients_of_teachers().items():
+        if name != "label":  # a target has no weights behind it
+            assert largest(of_teacher) == 0, name
+        assert largest(of_students) > 0, name
+
+
+def test_teachers_learn_too_where_they_are_let():
+    found = gradients_of_teachers(stop_gradient=False)
+    for name in ("fused", "cross", "self"):
+        assert largest(found[name][0]) > 0, name
+    for name in ("average", "output"):
+        assert largest(found[name][0]) == 0, name
+
+
+def test_withheld_and_dead_features_have_finite_gradients_under_every_teacher():
+    x = features()
+    x["adc"] = tuple(jnp.zeros_like(f) for f in x["adc"])
+    dead = tuple(jnp.zeros_like(f) for f in of_stages(1))
+    present = jnp.array([[True, False, True]] * 3)
+    given = {"stages": (0, 1), "present": present, "modalities": MODALITIES}
+    target = jnp.zeros((3, 3, 8, 8)).at[0, 1, 2, 3].set(1)
+
+    @jax.jit
+    def gradients(x):
+        def total(x, fused):
+            return (
+                label_distillation_loss(x, target, **given)
+                + fused_distillation_loss(x, fused, **given)
+                + average_distillation_loss(
+                    x, fused, of_stages(2), withheld=jnp.ones(3, bool), **given
+                )
+            ).sum()
+
+        return jax.grad(total, (0, 1))(x, dead)
+
+    of_modalities, of_fused = gradients(x)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves((of_modalities, of_fused)))
+    assert largest(of_modalities["adc"]) == 0
+    assert largest(of_modalities["t2w"]) > 0
+
+
+def test_map_distance_equals_the_oracle():
+    x = features()
+    given = {"stages": (0, 2), "present": PRESENT, "modalities": MODALITIES}
+    found = map_distance(x, **given)
+    expected = oracles.map_distance(x, (0, 2), np.asarray(PRESENT))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    pattern = {name: tuple(f[:1] * jnp.ones((3, 1, 1, 1, 1)) for f in x[name]) for name in x}
+    assert float(map_distance(pattern, **given)) == pytest.approx(0, abs=1e-5)
+    alone = jnp.eye(3, dtype=bool)
+    assert np.isnan(map_distance(x, stages=(0,), present=alone, modalities=MODALITIES))
+    gradient = jax.grad(lambda x: map_distance(x, stages=(0,)))(x)
+    assert largest(gradient) == 0
+
+
 @pytest.mark.parametrize(("distance", "attention"), DISTANCES)
 @BOTH
 def test_absent_modalities_take_no_part(loss, distance, attention):
@@ -350,6 +546,8 @@ def test_bad_arguments(loss):
     x = features()
     with pytest.raises(ConfigError, match=r"distance must be one of l2, kl; got 'l1'. Use 'l2'"):
         loss(x, stages=(0,), distance="l1")
+    with pytest.raises(ConfigError, match=r"reduction must be one of sum, mean; got 'max'. Use"):
+        loss(x, stages=(0,), reduction="max")
     with pytest.raises(ConfigError, match=r"kl compares softmax maps; got .*'l2'. Set it to"):
         loss(x, stages=(0,), distance="kl")
     with pytest.raises(ConfigError, match=r"encoder's 0 to 2; got \(1, 3\). Name existing"):

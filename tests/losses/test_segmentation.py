@@ -12,7 +12,7 @@ from cmsad_jax.losses import cross_entropy_loss, dice_loss, focal_loss, tversky_
 from cmsad_jax.types import ConfigError
 from tests import oracles
 
-OPTIONS = ("smooth", "include_background", "alpha", "beta", "gamma")
+OPTIONS = ("class_weights", "smooth", "include_background", "alpha", "beta", "gamma", "over")
 
 
 def jitted(loss):
@@ -25,6 +25,9 @@ LOSSES = {
     for loss in (dice_loss, tversky_loss, cross_entropy_loss, focal_loss)
 }
 dice_loss, tversky_loss, cross_entropy_loss, focal_loss = LOSSES.values()
+
+
+OVERLAPS = pytest.mark.parametrize("overlap", [dice_loss, tversky_loss], ids=["dice", "tversky"])
 
 
 @pytest.fixture(params=LOSSES)
@@ -90,6 +93,25 @@ def test_several_classes_equal_the_oracle():
         ]
         found = dice_loss(logits, labels, smooth=0.5, include_background=include_background)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_classes", "weights"), [(1, (0.5, 3.0)), (3, (0.5, 3.0, 2.0))])
+def test_class_weights_equal_the_oracle(num_classes, weights):
+    logits, labels = example(num_classes)
+    full = jnp.concatenate([0 * logits, logits], -1) if num_classes == 1 else logits
+    log_p = np.asarray(full, np.float64)
+    log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
+    index = np.asarray(labels)
+    of_voxel = -np.take_along_axis(log_p, index[..., None], -1)[..., 0]
+    w = np.asarray(weights)[index]
+    expected = (w * of_voxel).sum((1, 2, 3)) / w.sum((1, 2, 3))
+    found = cross_entropy_loss(logits, labels, class_weights=weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    even = cross_entropy_loss(logits, labels, class_weights=(2.0,) * len(weights))
+    np.testing.assert_allclose(even, cross_entropy_loss(logits, labels), rtol=1e-5)
+    for bad in (weights[1:], (0.0, *weights[1:])):
+        with pytest.raises(ConfigError, match=r"one positive number for each class, .* Use for ex"):
+            cross_entropy_loss(logits, labels, class_weights=bad)
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
@@ -177,3 +199,68 @@ def test_shapes_must_agree(loss, monkeypatch):
     logits, labels = example(1)
     with pytest.raises(ConfigError, match=r"got logits \(3, 3, 4, 5, 1\) and labels \(3, 3, 4\)"):
         loss(logits, labels[..., 0])
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_overlap_of_a_batch_and_of_examples_with_target_equal_the_oracle(num_classes):
+    logits, labels = example(num_classes)
+    labels = jnp.where(jnp.arange(3).reshape(3, 1, 1, 1) == 1, 0, labels)  # one without target
+    if num_classes == 3:
+        labels = jnp.where((jnp.arange(3).reshape(3, 1, 1, 1) == 2) & (labels == 1), 0, labels)
+    p = np.exp(np.asarray(logits, np.float64))
+    p = p / (1 + p) if num_classes == 1 else p / p.sum(-1, keepdims=True)
+    classes = [(0, 1)] if num_classes == 1 else [(1, 1), (2, 2)]
+
+    def of(rows, smooth=0.5):
+        """Mean over the classes that the rows hold; None where they hold none."""
+        values = []
+        for channel, index in classes:
+            truth = np.asarray(labels)[rows] > 0 if num_classes == 1 else labels[rows] == index
+            if np.any(truth):
+                values.append(oracles.dice_loss(p[rows][..., channel], np.asarray(truth), smooth))
+        return np.mean(values) if values else 0.0
+
+    found = dice_loss(logits, labels, smooth=0.5, over="batch")
+    np.testing.assert_allclose(found, [of(slice(None))] * 3, rtol=1e-5)
+    found = dice_loss(logits, labels, smooth=0.5, over="target")
+    np.testing.assert_allclose(found, [of(slice(b, b + 1)) for b in range(3)], rtol=1e-5)
+    assert found[1] == 0
+    # What has no label has no part, whatever stands in its place.
+    labelled = jnp.array([True, True, False])
+    found = dice_loss(logits, labels, smooth=0.5, over="batch", labelled=labelled)
+    np.testing.assert_allclose(found, [of(slice(0, 2))] * 2 + [0], rtol=1e-5)
+    for over in ("batch", "target"):
+        np.testing.assert_allclose(
+            tversky_loss(logits, labels, smooth=0.5, over=over, labelled=labelled),
+            dice_loss(logits, labels, smooth=1.0, over=over, labelled=labelled),
+            rtol=1e-5,
+        )
+
+
+@OVERLAPS
+def test_overlap_teaches_nothing_where_there_is_no_target(overlap):
+    # In a crop without target that holds almost no prediction, Dice of the example pushes 10^4
+    # times harder than cross-entropy does.
+    logits, labels = jnp.full((2, 4, 4, 4, 1), -12.0), jnp.zeros((2, 4, 4, 4), jnp.int32)
+    labels = labels.at[0, 1:3, 1:3, 1:3].set(1)
+
+    def gradient(labels, **options):
+        return jax.grad(lambda x: overlap(x, labels, **options).sum())(logits)
+
+    assert jnp.abs(gradient(labels, smooth=1e-4)[1]).max() > 1e-3
+    of_target = gradient(labels, smooth=1e-4, over="target")
+    np.testing.assert_array_equal(of_target[1], 0)
+    assert jnp.abs(of_target[0]).max() > 0
+    of_batch = gradient(labels, smooth=1e-4, over="batch")
+    assert 0 < jnp.abs(of_batch[1]).max() < 1e-5  # a voxel more among those of the target
+    for over in ("batch", "target"):
+        np.testing.assert_array_equal(gradient(0 * labels, over=over), 0)
+        np.testing.assert_array_equal(overlap(logits, 0 * labels, over=over), 0)
+
+
+@OVERLAPS
+def test_overlap_over_something_else_is_refused(overlap, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    logits, labels = example(1)
+    with pytest.raises(ConfigError, match=r"one of example, batch, target; got 'case'. Use 'exam"):
+        overlap(logits, labels, over="case")

@@ -18,7 +18,7 @@ from cmsad_jax.modules import (
     NetworkConfig,
     probabilities,
 )
-from cmsad_jax.training import LossConfig
+from cmsad_jax.training import LossConfig, OptimizerConfig
 from cmsad_jax.types import ConfigError
 from tests.networks import TINY_2D, TINY_3D, init, random_params, tiny_batch, tiny_config
 
@@ -159,6 +159,93 @@ def test_correlation_loss_is_zero_where_expression_equals_target():
     assert fusion.apply({"params": params}, both).correlation_loss[0] > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("gate_identity", "residual"), [(True, True), (False, True), (True, False), (False, False)]
+)
+def test_scff_joins_what_its_gates_let_through(gate_identity, residual):
+    x = jax.random.normal(jax.random.key(0), (2, 1, 8, 8, 4))
+    features = {"a": x[0], "b": x[1]}
+    fusion = Fusion(4, ("a", "b"), FusionConfig(gate_identity=gate_identity, residual=residual))
+    params = random_params(fusion, features)
+    output = fusion.apply({"params": params}, features)
+
+    def pointwise(name, x):
+        return x @ np.asarray(params[name]["kernel"][0, 0]) + np.asarray(params[name]["bias"])
+
+    g = [pointwise(f"project{m}", np.asarray(x[m])) for m in range(2)]
+    gates = np.asarray(output.gates)
+    gated = [x * (gate_identity + gates[..., m : m + 1]) for m, x in enumerate(g)]
+    expected = pointwise("join", np.concatenate(gated, -1)) + residual * (g[0] + g[1]) / 2
+    np.testing.assert_allclose(output.fused, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_correlation_loss_in_either_direction_equals_the_oracle(direction, stop_gradient):
+    features = jax.random.normal(jax.random.key(0), (2, 1, 4, 4, 3))
+    fusion = Fusion(
+        3,
+        ("a", "b"),
+        FusionConfig(
+            correlation_direction=direction, correlation_stop_gradient=stop_gradient, hidden=2
+        ),
+    )
+    params = random_params(fusion, {"a": features[0], "b": features[1]})
+    coefficients = params["coefficients"]
+    coefficients["kernel"] = jnp.zeros_like(coefficients["kernel"])  # so that the bias is all
+    output = fusion.apply({"params": params}, {"a": features[0], "b": features[1]})
+    g = [
+        np.asarray(x @ params[f"project{m}"]["kernel"][0, 0] + params[f"project{m}"]["bias"])
+        for m, x in enumerate(features)
+    ]
+    terms = []
+    for pair, (i, j) in enumerate([(0, 1), (1, 0)]):
+        a, b, c = np.split(np.asarray(coefficients["bias"])[pair], 3)
+        p, q = (np.exp(x) for x in (g[i], a * g[j] ** 2 + (1 + b) * g[j] + c))
+        p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+        p, q = (p, q) if direction == "forward" else (q, p)
+        terms.append((p * np.log(p / q)).sum(-1).mean())
+    np.testing.assert_allclose(output.correlation_loss, [np.mean(terms)], rtol=1e-4)
+
+    def of_first(first):
+        """The loss alone where the expression of the other is cut off."""
+        loss = fusion.apply({"params": params}, {"a": first, "b": features[1]}).correlation_loss
+        return loss.sum()
+
+    # With coefficients that do not depend on the features, modality 0 moves as what is expressed
+    # (pair 0) and as what expresses (pair 1); the latter alone under a stop-gradient.
+    gradient = np.asarray(jax.grad(of_first)(features[0]))
+
+    def expressing(x):
+        x = x @ params["project0"]["kernel"][0, 0] + params["project0"]["bias"]
+        a, b, c = np.split(np.asarray(coefficients["bias"])[1], 3)
+        own, found = jax.nn.log_softmax(g[1]), jax.nn.log_softmax(a * x**2 + (1 + b) * x + c)
+        first, second = (own, found) if direction == "forward" else (found, own)
+        return (jnp.exp(first) * (first - second)).sum(-1).mean() / 2
+
+    alone = np.asarray(jax.grad(expressing)(features[0]))
+    assert np.allclose(gradient, alone, rtol=1e-3, atol=1e-6) == stop_gradient
+
+
+def test_scff_at_some_stages_leaves_the_others_to_concat():
+    batch = tiny_batch()
+    config = tiny_config()
+    config = dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, stages=(1,)))
+    network, params = init(config, batch)
+    output = jax.jit(network.apply)({"params": params}, batch["image"])
+    assert [gates is not None for gates in output.gates] == [False, True, False]
+    assert ["gate" in params[f"fusion{stage}"] for stage in range(3)] == [False, True, False]
+    whole = init(tiny_config(), batch)[1]
+    assert all("gate" in whole[f"fusion{stage}"] for stage in range(3))
+    fusion = Fusion(6, config.modalities, config.fusion)
+    of_stage = fusion.apply(
+        {"params": params["fusion1"]},
+        {name: output.features[name][1] for name in config.modalities},
+    )
+    np.testing.assert_allclose(output.correlation_loss, of_stage.correlation_loss, rtol=1e-4)
+    assert np.all(np.asarray(output.correlation_loss) > 0)
+
+
 def test_shared_encoder_has_one_set_of_weights():
     batch = tiny_batch()
     _, own = init(tiny_config(), batch)
@@ -226,6 +313,11 @@ def test_encoder_inside_an_nnx_model():
         (lambda: FusionConfig(gate_kernel=2), "gate's kernel must be odd"),
         (lambda: NetworkConfig(modalities=("t2w", "t2w")), "distinct names"),
         (lambda: NetworkConfig(num_classes=0), "num_classes must be a whole number of at least 1"),
+        (
+            lambda: NetworkConfig(fusion=FusionConfig(stages=(1, 4))),
+            r"one or more of the encoder's 0 to 3; got \(1, 4\). Name existing stages",
+        ),
+        (lambda: NetworkConfig(fusion=FusionConfig(stages=())), r"got \(\). Name existing stages"),
         (lambda: NetworkConfig(deep_supervision=4), "less than the number of stages"),
         (
             lambda: CMSAD(tiny_config()).init(jax.random.key(0), jnp.zeros((1, 4, 16, 16, 2))),
@@ -251,17 +343,21 @@ def test_bad_settings_are_refused(make, message):
         (EncoderConfig(), "block", "residual, plain"),
         (FusionConfig(), "kind", "scff, concat, mean, max, attention, early"),
         (FusionConfig(), "expression", "nonlinear, linear"),
+        (FusionConfig(), "correlation_direction", "forward, reverse"),
+        (OptimizerConfig(), "kind", "adamw, adam, sgd"),
+        (OptimizerConfig(), "decay", "cosine, polynomial, steps, constant"),
         (NetworkConfig(), "decoder_block", "residual, plain"),
         (NetworkConfig(), "dtype", "float32, bfloat16"),
         (LossConfig(), "region", "dice, tversky"),
         (LossConfig(), "voxel", "cross_entropy, focal"),
-        (LossConfig(), "teachers", "all, informed"),
+        (LossConfig(), "region_over", "example, batch, target"),
+        (LossConfig(), "reduction", "sum, mean"),
         (LossConfig(), "distance", "l2, kl"),
     ],
 )
 def test_unknown_choices_are_refused_also_where_types_are_not_checked(config, field, choices):
-    object.__setattr__(config, field, "sum")
+    object.__setattr__(config, field, "none")
     first = choices.split(",")[0]
-    message = f"{field} of {type(config).__name__} must be one of {choices}; got 'sum'. Use "
+    message = f"{field} of {type(config).__name__} must be one of {choices}; got 'none'. Use "
     with pytest.raises(ConfigError, match=re.escape(f"{message}{field}='{first}'.")):
         config.__post_init__()
