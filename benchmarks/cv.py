@@ -36,6 +36,7 @@ from experiments.process.accelerator import (
     select_accelerator,
     uncollected,
 )
+from experiments.run_folder import FoldFolder
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config
 from experiments.settings.presets import PRESETS
@@ -129,13 +130,13 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
     }
     params, case = place.fetch_state(state)[0].average, source[training[0][0]]
     for name in ("predict", "measure"):
-        directory = config.data.cache / "predicted"
+        folder = FoldFolder(config.data.cache / "predicted")
         for _ in range(2):  # the first compiles
             started = time.perf_counter()
             if name == "predict":
                 windows.predict_case(compiled.predict, params, case, config, 1)
             else:
-                cross_validation.predict_and_measure(config, compiled, params, case, 0, directory)
+                cross_validation.predict_and_measure(config, compiled, params, case, 0, folder)
             found[f"{name}_s"] = time.perf_counter() - started
     return found
 

@@ -27,13 +27,12 @@ from data_pipelines.case import spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.reading.volume_io import read_volume
 from data_pipelines.serving import loading, splits
-from experiments import run_folder
-from experiments.measuring import lesions, summary
-from experiments.measuring.metrics import case_metrics
-from experiments.prediction.windows import to_mask
+from experiments.measuring.cases import measure_case
+from experiments.measuring.summary import summarise
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.reporting import page
+from experiments.run_folder import RunFolder
 from experiments.settings.command_line import complete, parse
 from experiments.settings.config import Config, DistributedConfig, window
 from experiments.settings.options import REGISTRY
@@ -42,6 +41,7 @@ from experiments.studies import cross_validation, jobs
 from experiments.studies.ablation_table import (
     FULL,
     LATE,
+    AblationTable,
     Variant,
     folder_of_row,
     format_table,
@@ -182,7 +182,7 @@ def _with_field(config: Any, path: Sequence[str], value: Any) -> Any:
     return dataclasses.replace(config, **{path[0]: value})
 
 
-def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
+def run(command: AblationConfig, options: Sequence[str]) -> AblationTable:
     """Run what is not done, and write ``ablation.json`` and ``ablation.md``; returns the table."""
     base, seeds = base_of(command, options)
     devices = select_accelerator(base.accelerator)
@@ -209,9 +209,9 @@ def run(command: AblationConfig, options: Sequence[str]) -> dict[str, Any]:
 
     def done(folder: Path) -> str:
         write_table(command.output, rows, seeds, late_fusion=fused)
-        entry = summarise_row([run_folder.read_metrics(folder)])
-        dice = "undefined" if entry["dice"] is None else f"{entry['dice']:.3f}"
-        return f"{folder}: Dice {dice}, {entry['num_cases']} cases"
+        entry = summarise_row([RunFolder(folder).read_results().summary])
+        dice = "undefined" if entry.dice is None else f"{entry.dice:.3f}"
+        return f"{folder}: Dice {dice}, {entry.num_cases} cases"
 
     at_a_time = min(jobs.how_many(command.jobs, devices[0].platform), max(len(to_do), 1))
     if at_a_time == 1:
@@ -270,7 +270,7 @@ def _cv_options(command: AblationConfig, options: Sequence[str]) -> list[str]:
 
 def keep_folds(output: Path, folds: splits.Folds) -> Path:
     """Write the folds that all rows share, or check that they are those of the earlier rows."""
-    path = output / "folds.json"
+    path = RunFolder(output).folds
     if path.exists() and splits.Folds.load(path).sha256 != folds.sha256:
         raise ConfigError(
             f"an ablation compares rows on the same folds; those of {output} are others. "
@@ -286,50 +286,48 @@ def is_done(config: Config) -> bool:
     Raises:
         ConfigError: it holds another one.
     """
-    run_folder.refuse_other_run(jobs.folder_of(config), config)
-    asked = set(range(config.num_folds) if config.folds is None else config.folds)
-    return (jobs.folder_of(config) / "metrics.json").exists() and asked <= set(
-        run_folder.read_metrics(jobs.folder_of(config))["folds_done"]
-    )
+    folder = cross_validation.folder_of(config)
+    folder.refuse_other(config)
+    asked = {*(range(config.num_folds) if config.folds is None else config.folds)}
+    return folder.metrics.exists() and asked <= {*(folder.read_results().folds_done or ())}
 
 
 def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: int) -> None:
     """Average the probabilities of the single-modality rows, and evaluate that as a run."""
-    singles = [folder_of_row(output, f"{name}-alone", seed) for name in base.data.modalities]
-    done = [run_folder.read_metrics(run) for run in singles]
-    folder = folder_of_row(output, LATE, seed)
-    classes = base.data.classes
-    suffixes = [""] if len(classes) == 1 else [f"_{name}" for name in classes]
-    rows = []
-    for case_id, fold in sorted({(r["case_id"], r["fold"]) for r in done[0]["metric_per_case"]}):
+    singles = [
+        RunFolder(folder_of_row(output, f"{name}-alone", seed)) for name in base.data.modalities
+    ]
+    first = singles[0].read_results()
+    rule, classes, rows = cross_validation.rule_of(base), base.data.classes, []
+    fold_of = {row.case_id: row.fold for row in first.summary.metric_per_case}
+    for case_id, fold in sorted(fold_of.items()):
+        assert fold is not None, "every case of a run is validated in a fold"
+        files = [run.fold(fold).probabilities(case_id, classes) for run in singles]
+        volumes = np.array([[read_volume(file).array for file in of_run] for of_run in files])
+        foreground = np.moveaxis(volumes.mean(0), 0, -1)
+        background = 1 - foreground.sum(-1, keepdims=True)
         case = source[case_id]
-        foreground = np.stack(
-            [
-                np.mean(
-                    [
-                        read_volume(
-                            run / f"fold_{fold}" / "probabilities" / f"{case_id}{suffix}.nii.gz"
-                        ).array
-                        for run in singles
-                    ],
-                    axis=0,
-                )
-                for suffix in suffixes
-            ],
-            -1,
+        rows += measure_case(
+            case_id,
+            case.patient_id,
+            fold,
+            foreground if len(classes) == 1 else np.concatenate([background, foreground], -1),
+            case.original_truth,
+            spacing_of(case.original_affine),
+            rule,
         )
-        several = np.concatenate([1 - foreground.sum(-1, keepdims=True), foreground], -1)
-        mask = to_mask(foreground if len(classes) == 1 else several, base.predict.threshold)
-        truth = case.original_truth
-        identity: dict[str, Any] = {"case_id": case_id, "patient_id": case.patient_id, "fold": fold}
-        if base.data.target == lesions.TARGET:
-            identity |= {"detection": lesions.detect(foreground[..., 0], truth)}
-        measured = case_metrics(mask, truth, spacing_of(case.original_affine), classes)
-        rows += [identity | {"class": name} | values for name, values in measured.items()]
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = ("target", "classes", "threshold", "checkpoint", "num_folds", "folds_done")
-    metrics = summary.summarise(rows, done[0]["folds_done"]) | {key: done[0][key] for key in facts}
-    run_folder.write_metrics(metrics, folder / "metrics.json", folder / "metrics.csv")
+    folder = RunFolder(folder_of_row(output, LATE, seed))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    summary = summarise(rows, first.folds_done or ())
+    folder.write_results(
+        dataclasses.replace(
+            first,
+            summary=summary,
+            baseline_mean_shape=None,
+            best_checkpoint=None,
+            fold_summaries=None,
+        )
+    )
     page.write_report(folder)
 
 

@@ -28,7 +28,7 @@ from experiments.measuring import statistics
 from experiments.prediction.windows import predict_case
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
-from experiments.run_folder import read_run
+from experiments.run_folder import RunFolder
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
 from experiments.studies.revisit import RevisitCommand, open_run
@@ -157,7 +157,7 @@ def measure(
         DataError: no positive case with target and background on the reference grid, or the data
             are others than those of the run.
     """
-    fusion = read_run(folder)[0].network.fusion.kind
+    fusion = RunFolder(folder).read_config().network.fusion.kind
     if fusion == "early":
         raise ConfigError(
             f"a run must have an encoder for each modality; {folder} has fusion {fusion}, which "

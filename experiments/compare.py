@@ -6,18 +6,17 @@ The p values are corrected for the number of comparisons that one command makes 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
-from experiments.measuring.metrics import Row
+from experiments.measuring.rows import Row
 from experiments.measuring.statistics import (
     FEW_PATIENTS,
     NUM_RESAMPLES,
@@ -27,9 +26,11 @@ from experiments.measuring.statistics import (
     holm,
     paired_tests,
 )
+from experiments.measuring.summary import Summary
 from experiments.process.console import run_main
+from experiments.process.records import to_text
 from experiments.process.storage import write_text
-from experiments.run_folder import read_metrics
+from experiments.run_folder import RunFolder
 from experiments.settings.options import REGISTRY
 
 Rows = Mapping[tuple[str, str], Row]
@@ -90,12 +91,12 @@ def compare(
         MissingDataError: a folder without ``metrics.json``.
         DataError: other classes, other cases, other truth, or no positive case in the runs.
     """
-    metrics_a, metrics_b = read_metrics(run_a), read_metrics(run_b)
-    rows_a, rows_b = _rows(metrics_a), _rows(metrics_b)
-    if metrics_a["mean"].keys() != metrics_b["mean"].keys():
+    summary_a, summary_b = (RunFolder(run).read_results().summary for run in (run_a, run_b))
+    rows_a, rows_b = _rows(summary_a), _rows(summary_b)
+    if {*summary_a.classes} != {*summary_b.classes}:
         raise DataError(
             "runs must have the same classes; got "
-            f"{list(metrics_a['mean'])} in {run_a} and {list(metrics_b['mean'])} in {run_b}. "
+            f"{list(summary_a.classes)} in {run_a} and {list(summary_b.classes)} in {run_b}. "
             "Compare runs of one target."
         )
     cases_a, cases_b = ({case for case, _ in rows} for rows in (rows_a, rows_b))
@@ -105,7 +106,7 @@ def compare(
             f"{_few(cases_a - cases_b)} only in {run_a} and {_few(cases_b - cases_a)} only in "
             f"{run_b}. Finish both runs on the same data and folds."
         )
-    pairs = {name: _pairs(name, rows_a, rows_b) for name in metrics_a["mean"]}
+    pairs = {name: _pairs(name, rows_a, rows_b) for name in summary_a.classes}
     if not any(pairs.values()):
         raise DataError(
             f"a comparison needs a positive case; got none in {run_a}. "
@@ -118,9 +119,9 @@ def compare(
     ]
 
 
-def _rows(metrics: Mapping[str, Any]) -> Rows:
+def _rows(summary: Summary) -> Rows:
     """Rows by case id and class."""
-    return {(row["case_id"], row["class"]): row for row in metrics["metric_per_case"]}
+    return {(row.case_id, row.name): row for row in summary.metric_per_case}
 
 
 def _few(cases: set[str]) -> str:
@@ -131,13 +132,13 @@ def _few(cases: set[str]) -> str:
 def _pairs(name: str, rows_a: Rows, rows_b: Rows) -> list[tuple[Row, Row]]:
     """Rows of both runs of the cases that hold class ``name``, by case id."""
     pairs = [(rows_a[key], rows_b[key]) for key in sorted(rows_a) if key[1] == name]
-    volumes = [(a["case_id"], a["volume_truth_ml"], b["volume_truth_ml"]) for a, b in pairs]
+    volumes = [(a.case_id, a.volume_truth_ml, b.volume_truth_ml) for a, b in pairs]
     if differing := {case for case, a, b in volumes if not math.isclose(a, b, rel_tol=1e-3)}:
         raise DataError(
             f"runs must have the same truth; got other volumes of {name} in {_few(differing)}. "
             "Evaluate both against the same labels."
         )
-    return [(a, b) for a, b in pairs if a["dice"] is not None]
+    return [(a, b) for a, b in pairs if a.dice is not None]
 
 
 def _compare_class(
@@ -149,8 +150,8 @@ def _compare_class(
     num_resamples: int,
     seed: int,
 ) -> Comparison:
-    a, b = (np.array([pair[run]["dice"] for pair in pairs], np.float64) for run in (0, 1))
-    patients = [row["patient_id"] for row, _ in pairs]
+    a, b = (np.array([pair[run].dice for pair in pairs], np.float64) for run in (0, 1))
+    patients = [row.patient_id for row, _ in pairs]
     tests = paired_tests(a - b, patients, seed=seed) if len(set(patients)) > 1 else None
     return Comparison(
         name=name,
@@ -164,7 +165,7 @@ def _compare_class(
         interval=bootstrap_interval(a - b, patients, num_resamples=num_resamples, seed=seed),
         tests=tests,
         corrected_p=None if tests is None else tests.permutation_p,
-        same_folds=all(row_a["fold"] == row_b["fold"] for row_a, row_b in pairs),
+        same_folds=all(row_a.fold == row_b.fold for row_a, row_b in pairs),
     )
 
 
@@ -255,8 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparisons = compare_all(first, others, num_resamples=config.num_resamples, seed=config.seed)
     print(format_comparisons(comparisons))
     if config.json is not None:
-        rows = [dataclasses.asdict(row) for row in comparisons]
-        write_text(config.json, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+        write_text(config.json, to_text(comparisons))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ With probabilities, lesions are also detected and probabilities calibrated:
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -22,11 +22,11 @@ from data_pipelines.config import TARGET_CLASSES
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.reading.tables import read_table
 from data_pipelines.reading.volume_io import SUFFIXES, read_volume
-from experiments.measuring import lesions
-from experiments.measuring.metrics import Row, case_metrics
-from experiments.measuring.summary import format_summary, summarise
+from experiments.measuring.cases import Rule, measure_case
+from experiments.measuring.rows import Row
+from experiments.measuring.summary import Summary, format_summary, summarise
 from experiments.process.console import run_main
-from experiments.run_folder import write_metrics
+from experiments.run_folder import Results, RunFolder
 from experiments.settings.options import REGISTRY
 
 
@@ -48,7 +48,7 @@ class EvaluateConfig:
     """Folder for metrics.json and metrics.csv; by default nothing is written."""
 
 
-def evaluate_folders(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate_folders(config: EvaluateConfig) -> Summary:
     """Summary (without folds) of all files of ``config.predictions``, read one after the other."""
     if not 0 < config.threshold < 1:
         raise ConfigError(
@@ -130,19 +130,19 @@ def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str
     predicted, truth = prediction.array, label.array
     if len(classes) == 1:
         truth = (truth > 0).astype(np.uint8)
-        if not np.issubdtype(predicted.dtype, np.floating):
+        if np.issubdtype(predicted.dtype, np.floating):
+            predicted = predicted[..., None]
+        else:
             predicted = (predicted > 0).astype(np.uint8)
     else:
         predicted, truth = _as_labels(predicted, name), _as_labels(truth, name)
+    case_id, rule = _case_id(name), Rule(config.target, config.threshold)
     try:
-        metrics = case_metrics(predicted, truth, label.spacing_mm, classes, config.threshold)
+        return measure_case(
+            case_id, patients[case_id], None, predicted, truth, label.spacing_mm, rule
+        )
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
-    case_id = _case_id(name)
-    identity: dict[str, Any] = {"case_id": case_id, "patient_id": patients[case_id], "fold": None}
-    if config.target == lesions.TARGET and np.issubdtype(predicted.dtype, np.floating):
-        identity |= {"detection": lesions.detect(predicted, truth)}
-    return [{**identity, "class": name, **values} for name, values in metrics.items()]
 
 
 def _as_labels(array: np.ndarray, name: str) -> np.ndarray:
@@ -162,7 +162,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = evaluate_folders(config)
     if config.output is not None:
         config.output.mkdir(parents=True, exist_ok=True)
-        write_metrics(summary, config.output / "metrics.json", config.output / "metrics.csv")
+        rule = Rule(config.target, config.threshold)
+        RunFolder(config.output).write_results(
+            Results(summary, rule.target, rule.classes, rule.threshold)
+        )
     print(format_summary(summary))
 
 

@@ -19,11 +19,11 @@ from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from experiments.measuring import statistics
-from experiments.measuring.metrics import case_metrics
-from experiments.prediction.windows import predict_case, to_mask
+from experiments.measuring.cases import Rule, measure_case
+from experiments.prediction.windows import predict_case
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
-from experiments.run_folder import read_run
+from experiments.run_folder import RunFolder
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
 from experiments.studies.revisit import RevisitCommand, open_run
@@ -97,7 +97,7 @@ def measure(
         ConfigError: no run, a fold that is not done, or a single modality.
         DataError: no positive case, or the data are others than those of the run.
     """
-    names = read_run(run)[0].data.modalities
+    names = RunFolder(run).read_config().data.modalities
     if len(names) < 2:
         raise ConfigError(
             f"a run must have two modalities or more to do without one; {run} has "
@@ -106,21 +106,26 @@ def measure(
     finished = open_run(run, folds)
     config = finished.config
     program = compile_programs(config, select_accelerator(accelerator)[:1]).predict
+    rule = Rule(config.data.target, config.predict.threshold)
     dice: dict[Key, dict[str, float]] = {}
     for params, case in finished.cases():
         for without, poorer in withheld(case, names):
             probability = preprocessing.to_original(
                 predict_case(program, params, poorer, config, config.network.num_classes), case
             )
-            measured = case_metrics(
-                to_mask(probability, config.predict.threshold),
+            rows = measure_case(
+                case.case_id,
+                case.patient_id,
+                None,
+                probability,
                 case.original_truth,
                 spacing_of(case.original_affine),
-                classes=config.data.classes,
+                rule,
+                detect=False,
             )
-            for name, metrics in measured.items():
-                if metrics["dice"] is not None:
-                    dice.setdefault((without, name), {})[case.case_id] = metrics["dice"]
+            for row in rows:
+                if row.dice is not None:
+                    dice.setdefault((without, row.name), {})[case.case_id] = row.dice
     return dice, finished.patients
 
 

@@ -11,33 +11,38 @@ every case again.
 import collections
 import dataclasses
 import io
-import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import tyro
-from scipy import ndimage
 
-from cmsad_jax import __version__, export
-from cmsad_jax.inference import EnsemblePrediction, entropy
+from cmsad_jax import export
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT, Case
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
-from data_pipelines.preparing import preprocessing
-from data_pipelines.reading import case_files, volume_io
+from data_pipelines.reading import case_files
 from data_pipelines.reading.case_files import CaseFiles
 from experiments.exporting.artifact import write_artifact
 from experiments.prediction.inputs import find_inputs, read_case
-from experiments.prediction.windows import to_mask
+from experiments.prediction.outputs import (
+    Computed,
+    Extras,
+    Facts,
+    PredictedCase,
+    PredictionFolder,
+    Predictions,
+    Settings,
+    facts_of,
+)
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, progress, run_main
-from experiments.process.storage import read_json, write_text
+from experiments.run_folder import fold_name
 from experiments.settings.config import Accelerator
 from experiments.settings.options import REGISTRY
 from experiments.settings.stored import from_json
@@ -48,16 +53,8 @@ R = TypeVar("R")
 READ_AHEAD = 2
 """Cases held in memory before, and after, the one that is computed."""
 
-OPTIONS = ("threshold", "overlap", "flip", "batch_size")
-"""Settings of a model that the command line may change."""
-
-RECORD = "predictions.json"
-"""File in the output folder that says whose results it holds, and what was found."""
-
 PASSED_OVER = 4
 """Exit status if a case could not be predicted and the others were."""
-
-DISCLAIMER = "Research software, not a medical device: not for diagnosis or treatment."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +99,13 @@ def open_model(command: PredictCommand) -> export.Model:
     elif command.model.is_file():
         model = export.load(command.model)
         if command.folds is not None:
-            model = model.select([f"fold_{fold}" for fold in command.folds])
+            model = model.select([fold_name(fold) for fold in command.folds])
     else:
         raise ConfigError(
             f"the model must be a run folder or an artifact; got nothing at {command.model}. "
             "Check --model."
         )
-    changes = {name: getattr(command, name) for name in OPTIONS}
+    changes = {field.name: getattr(command, field.name) for field in dataclasses.fields(Settings)}
     given = {name: value for name, value in changes.items() if value is not None}
     if "threshold" in given and len(model.description.classes) > 1:
         raise ConfigError(
@@ -131,22 +128,12 @@ def open_model(command: PredictCommand) -> export.Model:
 
 def data_config(description: export.Description) -> DataConfig:
     """How cases are to be preprocessed for a model."""
-    target: Any = description.target
     return DataConfig(
-        target=target,
+        target=cast(Literal["lesion", "gland", "zones"], description.target),
         modalities=description.modalities,
         allow_missing=description.allow_missing,
         preprocess=from_json(PreprocessConfig, dict(description.preprocess)),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Computed:
-    """What the model says of a case, on the reference grid."""
-
-    case: Case
-    prediction: EnsemblePrediction
-    attention: np.ndarray | None
 
 
 def compute(model: export.Model, case: Case, *, attention: bool) -> Computed:
@@ -160,95 +147,16 @@ def compute(model: export.Model, case: Case, *, attention: bool) -> Computed:
     return Computed(case, prediction, maps)
 
 
-def write_case(
-    computed: Computed, description: export.Description, output: Path, *, uncertainty: bool
-) -> dict[str, Any]:
-    """Write the images of a case into the frame of its T2W file; returns what is said of it.
-
-    One volume at a time is brought there, so that memory stays near one probability map.
-    """
-    case, affine, classes = computed.case, computed.case.original_affine, description.classes
-
-    def original(values: np.ndarray) -> np.ndarray:
-        return preprocessing.to_original(values, case)
-
-    def write(folder: str, values: np.ndarray, suffix: str = "") -> None:
-        volume_io.write_nifti(output / folder / f"{case.case_id}{suffix}.nii.gz", values, affine)
-
-    if computed.attention is not None:
-        for index, name in enumerate(description.modalities):
-            if case.present[index]:
-                write("attention", original(computed.attention[..., index]), f"_{name}")
-    if uncertainty:
-        write("disagreement", original(computed.prediction.disagreement.max(-1)))
-    probability = original(computed.prediction.probability)
-    if uncertainty:
-        write("entropy", entropy(probability))
-    mask = to_mask(probability, description.threshold)
-    foreground = probability if len(classes) == 1 else probability[..., 1:]
-    candidates = []
-    for index, name in enumerate(classes):
-        write("probabilities", foreground[..., index], f"_{name}" if len(classes) > 1 else "")
-        found = lesion_candidates(mask == index + 1, foreground[..., index], affine)
-        candidates += [{"class": name, **candidate} for candidate in found]
-    write("masks", mask)  # last: a mask is there only if all else is
-    names = description.modalities
-    return {
-        "case_id": case.case_id,
-        "modalities": [n for n, there in zip(names, case.present, strict=True) if there],
-        "missing_modalities": [
-            n for n, there in zip(names, case.present, strict=True) if not there
-        ],
-        "candidates": candidates,
-        "highest_probability": {
-            name: round(float(foreground[..., index].max()), 6)
-            for index, name in enumerate(classes)
-        },
-    }
-
-
-def lesion_candidates(
-    mask: np.ndarray, probability: np.ndarray, affine: np.ndarray
-) -> list[dict[str, Any]]:
-    """Connected components of a mask (26 neighbours), the most confident first.
-
-    Args:
-        mask: bool ``d h w``.
-        probability: of the class, ``d h w``.
-        affine: of both, to RAS+ millimetres.
-
-    Returns:
-        For each ``volume_ml``, ``centre_mm`` (mean position of its voxels, x y z in RAS+) and
-        ``confidence`` (its highest probability).
-    """
-    labels = np.zeros(mask.shape, np.int32)
-    ndimage.label(mask, structure=np.ones((3, 3, 3)), output=labels)
-    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-    found = []
-    for number, box in enumerate(ndimage.find_objects(labels), 1):
-        inside = labels[box] == number
-        index = np.argwhere(inside) + [axis.start for axis in box]
-        centre = affine[:3, :3] @ index.mean(0)[::-1] + affine[:3, 3]
-        found.append(
-            {
-                "volume_ml": round(len(index) * voxel_ml, 4),
-                "centre_mm": [round(float(x), 2) for x in centre],
-                "confidence": round(float(probability[box][inside].max()), 6),
-            }
-        )
-    return sorted(found, key=lambda candidate: -candidate["confidence"])
-
-
 @dataclasses.dataclass
-class Record:
-    """What the output folder says of its results: whose they are, and what was found."""
+class Account:
+    """What a command has predicted so far, and what it took."""
 
-    output: Path
-    facts: Mapping[str, Any]
+    folder: PredictionFolder
+    facts: Facts
     """The model, its settings, and what is written beside masks."""
-    earlier: Sequence[Mapping[str, Any]]
-    """Results of earlier commands for cases that are not predicted now."""
-    results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    earlier: Sequence[PredictedCase]
+    """Of earlier commands, for cases that are not predicted now."""
+    cases: list[PredictedCase] = dataclasses.field(default_factory=list)
     computing_s: float = 0.0
     """Time in which the model ran."""
     beside_s: float = 0.0
@@ -258,35 +166,32 @@ class Record:
 
     @property
     def wall_s(self) -> float:
-        """Time since the record was begun."""
+        """Time since the account was begun."""
         return time.perf_counter() - self.started_s
 
     @property
     def failed(self) -> int:
         """Cases that could not be predicted."""
-        return sum("error" in result for result in self.results)
+        return sum(case.error is not None for case in self.cases)
 
     def fail(self, entry: CaseFiles, error: Exception) -> None:
         """Say that a case is passed over."""
         print(f"error: case {entry.case_id} is passed over: {error}", file=sys.stderr, flush=True)
-        self.results.append({"case_id": entry.case_id, "error": str(error)})
+        self.cases.append(PredictedCase(entry.case_id, error=str(error)))
 
     def save(self, *, complete: bool) -> None:
         """Write the record, whole or not at all."""
-        record = {
-            "disclaimer": DISCLAIMER,
-            "cmsad_jax": __version__,
-            **self.facts,
-            "complete": complete,
-            "coordinates": "centre_mm is x y z in RAS+ millimetres (NIfTI's world)",
-            "wall_s": round(self.wall_s, 3),
-            "compute_s": round(self.computing_s, 3),
-            "processor_s": round(time.process_time() - self.processor_started_s, 3),
-            "processor_beside_s": round(self.beside_s, 3),
-            "cases": sorted([*self.earlier, *self.results], key=lambda result: result["case_id"]),
-        }
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_text(self.output / RECORD, json.dumps(record, indent=1) + "\n")
+        self.folder.write(
+            Predictions(
+                self.facts,
+                tuple(sorted([*self.earlier, *self.cases], key=lambda case: case.case_id)),
+                complete=complete,
+                wall_s=round(self.wall_s, 3),
+                compute_s=round(self.computing_s, 3),
+                processor_s=round(time.process_time() - self.processor_started_s, 3),
+                processor_beside_s=round(self.beside_s, 3),
+            )
+        )
 
 
 def run(command: PredictCommand) -> int:
@@ -308,11 +213,12 @@ def run(command: PredictCommand) -> int:
     entries = find_inputs(
         command.input, description.modalities, with_gland=data.preprocess.centre == "gland"
     )
-    facts = facts_of(model, command)
-    old = earlier_results(command.output, facts)
+    folder = PredictionFolder(command.output)
+    facts = facts_of(model, Extras(command.attention, command.uncertainty))
+    old = folder.earlier(facts)
     done = set()
-    if not old["complete"] and old["extras"] == facts["extras"]:
-        done = {result["case_id"] for result in old["cases"] if "error" not in result}
+    if not old.complete and old.facts.extras == facts.extras:
+        done = {case.case_id for case in old.cases if case.error is None}
     entries = [entry for entry in entries if entry.case_id not in done]
     again = {entry.case_id for entry in entries}
     for name in ("predict", *(("attention",) if command.attention else ())):
@@ -323,69 +229,31 @@ def run(command: PredictCommand) -> int:
         f"model {model.sha256[:12]}"
         + (f"; {len(done)} were predicted before the interruption" if done else "")
     )
-    record = Record(
-        command.output, facts, [result for result in old["cases"] if result["case_id"] not in again]
-    )
-    record.save(complete=False)  # says whose results these are, from the first one on
+    account = Account(folder, facts, [case for case in old.cases if case.case_id not in again])
+    account.save(complete=False)  # says whose results these are, from the first one on
     complete = False
     try:
-        predict_cases(model, entries, data, record)
+        predict_cases(model, entries, data, account)
         complete = True
     finally:
-        record.save(complete=complete)
-    count, wall = len(record.results), max(record.wall_s, 1e-9)
+        account.save(complete=complete)
+    count, wall = len(account.cases), max(account.wall_s, 1e-9)
     log(
-        f"{count - record.failed} of {count} cases predicted in {wall:.1f} s "
-        f"({60 * count / wall:.0f} a minute, {record.computing_s / wall:.0%} "
-        f"of it computing); {command.output / RECORD}"
+        f"{count - account.failed} of {count} cases predicted in {wall:.1f} s "
+        f"({60 * count / wall:.0f} a minute, {account.computing_s / wall:.0%} "
+        f"of it computing); {folder.record}"
     )
-    return record.failed
-
-
-def facts_of(model: export.Model, command: PredictCommand) -> dict[str, Any]:
-    """What a record says of the model and its settings."""
-    description = model.description
-    return {
-        "model": {
-            "sha256": model.sha256,
-            "members": list(description.members),
-            "git_commit": description.provenance.get("environment", {}).get("git_commit"),
-            "data_fingerprint": description.provenance.get("data_fingerprint"),
-            "license": description.license,
-        },
-        "settings": {name: getattr(description, name) for name in OPTIONS},
-        "extras": {"attention": command.attention, "uncertainty": command.uncertainty},
-    }
-
-
-def earlier_results(output: Path, facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a folder says of its results, if it holds any.
-
-    Raises:
-        ConfigError: they are of another model or other settings.
-    """
-    file = output / RECORD
-    if not file.is_file():
-        return {"complete": True, "extras": {}, "cases": []}
-    old = read_json(file)
-    before, now = old["model"]["sha256"][:12], facts["model"]["sha256"][:12]
-    if before != now or old["settings"] != facts["settings"]:
-        raise ConfigError(
-            f"a folder holds the results of one model and its settings; {output} holds those of "
-            f"{before} with {old['settings']}, and this is {now} with {facts['settings']}. "
-            "Name another folder with --output."
-        )
-    return {"complete": True, "extras": {}} | old
+    return account.failed
 
 
 def predict_cases(
-    model: export.Model, entries: Sequence[CaseFiles], data: DataConfig, record: Record
+    model: export.Model, entries: Sequence[CaseFiles], data: DataConfig, account: Account
 ) -> None:
-    """Read, compute and write each case, the three side by side; results go into the record.
+    """Read, compute and write each case, the three side by side; results go into the account.
 
-    When it is interrupted the record holds the cases whose files are all written.
+    When it is interrupted the account holds the cases whose files are all written.
     """
-    extras = record.facts["extras"]
+    extras = account.facts.extras
     repeated = {
         problem.case_id: problem
         for problem in case_files.check_ids(entry.case_id for entry in entries)
@@ -401,32 +269,32 @@ def predict_cases(
             case = error
         return case, time.thread_time() - before
 
-    def write(computed: Computed) -> tuple[dict[str, Any], float]:
+    def write(computed: Computed) -> tuple[PredictedCase, float]:
         before = time.thread_time()
-        result = write_case(
-            computed, model.description, record.output, uncertainty=extras["uncertainty"]
+        case = account.folder.write_case(
+            computed, model.description, uncertainty=extras.uncertainty
         )
-        return result, time.thread_time() - before
+        return case, time.thread_time() - before
 
-    def written(future: Future[tuple[dict[str, Any], float]]) -> None:
-        result, seconds = future.result()
-        record.results.append(result)
-        record.beside_s += seconds
+    def written(future: Future[tuple[PredictedCase, float]]) -> None:
+        case, seconds = future.result()
+        account.cases.append(case)
+        account.beside_s += seconds
 
-    pending: collections.deque[Future[tuple[dict[str, Any], float]]] = collections.deque()
+    pending: collections.deque[Future[tuple[PredictedCase, float]]] = collections.deque()
     try:
         with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:
             read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
             for entry, (case, seconds) in progress(
                 read_cases, description="Predicting", total=len(entries)
             ):
-                record.beside_s += seconds
+                account.beside_s += seconds
                 if isinstance(case, DataError):
-                    record.fail(entry, case)
+                    account.fail(entry, case)
                     continue
                 before = time.perf_counter()
-                computed = compute(model, case, attention=extras["attention"])
-                record.computing_s += time.perf_counter() - before
+                computed = compute(model, case, attention=extras.attention)
+                account.computing_s += time.perf_counter() - before
                 while len(pending) >= READ_AHEAD:
                     written(pending[0])
                     pending.popleft()

@@ -14,6 +14,7 @@ import tyro
 
 from experiments.process.console import run_main
 from experiments.reporting.page import write_report
+from experiments.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class ReportConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
-    print(write_report(tyro.cli(ReportConfig, prog="python -m experiments.report", args=argv).run))
+    config = tyro.cli(ReportConfig, prog="python -m experiments.report", args=argv)
+    print(write_report(RunFolder(config.run)))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ Its status is 0 if the step fails again, else 1.
 import dataclasses
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -19,10 +19,22 @@ import tyro
 from cmsad_jax.training import TrainState
 from data_pipelines.faults import DataError, MissingDataError
 from experiments.process.console import run_main
+from experiments.process.records import from_content
+from experiments.run_folder import SCHEMA
 from experiments.settings.config import Config
 from experiments.settings.stored import from_json
 from experiments.training.fold import state_arrays
 from experiments.training.programs import compile_programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a file says of its step beside the arrays; ``config`` is JSON, the rest as below."""
+
+    config: Mapping[str, object]
+    fold: int
+    step: int
+    case_ids: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +76,27 @@ def read(path: Path) -> Recording:
 
     Raises:
         MissingDataError: there is no such file.
-        DataError: it is not a whole one of this project.
+        DataError: it is not a whole one of this project, or of a later version.
     """
     if not path.is_file():
         raise MissingDataError(f"no file at {path}. Name one that a stopped run printed.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        facts = json.loads(str(arrays.pop("facts")))
-        config = from_json(Config, facts["config"])
+        content = json.loads(str(arrays.pop("facts")))
+        facts = from_content(Facts, content, path, schema=SCHEMA)
+        config = from_json(Config, facts.config)
+    except DataError:
+        raise
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(
             f"a recorded step is a whole file of a stopped run; {path}: {error}. Use another one."
         ) from error
     return Recording(
         config=config,
-        fold=facts["fold"],
-        step=facts["step"],
-        case_ids=tuple(facts["case_ids"]),
+        fold=facts.fold,
+        step=facts.step,
+        case_ids=facts.case_ids,
         batch=_under("batch/", arrays),
         arrays=_under("state/", arrays),
     )
@@ -106,12 +121,12 @@ def repeat(recording: Recording) -> dict[str, float]:
 
 def describe(recording: Recording, metrics: dict[str, float]) -> str:
     """What is finite in the step and what is not, as text."""
-    inputs: dict[str, Any] = {
+    inputs = {
         "images": [recording.batch["image"]],
         "weights": [v for name, v in recording.arrays.items() if name.startswith(".params")],
         "optimiser": [v for name, v in recording.arrays.items() if name.startswith(".opt_state")],
     }
-    lines = [f"fold {recording.fold + 1}, step {recording.step}: {', '.join(recording.case_ids)}"]
+    lines = [f"fold {recording.fold}, step {recording.step}: {', '.join(recording.case_ids)}"]
     for name, values in inputs.items():
         num_bad = sum(int(np.size(value) - np.isfinite(value).sum()) for value in values)
         largest = max((float(np.abs(value).max()) for value in values if value.size), default=0.0)

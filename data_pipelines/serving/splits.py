@@ -1,8 +1,8 @@
 """Cross-validation folds: grouped by patient, stratified by lesion presence, kept in a file.
 
-A fold file is JSON: ``{"sha256": ..., "folds": [{"train": [...], "val": [...]}, ...]}``, and has a
-list ``"names"`` where each fold is a group, such as a centre. The bare list, in which PI-CAI
-publishes its folds, can be read as well.
+A fold file is JSON: ``{"schema": 2, "sha256": ..., "folds": [{"train": [...], "val": [...]}, ...]}``,
+and has a list ``"names"`` where each fold is a group, such as a centre. Files of schema 1 are the
+same without the number. The bare list, in which PI-CAI publishes its folds, can be read as well.
 """
 
 import dataclasses
@@ -14,6 +14,10 @@ from pathlib import Path
 from data_pipelines.case import CaseInfo
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.files import whole_file
+
+
+SCHEMA = 2
+"""Version of the fold files that are written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Folds:
         """Write the fold file, whole or not at all."""
         folds = [{"train": self.training(i), "val": ids} for i, ids in enumerate(self.validation)]
         names = {"names": self.names} if self.names else {}
-        content = json.dumps({"sha256": self.sha256, **names, "folds": folds}, indent=1)
+        record = {"schema": SCHEMA, "sha256": self.sha256, **names, "folds": folds}
+        content = json.dumps(record, indent=1)
         with whole_file(path) as partial:
             partial.write_text(content + "\n")
 
@@ -246,6 +251,12 @@ def _read_json(path: Path) -> object:
 
 def _fold_list(content: object, path: Path) -> list[dict[str, list[str]]]:
     """The folds of either file format, each with string lists ``train`` and ``val``."""
+    schema = content.get("schema", 1) if isinstance(content, dict) else 1
+    if type(schema) is not int or schema > SCHEMA:
+        raise DataError(
+            f"fold files of schema {SCHEMA} and before can be read; {path} has {schema!r}. "
+            "Use the version of cmsad-jax that wrote it, or a later one."
+        )
     folds = content.get("folds") if isinstance(content, dict) else content
     if isinstance(folds, list) and folds and all(_is_fold(fold) for fold in folds):
         return folds

@@ -4,13 +4,13 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cmsad_jax import export
 from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from experiments.exporting.model_card import model_card
 from experiments.prediction.windows import attention_window, predict_window
-from experiments.run_folder import _json, read_run, run_members
+from experiments.process.records import encode
+from experiments.run_folder import Results, RunFolder, RunRecord, fold_name
 from experiments.settings.config import Config, window
 from experiments.training.checkpoints import load_params
 
@@ -34,8 +34,9 @@ def write_artifact(
     Raises:
         ConfigError: no run, or folds that are not done.
     """
-    config, record = read_run(run)
-    chosen = run_members(run, config, folds)
+    folder = RunFolder(run)
+    config, record = folder.read_config(), folder.read_record()
+    chosen = folder.members(config, folds)
     weights = [flatten_weights(load_params(run, fold)) for fold in chosen]
     programs = {}
     functions = {"predict": predict_window(config)}
@@ -56,9 +57,12 @@ def write_artifact(
     text = file.read_text("utf-8") if license and file.is_file() else license or UNSTATED_LICENSE
     description = describe(
         config,
-        members=[f"fold_{fold}" for fold in chosen],
-        provenance={**_without_paths(record), "environment": _json(run / "environment.json")},
-        metrics=_json(run / "metrics.json"),
+        members=[fold_name(fold) for fold in chosen],
+        provenance={
+            **encode(_without_paths(record)),
+            "environment": encode(folder.read_environment()),
+        },
+        metrics=figures(folder.read_results()) if folder.metrics.is_file() else {},
         license=text.strip().splitlines()[0] if license else "unspecified",
     )
     card = model_card(description, sum(values.size for values in weights[0].values()))
@@ -77,12 +81,11 @@ def describe(
     config: Config,
     *,
     members: Sequence[str],
-    provenance: Mapping[str, Any],
-    metrics: Mapping[str, Any],
+    provenance: Mapping[str, object],
+    metrics: Mapping[str, object],
     license: str,
 ) -> export.Description:
     """What an artifact of a run says of itself."""
-    kept = ("mean", "sd", "num_cases", "num_positive", "num_defined")
     return export.Description(
         modalities=config.data.modalities,
         target=config.data.target,
@@ -96,14 +99,30 @@ def describe(
         allow_missing=config.data.allow_missing or config.train.modality_dropout > 0,
         members=tuple(members),
         provenance=provenance,
-        metrics={key: metrics[key] for key in kept if key in metrics},
+        metrics=metrics,
         license=license,
     )
 
 
-def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
+def figures(results: Results) -> dict[str, object]:
+    """What an artifact says of how well its members do, JSON values."""
+    summary = results.summary
+    return encode(
+        {
+            "mean": summary.mean,
+            "sd": summary.sd,
+            "num_cases": summary.num_cases,
+            "num_positive": summary.num_positive,
+            "num_defined": summary.num_defined,
+        }
+    )
+
+
+def _without_paths(record: RunRecord) -> RunRecord:
     """The record of a run without the folders of the machine it ran on."""
     folders = ("output", "profile", "folds_file", "compilation_cache")
-    config = {key: value for key, value in record["config"].items() if key not in folders}
-    config["data"] = {k: v for k, v in config["data"].items() if k not in ("path", "cache")}
-    return {**record, "config": config}
+    config = {key: value for key, value in record.config.items() if key not in folders}
+    data = config["data"]
+    assert isinstance(data, Mapping), "a configuration has a section of its data"
+    config["data"] = {key: value for key, value in data.items() if key not in ("path", "cache")}
+    return RunRecord(config, record.data_fingerprint)

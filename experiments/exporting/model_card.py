@@ -1,9 +1,10 @@
 """What a person should know before using an exported model."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from cmsad_jax import export
+from experiments.measuring.masks import Metric
+from experiments.measuring.metrics import METRICS
 
 
 def model_card(description: export.Description, num_parameters: int) -> str:
@@ -13,11 +14,12 @@ def model_card(description: export.Description, num_parameters: int) -> str:
     grid = description.preprocess
     low, high = grid["clip_percentiles"]
     rows = [
-        f"| {name} | {metric} | {_figure(description.metrics, 'mean', name, metric)} "
-        f"| {_figure(description.metrics, 'sd', name, metric)} "
-        f"| {_figure(description.metrics, 'num_defined', name, metric)} |"
+        f"| {name} | {metric.name} | {_figure(description, 'mean', name, metric)} "
+        f"| {_figure(description, 'sd', name, metric)} "
+        f"| {_figure(description, 'num_defined', name, metric)} |"
         for name in description.classes
-        for metric in ("dice", "sensitivity", "precision", "hd95_mm", "false_positive_volume_ml")
+        for metric in METRICS.values()
+        if metric.per_fold
     ]
     centre = "gland" if grid["centre"] == "gland" else "T2W image"
     rule = (
@@ -64,11 +66,11 @@ zip file.
 """
 
 
-def _figure(metrics: Mapping[str, Any], statistic: str, name: str, metric: str) -> str:
-    value = metrics.get(statistic, {}).get(name, {}).get(metric)
+def _figure(description: export.Description, statistic: str, name: str, metric: Metric) -> str:
+    value = description.metrics.get(statistic, {}).get(name, {}).get(metric.name)
     if value is None:
         return "undefined"
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
+    return str(value) if isinstance(value, int) else metric.text(value)
 
 
 def _times(values: Sequence[float]) -> str:

@@ -1,8 +1,8 @@
 """What can be had without looking at an image: where the target usually lies."""
 
+import dataclasses
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,9 +11,20 @@ from data_pipelines.serving import loading, splits
 from experiments.settings.config import Config
 
 
+@dataclasses.dataclass(frozen=True)
+class MeanShape:
+    """Mean Dice of the mean training shape, and over how many cases and classes.
+
+    ``mean_dice`` is None where no case holds the target.
+    """
+
+    mean_dice: float | None
+    num_cases: int
+
+
 def run(
     config: Config, source: loading.CaseSource, folds: splits.Folds, done: Collection[int]
-) -> dict[str, Any]:
+) -> MeanShape:
     """Mean Dice of the training patients' mean label, and over how many cases and classes.
 
     For each fold of ``done``, voxels whose label frequency over the training cases exceeds the
@@ -42,13 +53,12 @@ def run(
     return average(scores)
 
 
-def average(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+def average(scores: Sequence[Sequence[float]]) -> MeanShape:
     """Mean over the classes of the mean over the cases of each, as the headline of a run has it."""
     means = [np.mean(of_class) for of_class in scores if of_class]
-    return {
-        "mean_dice": float(np.mean(means)) if means else None,
-        "num_cases": sum(map(len, scores)),
-    }
+    return MeanShape(
+        mean_dice=float(np.mean(means)) if means else None, num_cases=sum(map(len, scores))
+    )
 
 
 def mean_shape(known: Sequence[np.ndarray], size: int) -> np.ndarray:

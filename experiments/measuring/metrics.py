@@ -1,25 +1,7 @@
 """Metrics of one predicted mask: overlap, volumes, and distances of surfaces.
 
-Definitions, per class (``T`` truth, ``P`` prediction, ``|.|`` number of voxels, ``N`` all voxels):
-
-=============================  ===============================================  ===============
-metric                         value                                            undefined where
-=============================  ===============================================  ===============
-``dice``                       ``2 |T & P| / (|T| + |P|)``                      ``T`` is empty
-``iou``                        ``|T & P| / |T or P|``                           ``T`` is empty
-``sensitivity``                ``|T & P| / |T|``                                ``T`` is empty
-``precision``                  ``|T & P| / |P|``                                either is empty
-``specificity``                ``1 - |P outside T| / (N - |T|)``                ``T`` is all
-``volume_difference_ml``       volume of ``P`` less that of ``T``               ``T`` is empty
-``hd95_mm``                    see ``surface_metrics``                      either is empty
-``hd95_penalised_mm``          the same; a miss counts as the image's diagonal  ``T`` is empty
-``assd_mm``                    see ``surface_metrics``                      either is empty
-``assd_penalised_mm``          the same; a miss counts as the image's diagonal  ``T`` is empty
-``surface_dice_1mm``, ``_2mm`` see ``surface_metrics``; 0 for a miss        ``T`` is empty
-``false_positive_volume_ml``   volume of ``P`` outside ``T``                    never
-``volume_truth_ml``            volume of ``T``                                  never
-``volume_predicted_ml``        volume of ``P``                                  never
-=============================  ===============================================  ===============
+``METRICS`` defines each, and everything that shows, stores or sums up metrics goes by it: a further
+one is a ``Metric`` (in a file of its own, or here) and its name in that list.
 
 Undefined is None in Python, ``null`` in JSON and an empty cell in CSV, and is left out of every
 mean; no mean goes without the number of cases behind it. A positive case with an empty prediction
@@ -29,40 +11,26 @@ volume in their place. A negative case is judged by its false-positive volume an
 if nothing is predicted there, these are 0 and 1.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import surface_distance
 
 from data_pipelines.faults import DataError
-
-METRICS = (
-    "dice",
-    "iou",
-    "sensitivity",
-    "precision",
-    "specificity",
-    "volume_difference_ml",
-    "hd95_mm",
-    "hd95_penalised_mm",
-    "assd_mm",
-    "assd_penalised_mm",
-    "surface_dice_1mm",
-    "surface_dice_2mm",
-    "false_positive_volume_ml",
-    "volume_truth_ml",
-    "volume_predicted_ml",
-)
-"""Names of the metrics of one class of one case, in the order of the tables."""
+from experiments.measuring.masks import Masks, Metric
 
 _ROUNDING = 1e-3
 """By how much a probability may leave 0..1, as resampled or half-precision ones do."""
 
-Metrics = dict[str, float | None]
-Row = Mapping[str, Any]
-"""``{"case_id", "patient_id", "fold", "class", **Metrics}``: one class of one case."""
+Values = dict[str, float | None]
+"""``{metric: value}`` of one class of one case."""
+
+
+def to_mask(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """uint8 classes of ``... k`` probabilities: above the threshold, or the largest of several."""
+    if probability.shape[-1] == 1:
+        return (probability[..., 0] > threshold).astype(np.uint8)
+    return probability.argmax(-1).astype(np.uint8)
 
 
 def case_metrics(
@@ -71,8 +39,8 @@ def case_metrics(
     spacing_mm: Sequence[float],
     classes: Sequence[str],
     threshold: float = 0.5,
-) -> dict[str, Metrics]:
-    """Metrics of one case, per class; the module docstring defines each.
+) -> dict[str, Values]:
+    """Metrics of one case, per class.
 
     Args:
         probability_or_mask: ``d h w`` in the frame of ``truth``. Floating point: probability of
@@ -108,37 +76,11 @@ def case_metrics(
     box = _bounding_box((mask != 0) | (truth != 0))
     mask, truth = mask[box], truth[box]
     spacing = tuple(float(step) for step in spacing_mm)
-    return {
-        name: _mask_metrics(mask == label, truth == label, spacing, shape)
-        for label, name in enumerate(classes, start=1)
-    }
-
-
-def surface_metrics(
-    prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]
-) -> dict[str, float]:
-    """HD95, ASSD and surface Dice at 1 and 2 mm of two non-empty bool masks ``d h w``.
-
-    The convention is that of DeepMind's ``surface-distance``: surfaces run through the voxel
-    corners and each surface element is weighted by its area. HD95 is the larger of the two
-    directed 95th percentiles; ASSD is the mean of the two directed average distances; surface Dice
-    is the share of both surfaces that lies within the tolerance of the other one (Nikolov et al.,
-    arXiv 1809.04430). MONAI and MedPy measure between voxel centres without areas and give other
-    numbers for the same masks. Mirroring the grid or permuting its axes with the spacing changes
-    nothing beyond rounding.
-    """
-    distances = surface_distance.compute_surface_distances(truth, prediction, spacing_mm)
-    to_prediction, to_truth = surface_distance.compute_average_surface_distance(distances)
-    return {
-        "hd95_mm": float(surface_distance.compute_robust_hausdorff(distances, 95)),
-        "assd_mm": float((to_prediction + to_truth) / 2),
-        "surface_dice_1mm": _surface_dice(distances, 1.0),
-        "surface_dice_2mm": _surface_dice(distances, 2.0),
-    }
-
-
-def _surface_dice(distances: dict[str, np.ndarray], tolerance_mm: float) -> float:
-    return float(surface_distance.compute_surface_dice_at_tolerance(distances, tolerance_mm))
+    found = {}
+    for label, name in enumerate(classes, start=1):
+        masks = Masks(mask == label, truth == label, spacing, shape)
+        found[name] = {metric.name: metric.measure(masks) for metric in METRICS.values()}
+    return found
 
 
 def _as_mask(array: np.ndarray, *, num_classes: int, threshold: float) -> np.ndarray:
@@ -159,7 +101,7 @@ def _as_mask(array: np.ndarray, *, num_classes: int, threshold: float) -> np.nda
             f"probabilities must lie in 0..1; got {least:.4g}..{most:.4g}. Apply the sigmoid to "
             "logits, divide percentages by 100, or store a mask as whole numbers."
         )
-    return array > threshold
+    return to_mask(array[..., None], threshold)
 
 
 def _bounding_box(foreground: np.ndarray) -> tuple[slice, ...]:
@@ -172,40 +114,151 @@ def _bounding_box(foreground: np.ndarray) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _mask_metrics(
-    prediction: np.ndarray,
-    truth: np.ndarray,
-    spacing_mm: tuple[float, ...],
-    shape: Sequence[int],
-) -> Metrics:
-    """Metrics of two masks, cut to their foreground, of a volume of ``shape``."""
-    voxel_ml = float(np.prod(spacing_mm)) / 1000.0
-    num_truth, num_predicted = int(truth.sum()), int(prediction.sum())
-    num_both = int((truth & prediction).sum())
-    num_outside = math.prod(shape) - num_truth
-    metrics: Metrics = dict.fromkeys(METRICS)
-    metrics |= {
-        "false_positive_volume_ml": (num_predicted - num_both) * voxel_ml,
-        "volume_truth_ml": num_truth * voxel_ml,
-        "volume_predicted_ml": num_predicted * voxel_ml,
-    }
-    if num_outside:
-        metrics["specificity"] = 1 - (num_predicted - num_both) / num_outside
-    if not num_truth:
-        return metrics
-    metrics |= {
-        "dice": 2 * num_both / (num_truth + num_predicted),
-        "iou": num_both / (num_truth + num_predicted - num_both),
-        "sensitivity": num_both / num_truth,
-        "volume_difference_ml": (num_predicted - num_truth) * voxel_ml,
-    }
-    if num_predicted:
-        metrics |= {"precision": num_both / num_predicted}
-        metrics |= surface_metrics(prediction, truth, spacing_mm)
-        penalised = metrics["hd95_mm"], metrics["assd_mm"]
-    else:
-        metrics |= {"surface_dice_1mm": 0.0, "surface_dice_2mm": 0.0}
-        diagonal = math.dist((0.0,) * len(shape), np.multiply(shape, spacing_mm).tolist())
-        penalised = diagonal, diagonal
-    metrics["hd95_penalised_mm"], metrics["assd_penalised_mm"] = penalised
-    return metrics
+# What the metrics measure ------------------------------------------------------------------------
+
+
+def dice(masks: Masks) -> float | None:
+    """Overlap of both."""
+    if not masks.num_truth:
+        return None
+    return 2 * masks.num_both / (masks.num_truth + masks.num_predicted)
+
+
+def iou(masks: Masks) -> float | None:
+    """Intersection over union."""
+    if not masks.num_truth:
+        return None
+    return masks.num_both / (masks.num_truth + masks.num_predicted - masks.num_both)
+
+
+def sensitivity(masks: Masks) -> float | None:
+    """Share of the truth that is found."""
+    return masks.num_both / masks.num_truth if masks.num_truth else None
+
+
+def precision(masks: Masks) -> float | None:
+    """Share of the prediction that is true."""
+    if not masks.num_truth or not masks.num_predicted:
+        return None
+    return masks.num_both / masks.num_predicted
+
+
+def specificity(masks: Masks) -> float | None:
+    """Share of the background that is left alone."""
+    if not masks.num_background:
+        return None
+    return 1 - (masks.num_predicted - masks.num_both) / masks.num_background
+
+
+def volume_difference_ml(masks: Masks) -> float | None:
+    """Predicted less true volume."""
+    if not masks.num_truth:
+        return None
+    return (masks.num_predicted - masks.num_truth) * masks.voxel_ml
+
+
+def hd95_mm(masks: Masks) -> float | None:
+    """The larger of the two directed 95th percentiles of the surface distances."""
+    if not masks.num_truth or not masks.num_predicted:
+        return None
+    return float(surface_distance.compute_robust_hausdorff(masks.surface_distances, 95))
+
+
+def assd_mm(masks: Masks) -> float | None:
+    """Mean of the two directed average surface distances."""
+    if not masks.num_truth or not masks.num_predicted:
+        return None
+    there, back = surface_distance.compute_average_surface_distance(masks.surface_distances)
+    return float((there + back) / 2)
+
+
+def hd95_penalised_mm(masks: Masks) -> float | None:
+    """HD95, where a miss counts as the diagonal of the volume."""
+    return masks.diagonal_mm if _is_missed(masks) else hd95_mm(masks)
+
+
+def assd_penalised_mm(masks: Masks) -> float | None:
+    """ASSD, where a miss counts as the diagonal of the volume."""
+    return masks.diagonal_mm if _is_missed(masks) else assd_mm(masks)
+
+
+def surface_dice_1mm(masks: Masks) -> float | None:
+    """Share of both surfaces within 1 mm of the other one."""
+    return _surface_dice(masks, 1.0)
+
+
+def surface_dice_2mm(masks: Masks) -> float | None:
+    """Share of both surfaces within 2 mm of the other one."""
+    return _surface_dice(masks, 2.0)
+
+
+def _surface_dice(masks: Masks, tolerance_mm: float) -> float | None:
+    """Nikolov et al., arXiv 1809.04430; 0 for a miss."""
+    if not masks.num_truth or not masks.num_predicted:
+        return 0.0 if _is_missed(masks) else None
+    return float(
+        surface_distance.compute_surface_dice_at_tolerance(masks.surface_distances, tolerance_mm)
+    )
+
+
+def _is_missed(masks: Masks) -> bool:
+    return masks.num_truth > 0 and masks.num_predicted == 0
+
+
+def false_positive_volume_ml(masks: Masks) -> float:
+    """Predicted volume outside the truth."""
+    return (masks.num_predicted - masks.num_both) * masks.voxel_ml
+
+
+def volume_truth_ml(masks: Masks) -> float:
+    """Volume of the truth."""
+    return masks.num_truth * masks.voxel_ml
+
+
+def volume_predicted_ml(masks: Masks) -> float:
+    """Volume of the prediction."""
+    return masks.num_predicted * masks.voxel_ml
+
+
+_NO_TRUTH, _ONE_EMPTY = "T is empty", "either is empty"
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("dice", "Dice", dice, "2 |T and P| / (|T| + |P|)", _NO_TRUTH,
+               per_fold=True, headline=True),
+        Metric("iou", "IoU", iou, "|T and P| / |T or P|", _NO_TRUTH),
+        Metric("sensitivity", "Sensitivity", sensitivity, "|T and P| / |T|", _NO_TRUTH,
+               per_fold=True),
+        Metric("precision", "Precision", precision, "|T and P| / |P|", _ONE_EMPTY, per_fold=True),
+        Metric("specificity", "Specificity", specificity, "1 - |P outside T| / (N - |T|)",
+               "T is all", decimals=5),
+        Metric("volume_difference_ml", "Volume difference", volume_difference_ml,
+               "volume of P less that of T", _NO_TRUTH, "Difference", "ml", 2),
+        Metric("hd95_mm", "HD95", hd95_mm,
+               "the larger of the 95th percentiles of the surface distances in either direction",
+               _ONE_EMPTY, unit="mm", decimals=2, per_fold=True),
+        Metric("hd95_penalised_mm", "HD95, misses penalised", hd95_penalised_mm,
+               "the same; a miss counts as the diagonal of the image", _NO_TRUTH,
+               "HD95 pen.", "mm", 2),
+        Metric("assd_mm", "ASSD", assd_mm,
+               "mean of the average surface distances in either direction",
+               _ONE_EMPTY, unit="mm", decimals=2, per_fold=True),
+        Metric("assd_penalised_mm", "ASSD, misses penalised", assd_penalised_mm,
+               "the same; a miss counts as the diagonal of the image", _NO_TRUTH,
+               "ASSD pen.", "mm", 2),
+        Metric("surface_dice_1mm", "Surface Dice at 1 mm", surface_dice_1mm,
+               "share of both surfaces within 1 mm of the other; 0 for a miss", _NO_TRUTH,
+               "Surf. Dice 1 mm"),
+        Metric("surface_dice_2mm", "Surface Dice at 2 mm", surface_dice_2mm,
+               "share of both surfaces within 2 mm of the other; 0 for a miss", _NO_TRUTH,
+               "Surf. Dice 2 mm"),
+        Metric("false_positive_volume_ml", "False-positive volume", false_positive_volume_ml,
+               "volume of P outside T", "never", "False pos.", "ml", 2, per_fold=True),
+        Metric("volume_truth_ml", "True volume", volume_truth_ml, "volume of T", "never",
+               "Truth", "ml", 2),
+        Metric("volume_predicted_ml", "Predicted volume", volume_predicted_ml, "volume of P",
+               "never", "Predicted", "ml", 2),
+    )
+}  # fmt: skip
+"""Every metric by its name, in the order of the tables."""

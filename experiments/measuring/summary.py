@@ -1,157 +1,222 @@
 """Metrics summed up over cases and folds, and the summary as a text table."""
 
 import collections
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from data_pipelines.faults import DataError
-from experiments.measuring import lesions, statistics
-from experiments.measuring.metrics import METRICS, Row
+from experiments.measuring import detection, statistics
+from experiments.measuring.detection import DetectedCase, DetectionSummary
+from experiments.measuring.metrics import METRICS
+from experiments.measuring.rows import Ends, Row, check_metrics
+
+Table = Mapping[str, Mapping[str, float | None]]
+"""``{class: {metric: value}}``."""
 
 
-def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> dict[str, Any]:
-    """Metrics over cases and folds, ready for ``json.dump``.
+@dataclasses.dataclass(frozen=True)
+class FalsePositives:
+    """What is predicted on the cases that do not hold a class.
+
+    Attributes:
+        num_cases: on how many of them anything is.
+        mean_ml, median_ml, sd_ml, max_ml: of its volume over all of them; None where it is not
+            defined.
+    """
+
+    num_cases: int
+    mean_ml: float | None
+    median_ml: float | None
+    sd_ml: float | None
+    max_ml: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OfFold:
+    """The cases that one fold validates.
+
+    Attributes:
+        fold: its number, from 0.
+        num_cases: of the fold.
+        num_positive, num_missed: of each class: as in ``Summary``.
+        mean: likewise.
+        note: None, or that a class is in no case.
+    """
+
+    fold: int
+    num_cases: int
+    num_positive: Mapping[str, int]
+    num_missed: Mapping[str, int]
+    mean: Table
+    note: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Metrics over cases and folds.
+
+    Attributes:
+        metric_per_case: the rows by fold, case and class.
+        mean, sd, median, num_defined: over the cases for which the metric is defined. ``sd`` is the
+            sample standard deviation (n - 1) over cases, ``sd_of_fold_means`` that over the means
+            of the folds; None below two. Neither is a standard error.
+        interval: ends of the 95 % bootstrap interval of each mean over patients
+            (``experiments.measuring.statistics.bootstrap_interval``); None below two patients.
+        num_patients: those for whom the metric is defined.
+        num_cases: of all folds.
+        num_positive, num_negatives: of each class: cases with and without it.
+        num_missed: positives without any prediction.
+        num_no_overlap: positives with Dice 0, the missed ones among them.
+        false_positives_on_negatives: of each class.
+        folds_without_positives: folds in which no case has any foreground.
+        per_fold: each fold.
+        detection: of the rows that have it, if any.
+    """
+
+    metric_per_case: tuple[Row, ...]
+    mean: Table
+    sd: Table
+    sd_of_fold_means: Table
+    median: Table
+    num_defined: Mapping[str, Mapping[str, int]]
+    interval: Mapping[str, Mapping[str, Ends | None]]
+    num_patients: Mapping[str, Mapping[str, int]]
+    num_cases: int
+    num_positive: Mapping[str, int]
+    num_missed: Mapping[str, int]
+    num_no_overlap: Mapping[str, int]
+    num_negatives: Mapping[str, int]
+    false_positives_on_negatives: Mapping[str, FalsePositives]
+    folds_without_positives: tuple[int, ...]
+    per_fold: tuple[OfFold, ...]
+    detection: DetectionSummary | None = None
+
+    def __post_init__(self):
+        tables = [fold.mean for fold in self.per_fold]
+        tables += [self.mean, self.sd, self.sd_of_fold_means, self.median]
+        for table in (*tables, self.num_defined, self.interval, self.num_patients):
+            for of_class in table.values():
+                check_metrics(of_class, "summary")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return tuple(self.mean)
+
+
+def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> Summary:
+    """Metrics over cases and folds.
 
     Args:
-        rows: one per case and class: ``{"case_id", "patient_id", "fold", "class", **metrics}``
-            with the metrics of ``case_metrics``. Further keys are kept; ``detection`` is what
-            ``lesions.detect`` says of a case with a probability map.
+        rows: one for each case and class.
         folds: the folds that are evaluated; others are missing, not empty. Empty where there are
-            no folds (then each ``fold`` may be None).
-
-    Returns:
-        * ``metric_per_case``: the rows by fold, case and class.
-        * ``mean``, ``sd``, ``median``, ``num_defined``: ``{class: {metric: value}}`` over the
-          cases for which the metric is defined. ``sd`` is the sample standard deviation (n - 1)
-          over cases, ``sd_of_fold_means`` that over the means of the folds; None below two.
-          Neither is a standard error.
-        * ``interval``: ends of the 95 % bootstrap interval of each mean over patients
-          (``experiments.measuring.statistics.bootstrap_interval``); None below two patients.
-          ``num_patients``: those for whom the metric is defined.
-        * ``per_fold``: each fold's ``num_cases``, ``num_positive``, ``num_missed``, ``mean`` and
-          ``note`` (None, or that a class is in no case).
-        * ``num_cases``, and ``folds_without_positives``: no case with any foreground.
-        * ``detection``: ``lesions.summarise`` of the rows that have it, if any.
-        * per class: ``num_positive``, ``num_negatives``, ``num_missed`` (truth but no prediction
-          at all), ``num_no_overlap`` (positives with Dice 0, the missed ones among them) and
-          ``false_positives_on_negatives``: ``num_cases`` with any, mean, median, sd, max in ml.
+            no folds (then each row's fold may be None).
 
     Raises:
-        DataError: no rows, a row twice or without some metric, ``detection`` in some rows alone,
-            or a row of a fold that ``folds`` lacks.
+        DataError: no rows, a row twice, ``detection`` in some rows alone, or a row of a fold that
+            ``folds`` lacks.
     """
     _check_rows(rows, folds)
-    rows = sorted(rows, key=lambda row: (_fold_key(row), row["case_id"]))
+    rows = sorted(rows, key=lambda row: (-1 if row.fold is None else row.fold, row.case_id))
     by_class = {
-        name: [row for row in rows if row["class"] == name]
-        for name in dict.fromkeys(row["class"] for row in rows)
+        name: [row for row in rows if row.name == name]
+        for name in dict.fromkeys(row.name for row in rows)
     }
-    per_fold = [_fold_summary(fold, by_class) for fold in sorted(folds)]
-    negatives = {name: _negatives(members) for name, members in by_class.items()}
-    detected = [{**row, **row["detection"]} for row in rows if "detection" in row]
-    return {
-        **({"detection": lesions.summarise(detected)} if detected else {}),
-        "mean": _table(by_class, _mean),
-        "sd": _table(by_class, _sample_sd),
-        "sd_of_fold_means": {
-            name: {
-                metric: _sample_sd(_defined([fold["mean"][name] for fold in per_fold], metric))
-                for metric in METRICS
-            }
+    per_fold = tuple(_of_fold(fold, by_class) for fold in sorted(folds))
+    negatives = {
+        name: [row for row in members if not row.positive] for name, members in by_class.items()
+    }
+    detected = [
+        DetectedCase(row.case_id, row.patient_id, row.detection)
+        for row in rows
+        if row.detection is not None
+    ]
+    num_positive, num_missed = _counts(by_class)
+    return Summary(
+        metric_per_case=tuple(rows),
+        mean=_table(by_class, _mean),
+        sd=_table(by_class, _sample_sd),
+        sd_of_fold_means={
+            name: {metric: _sd_of_means(per_fold, name, metric) for metric in METRICS}
             for name in by_class
         },
-        "median": _table(by_class, _median),
-        "num_defined": _table(by_class, len),
-        "interval": {name: _intervals(members) for name, members in by_class.items()},
-        "num_patients": {
-            name: {metric: len(_patients(members, metric)) for metric in METRICS}
+        median=_table(by_class, _median),
+        num_defined={
+            name: {metric: len(_defined(members, metric)) for metric in METRICS}
             for name, members in by_class.items()
         },
-        "num_cases": len({row["case_id"] for row in rows}),
-        **_counts(by_class),
-        "num_no_overlap": {
-            name: sum(row["dice"] == 0 for row in members) for name, members in by_class.items()
+        interval={
+            name: {metric: _interval(members, metric) for metric in METRICS}
+            for name, members in by_class.items()
         },
-        "num_negatives": {name: len(members) for name, members in negatives.items()},
-        "false_positives_on_negatives": {
+        num_patients={
+            name: {metric: len({*_patients(members, metric)}) for metric in METRICS}
+            for name, members in by_class.items()
+        },
+        num_cases=len({row.case_id for row in rows}),
+        num_positive=num_positive,
+        num_missed=num_missed,
+        num_no_overlap={
+            name: sum(row.dice == 0 for row in members) for name, members in by_class.items()
+        },
+        num_negatives={name: len(members) for name, members in negatives.items()},
+        false_positives_on_negatives={
             name: _false_positives(members) for name, members in negatives.items()
         },
-        "folds_without_positives": [
-            fold["fold"] for fold in per_fold if not any(fold["num_positive"].values())
-        ],
-        "per_fold": per_fold,
-        "metric_per_case": [dict(row) for row in rows],
-    }
+        folds_without_positives=tuple(
+            fold.fold for fold in per_fold if not any(fold.num_positive.values())
+        ),
+        per_fold=per_fold,
+        detection=detection.summarise(detected) if detected else None,
+    )
 
 
 def _check_rows(rows: Sequence[Row], folds: Sequence[int]) -> None:
     if not rows:
         raise DataError("at least one case must be evaluated; got none. Check the prediction step.")
-    count = collections.Counter((row["case_id"], row["class"]) for row in rows)
+    count = collections.Counter((row.case_id, row.name) for row in rows)
     if twice := sorted(row for row, times in count.items() if times > 1):
         raise DataError(
             f"each case must be evaluated once per class; got {twice} twice. Drop the copies."
         )
-    lacking = sorted({metric for row in rows for metric in METRICS if metric not in row})
-    if lacking:
-        raise DataError(
-            f"every row must hold all metrics; got rows without {', '.join(lacking)}, as earlier "
-            "versions wrote them. Evaluate the cases again with this version."
-        )
-    without = sorted({row["case_id"] for row in rows if "detection" not in row})
-    if 0 < len(without) < len({row["case_id"] for row in rows}):
+    without = sorted({row.case_id for row in rows if row.detection is None})
+    if 0 < len(without) < len({row.case_id for row in rows}):
         raise DataError(
             "predictions must be probabilities of all cases, or masks of all; got whole numbers in "
             f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''} beside probabilities. "
             "Save all as float32, or all as masks."
         )
-    strays = [row for row in rows if folds and row.get("fold") not in folds]
+    strays = [row for row in rows if folds and row.fold not in folds]
     if strays:
         raise DataError(
-            f"each case must belong to an evaluated fold; got case {strays[0]['case_id']} of "
-            f"fold {strays[0].get('fold')} and folds {sorted(folds)}. Name its fold too."
+            f"each case must belong to an evaluated fold; got case {strays[0].case_id} of "
+            f"fold {strays[0].fold} and folds {sorted(folds)}. Name its fold too."
         )
 
 
-def _fold_key(row: Row) -> int:
-    fold = row.get("fold")
-    return -1 if fold is None else fold
+def _of_fold(fold: int, by_class: Mapping[str, Sequence[Row]]) -> OfFold:
+    members = {name: [row for row in rows if row.fold == fold] for name, rows in by_class.items()}
+    num_positive, num_missed = _counts(members)
+    absent = [name for name, num in num_positive.items() if not num]
+    return OfFold(
+        fold=fold,
+        num_cases=len({row.case_id for rows in members.values() for row in rows}),
+        num_positive=num_positive,
+        num_missed=num_missed,
+        mean=_table(members, _mean),
+        note=f"no case with {' or '.join(absent)}: Dice undefined" if absent else None,
+    )
 
 
-def _fold_summary(fold: int, by_class: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    members = {
-        name: [row for row in rows if row["fold"] == fold] for name, rows in by_class.items()
+def _counts(by_class: Mapping[str, Sequence[Row]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Positive cases of each class, and those of them without any prediction."""
+    positives = {name: [row for row in rows if row.positive] for name, rows in by_class.items()}
+    missed = {
+        name: sum(row.volume_predicted_ml == 0 for row in rows) for name, rows in positives.items()
     }
-    counts = _counts(members)
-    absent = [name for name, num in counts["num_positive"].items() if not num]
-    return {
-        "fold": fold,
-        "num_cases": len({row["case_id"] for rows in members.values() for row in rows}),
-        **counts,
-        "mean": _table(members, _mean),
-        "note": f"no case with {' or '.join(absent)}: Dice undefined" if absent else None,
-    }
-
-
-def _counts(by_class: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, int]]:
-    positives = {name: [row for row in rows if _positive(row)] for name, rows in by_class.items()}
-    return {
-        "num_positive": {name: len(rows) for name, rows in positives.items()},
-        "num_missed": {
-            name: sum(row["volume_predicted_ml"] == 0 for row in rows)
-            for name, rows in positives.items()
-        },
-    }
-
-
-def _positive(row: Row) -> bool:
-    return row["volume_truth_ml"] > 0
-
-
-def _negatives(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if not _positive(row)]
+    return {name: len(rows) for name, rows in positives.items()}, missed
 
 
 def _table(
@@ -164,23 +229,27 @@ def _table(
     }
 
 
-def _patients(rows: Sequence[Row], metric: str) -> set[str]:
-    return {row["patient_id"] for row in rows if row[metric] is not None}
+def _sd_of_means(per_fold: Sequence[OfFold], name: str, metric: str) -> float | None:
+    means = [fold.mean[name][metric] for fold in per_fold]
+    return _sample_sd(np.array([mean for mean in means if mean is not None], np.float64))
 
 
-def _intervals(rows: Sequence[Row]) -> dict[str, list[float] | None]:
-    """Bootstrap interval of every metric's mean."""
-    intervals: dict[str, list[float] | None] = {}
-    for metric in METRICS:
-        values = _defined(rows, metric)
-        patients = [row["patient_id"] for row in rows if row[metric] is not None]
-        interval = statistics.bootstrap_interval(values, patients) if patients else None
-        intervals[metric] = None if interval is None else list(interval)
-    return intervals
+def _patients(rows: Sequence[Row], metric: str) -> list[str]:
+    """The patient of each row for which the metric is defined."""
+    return [row.patient_id for row in rows if row.metrics[metric] is not None]
+
+
+def _interval(rows: Sequence[Row], metric: str) -> Ends | None:
+    """Bootstrap interval of a metric's mean."""
+    patients = _patients(rows, metric)
+    if not patients:
+        return None
+    return statistics.bootstrap_interval(_defined(rows, metric), patients)
 
 
 def _defined(rows: Sequence[Row], metric: str) -> np.ndarray:
-    return np.array([row[metric] for row in rows if row[metric] is not None], np.float64)
+    values = [row.metrics[metric] for row in rows]
+    return np.array([value for value in values if value is not None], np.float64)
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -195,56 +264,54 @@ def _sample_sd(values: np.ndarray) -> float | None:
     return float(np.std(values, ddof=1)) if values.size > 1 else None
 
 
-def _false_positives(negatives: Sequence[Row]) -> dict[str, float | int | None]:
-    volumes = _defined(negatives, "false_positive_volume_ml")
-    return {
-        "num_cases": int((volumes > 0).sum()),
-        "mean_ml": _mean(volumes),
-        "median_ml": _median(volumes),
-        "sd_ml": _sample_sd(volumes),
-        "max_ml": float(volumes.max()) if volumes.size else None,
-    }
+def _false_positives(negatives: Sequence[Row]) -> FalsePositives:
+    volumes = np.array([row.false_positive_volume_ml for row in negatives])
+    return FalsePositives(
+        num_cases=int((volumes > 0).sum()),
+        mean_ml=_mean(volumes),
+        median_ml=_median(volumes),
+        sd_ml=_sample_sd(volumes),
+        max_ml=float(volumes.max()) if volumes.size else None,
+    )
 
 
-def format_summary(summary: Mapping[str, Any]) -> str:
+def format_summary(summary: Summary) -> str:
     """The summary as a small text table: one line per class and metric."""
     lines = [
         f"{'class':<10} {'metric':<26} {'mean':>9} {'95 % interval':>19} {'sd':>9} {'median':>9} "
-        f"{'cases':>6}",
-        *(
-            f"{name:<10} {metric:<26} {_number(summary['mean'][name][metric]):>9} "
-            f"{_interval(summary['interval'][name][metric]):>19} "
-            f"{_number(summary['sd'][name][metric]):>9} "
-            f"{_number(summary['median'][name][metric]):>9} "
-            f"{summary['num_defined'][name][metric]:>6}"
-            for name in summary["mean"]
-            for metric in METRICS
-        ),
+        f"{'cases':>6}"
     ]
-    for name in summary["mean"]:
-        false = summary["false_positives_on_negatives"][name]
-        lines.append(
-            f"{name}: {summary['num_positive'][name]} of {summary['num_cases']} cases positive, "
-            f"{summary['num_missed'][name]} missed; false positives on {false['num_cases']} of "
-            f"{summary['num_negatives'][name]} negatives. Means leave undefined values out."
-        )
-        if (num := summary["num_patients"][name]["dice"]) < statistics.FEW_PATIENTS:
-            lines.append(f"{name}: {statistics.few_patients_warning(num)}")
-    if detection := summary.get("detection"):
-        lines.append(
-            f"lesions: AP {_number(detection['average_precision'])}, AUROC of cases "
-            f"{_number(detection['auroc'])}, PI-CAI score {_number(detection['picai_score'])}; "
-            "sensitivity "
-            + ", ".join(
-                f"{_number(value)} at {rate}" for rate, value in detection["sensitivity_at"].items()
+    for name in summary.classes:
+        for key, metric in METRICS.items():
+            ends = summary.interval[name][key]
+            mean, sd, median = (
+                "undefined" if value is None else metric.text(value)
+                for value in (
+                    table[name][key] for table in (summary.mean, summary.sd, summary.median)
+                )
             )
+            between = "" if ends is None else " to ".join(map(metric.text, ends))
+            lines.append(
+                f"{name:<10} {key:<26} {mean:>9} {between:>19} {sd:>9} {median:>9} "
+                f"{summary.num_defined[name][key]:>6}"
+            )
+    for name in summary.classes:
+        false = summary.false_positives_on_negatives[name]
+        lines.append(
+            f"{name}: {summary.num_positive[name]} of {summary.num_cases} cases positive, "
+            f"{summary.num_missed[name]} missed; false positives on {false.num_cases} of "
+            f"{summary.num_negatives[name]} negatives. Means leave undefined values out."
+        )
+        if (num := summary.num_patients[name]["dice"]) < statistics.FEW_PATIENTS:
+            lines.append(f"{name}: {statistics.few_patients_warning(num)}")
+    if found := summary.detection:
+        lines.append(
+            f"lesions: AP {_number(found.average_precision)}, AUROC of cases "
+            f"{_number(found.auroc)}, PI-CAI score {_number(found.picai_score)}; sensitivity "
+            + ", ".join(f"{_number(v)} at {rate}" for rate, v in found.sensitivity_at.items())
             + " false positives per case"
         )
     return "\n".join(lines)
-
-
-def _interval(ends: Sequence[float] | None) -> str:
-    return "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,8 @@
 """Whole volumes through a network that sees windows: probabilities, attention, masks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from cmsad_jax.inference import sliding_window
 from cmsad_jax.modules.network import CMSAD, apply, probabilities
 from data_pipelines.case import STORED_UNIT, Case
 from experiments.settings.config import Config, window
+
+Params: TypeAlias = "Mapping[str, Params | np.ndarray | jax.Array]"
+"""Weights of a network, by the names of its modules."""
 
 
 def predict_window(config: Config) -> Callable[..., jax.Array]:
@@ -51,7 +54,7 @@ def scaled_image(case: Case) -> np.ndarray:
 
 
 def predict_case(
-    program: Callable[..., jax.Array], params: Any, case: Case, config: Config, num_outputs: int
+    program: Callable[..., jax.Array], params: Params, case: Case, config: Config, num_outputs: int
 ) -> np.ndarray:
     """``d h w k`` output of ``Programs.predict`` or ``.attention`` on a whole reference grid."""
     space = window(config)
@@ -65,10 +68,3 @@ def predict_case(
         batch_size=config.predict.batch_size,
         flip_axes=(len(space) - 1,) if config.predict.flip else (),
     )
-
-
-def to_mask(probability: np.ndarray, threshold: float) -> np.ndarray:
-    """uint8 classes of ``... k`` probabilities: above the threshold, or the largest of several."""
-    if probability.shape[-1] == 1:
-        return (probability[..., 0] > threshold).astype(np.uint8)
-    return probability.argmax(-1).astype(np.uint8)

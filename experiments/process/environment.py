@@ -1,12 +1,13 @@
 """What a run was made with: versions, commit, hardware, time."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -28,7 +29,29 @@ PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What a run was made with; None, or empty, where it is not known.
+
+    Attributes:
+        started: date and time, ISO 8601 in UTC.
+        python, system: versions.
+        device: how many of what kind.
+        cpu_cores: of the machine.
+        git_commit: of the checkout; see ``git_commit``.
+        versions: of each of ``PACKAGES``; None for one that is not installed.
+    """
+
+    started: str | None = None
+    python: str | None = None
+    system: str | None = None
+    device: str | None = None
+    cpu_cores: int | None = None
+    git_commit: str | None = None
+    versions: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+
+
+def environment() -> Environment:
     """Versions, git commit, hardware and time, for the record in a run folder."""
     versions = {}
     for package in PACKAGES:
@@ -37,15 +60,15 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     devices = jax.devices()
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "device": f"{len(devices)} x {devices[0].device_kind}",
-        "cpu_cores": os.cpu_count(),
-        "git_commit": git_commit(),
-        "versions": versions,
-    }
+    return Environment(
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        python=platform.python_version(),
+        system=platform.platform(),
+        device=f"{len(devices)} x {devices[0].device_kind}",
+        cpu_cores=os.cpu_count(),
+        git_commit=git_commit(),
+        versions=versions,
+    )
 
 
 def git_commit() -> str | None:

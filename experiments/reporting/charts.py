@@ -3,9 +3,8 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,8 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments.measuring.metrics import Row
+from experiments.measuring.detection import DetectionSummary, Reliability
+from experiments.measuring.rows import Row
+from experiments.measuring.summary import Summary
 from experiments.reporting.wording import Drawing, class_label, curve_label
+from experiments.run_folder import RunFolder
 
 FOLD_COLORS = ("#3f8fd2", "#e07b2e", "#2fa36b", "#b565c9", "#c79a1b", "#d9546a", "#2ba6a6")
 MAX_CURVE_POINTS = 300
@@ -24,28 +26,34 @@ _LINE = FOLD_COLORS[0]
 _FOREGROUND = "#0a0b0c"  # replaced by CSS's currentColor in charts, for light and dark pages
 
 
-History = dict[int, dict[str, dict[str, np.ndarray]]]
-"""``history[fold][column]["step" or "value"]``: float64, empty cells left out."""
+class Curve(NamedTuple):
+    """A column of a history: where it has a value, and which, float64."""
+
+    steps: np.ndarray
+    values: np.ndarray
 
 
-def read_history(run_dir: Path) -> History:
+History = dict[int, dict[str, Curve]]
+"""``history[fold][column]``."""
+
+
+def read_history(run: RunFolder) -> History:
     """Training curves of the folds that have any."""
     history: History = {}
-    for file in run_dir.glob("fold_*/history.csv"):
-        fold = re.fullmatch(r"fold_(\d+)", file.parent.name)
-        if fold is None:  # a copy that somebody put aside
+    for number, folder in run.begun():
+        if not folder.history.is_file():
             continue
-        with file.open(newline="", encoding="utf-8") as lines:
+        with folder.history.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
         columns = [name for name in (rows[0] if rows else ()) if name and name != "step"]
-        history[int(fold[1])] = {
-            name: {
-                "step": np.array([float(row["step"]) for row in rows if row[name]]),
-                "value": np.array([float(row[name]) for row in rows if row[name]]),
-            }
+        history[number] = {
+            name: Curve(
+                steps=np.array([float(row["step"]) for row in rows if row[name]]),
+                values=np.array([float(row[name]) for row in rows if row[name]]),
+            )
             for name in columns
         }
-    return dict(sorted(history.items()))
+    return history
 
 
 def curve_names(history: History) -> tuple[list[str], list[str]]:
@@ -59,7 +67,7 @@ def curve_names(history: History) -> tuple[list[str], list[str]]:
     plotted, unused = [], []
     for name in sorted(names, key=rank):
         values = np.concatenate(
-            [columns[name]["value"] for columns in history.values() if name in columns]
+            [columns[name].values for columns in history.values() if name in columns]
         )
         if values.any():
             plotted.append(name)
@@ -110,17 +118,13 @@ def chart(
     return Drawing(title, Markup(svg))
 
 
-def result_charts(metrics: Mapping[str, Any], name: str, identity: str) -> list[Drawing]:
+def result_charts(summary: Summary, name: str, identity: str) -> list[Drawing]:
     """Dice of a class by fold and against the volume; none without a positive case."""
-    rows = [
-        row
-        for row in metrics["metric_per_case"]
-        if row["class"] == name and row["dice"] is not None
-    ]
+    rows = [row for row in summary.metric_per_case if row.name == name and row.dice is not None]
     if not rows:
         return []
     label = class_label(name)
-    folds = [entry["fold"] for entry in metrics["per_fold"]]
+    folds = [entry.fold for entry in summary.per_fold]
 
     def strip(axes: Axes) -> None:
         _draw_strip(axes, rows, folds or [None])
@@ -128,16 +132,16 @@ def result_charts(metrics: Mapping[str, Any], name: str, identity: str) -> list[
 
     def scatter(axes: Axes) -> None:
         for fold in folds or [None]:
-            members = [row for row in rows if row["fold"] == fold]
+            members = [row for row in rows if row.fold == fold]
             axes.scatter(
-                [row["volume_truth_ml"] for row in members],
-                [row["dice"] for row in members],
+                [row.volume_truth_ml for row in members],
+                [row.dice for row in members if row.dice is not None],
                 s=26,
                 color=fold_color(fold),
                 alpha=0.85,
                 linewidths=0,
             )
-        volumes = [row["volume_truth_ml"] for row in rows]
+        volumes = [row.volume_truth_ml for row in rows]
         if max(volumes) > 5 * min(volumes):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -156,7 +160,7 @@ def result_charts(metrics: Mapping[str, Any], name: str, identity: str) -> list[
 def _draw_strip(axes: Axes, rows: Sequence[Row], folds: Sequence[int | None]) -> None:
     """Each case a dot, box = quartiles and median (from five cases), bar = mean of the fold."""
     for place, fold in enumerate(folds):
-        dice = np.array([row["dice"] for row in rows if row["fold"] == fold])
+        dice = np.array([row.dice for row in rows if row.fold == fold], np.float64)
         if not dice.size:
             axes.text(place, 0.5, "no positive\ncase", ha="center", va="center", fontsize=9)
             continue
@@ -188,9 +192,9 @@ def curve_chart(history: History, name: str, identity: str) -> Drawing:
 
     def draw(axes: Axes) -> None:
         for fold, columns in history.items():
-            if name not in columns or not columns[name]["value"].size:
+            if name not in columns or not columns[name].values.size:
                 continue
-            step, value = (_binned(columns[name][key]) for key in ("step", "value"))
+            step, value = map(_binned, columns[name])
             marker = "o" if value.size <= 20 else None
             axes.plot(
                 step, value, color=fold_color(fold), linewidth=1.6, marker=marker, markersize=4
@@ -213,45 +217,45 @@ def _binned(values: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values, starts) / np.diff(np.append(starts, values.size))
 
 
-def detection_charts(detection: Mapping[str, Any]) -> list[Drawing]:
+def detection_charts(detection: DetectionSummary) -> list[Drawing]:
     """FROC, ROC and reliability, as far as there are lesions or both kinds of cases."""
     charts = []
-    froc, roc = detection["froc"], detection["roc"]
-    if froc:
+    froc, roc = detection.froc, detection.roc
+    if froc is not None:
 
         def draw_froc(axes: Axes) -> None:
-            rate, sensitivity = froc["false_positives_per_case"], froc["sensitivity"]
+            rate, sensitivity = froc.false_positives_per_case, froc.sensitivity
             last = max(2.0, rate[-1])
             axes.step([*rate, last], [*sensitivity, sensitivity[-1]], where="post", color=_LINE)
-            at = detection["sensitivity_at"]
-            axes.plot([float(x) for x in at], list(at.values()), "o", color=_LINE)
+            at = {float(x): y for x, y in detection.sensitivity_at.items() if y is not None}
+            axes.plot(list(at), list(at.values()), "o", color=_LINE)
             axes.set_xlabel("False positives per case")
             axes.set_ylabel("Lesion sensitivity")
             axes.set_ylim(-0.03, 1.03)
 
         charts.append(chart("FROC of lesions", "d0", draw_froc))
-    if roc:
+    if roc is not None:
 
         def draw_roc(axes: Axes) -> None:
             axes.plot([0, 1], [0, 1], color=_FOREGROUND, alpha=0.4, linewidth=1, linestyle="--")
-            axes.plot(roc["false_positive_rate"], roc["true_positive_rate"], color=_LINE)
+            axes.plot(roc.false_positive_rate, roc.true_positive_rate, color=_LINE)
             axes.set_xlabel("False-positive rate of cases")
             axes.set_ylabel("True-positive rate")
             axes.set_ylim(-0.03, 1.03)
 
         charts.append(chart("ROC of cases", "d1", draw_roc))
-    for index, kind in enumerate(("voxels", "cases")):
-        charts.append(_reliability_chart(kind, detection["calibration"][kind], f"d{index + 2}"))
+    charts.append(_reliability_chart("voxels", detection.calibration.voxels, "d2"))
+    charts.append(_reliability_chart("cases", detection.calibration.cases, "d3"))
     return charts
 
 
-def _reliability_chart(kind: str, reliability: Mapping[str, Any], identity: str) -> Drawing:
+def _reliability_chart(kind: str, reliability: Reliability, identity: str) -> Drawing:
     bins = [
         point
         for point in zip(
-            reliability["mean_probability"],
-            reliability["frequency"],
-            reliability["count"],
+            reliability.mean_probability,
+            reliability.frequency,
+            reliability.count,
             strict=True,
         )
         if point[2]

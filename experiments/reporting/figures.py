@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_pipelines.case import Case, spacing_of
-from experiments.prediction.windows import predict_case, scaled_image
+from experiments.measuring.rows import Row
+from experiments.prediction.windows import Params, predict_case, scaled_image
 from experiments.process.storage import (
     whole_file,
 )
@@ -15,27 +15,25 @@ from experiments.settings.config import Config
 from experiments.training.programs import Programs
 
 
-def cases_to_show(rows: Sequence[dict[str, Any]], count: int) -> list[str]:
+def cases_to_show(rows: Sequence[Row], count: int) -> list[str]:
     """Best, median and worst case by Dice, and the lesion-free one with most false positives."""
-    ranked = sorted((row["dice"], row["case_id"]) for row in rows if row["dice"] is not None)
+    ranked = sorted((row.dice, row.case_id) for row in rows if row.dice is not None)
     negatives = sorted(
-        (row["false_positive_volume_ml"], row["case_id"]) for row in rows if row["dice"] is None
+        (row.false_positive_volume_ml, row.case_id) for row in rows if row.dice is None
     )
     chosen = [ranked[i][1] for i in (-1, len(ranked) // 2, 0)] if ranked else []
     chosen += [case_id for _, case_id in reversed(negatives)]
     return list(dict.fromkeys(chosen))[:count]
 
 
-def save_figure(
-    config: Config, programs: Programs, params: Any, case: Case, directory: Path
-) -> None:
+def save_figure(config: Config, programs: Programs, params: Params, case: Case, file: Path) -> None:
     """Keep a case's images, truth, probability and attention maps for the report's pictures.
 
     Attention is kept as uint8 ``d h w m s``, each map relative to its largest value and averaged
     in plane down to about 64 voxels: its own resolution is coarse. Early fusion has none.
     """
     modalities, num_stages = config.data.modalities, config.network.encoder.num_stages
-    maps = {}
+    maps: dict[str, np.ndarray] = {}
     if config.network.fusion.kind != "early":
         attention = predict_case(
             programs.attention, params, case, config, len(modalities) * num_stages
@@ -44,9 +42,10 @@ def save_figure(
         coarse = np.stack([mean_pool(volume / largest) for volume in attention])
         maps["attention"] = np.round(255 * coarse).astype(np.uint8)
     probability = predict_case(programs.predict, params, case, config, config.network.num_classes)
-    with whole_file(directory / "figures" / f"{case.case_id}.npz") as partial:
+    with whole_file(file) as partial:
         np.savez_compressed(
             partial,
+            allow_pickle=False,
             image=scaled_image(case).astype(np.float16),
             modalities=np.array(modalities),
             truth=case.label,

@@ -1,14 +1,16 @@
 """The report's two pages from what a run folder holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
+from experiments.measuring.metrics import METRICS
 from experiments.measuring.statistics import FEW_PATIENTS, few_patients_warning
-from experiments.measuring.summary import summarise
-from experiments.process.storage import read_json, write_text
+from experiments.measuring.summary import Summary
+from experiments.process.environment import Environment
+from experiments.process.records import encode
+from experiments.process.storage import write_text
 from experiments.reporting.charts import (
     curve_chart,
     curve_names,
@@ -41,7 +43,7 @@ from experiments.reporting.wording import (
     plural,
     volume,
 )
-from experiments.run_folder import read_metrics
+from experiments.run_folder import Results, RunFolder
 
 CHECKPOINT_LABELS = {
     "last": "last training step",
@@ -104,7 +106,7 @@ DEFINITIONS = (
 )
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run: RunFolder) -> Path:
     """Write ``report.html`` and ``report.md`` of a run folder; returns the HTML's path.
 
     ``metrics.json`` must be there; any other file may be missing, and the report then says so or
@@ -112,13 +114,12 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         MissingDataError: the folder holds no ``metrics.json``.
-        DataError: an earlier version wrote it, without the metrics of today.
+        DataError: another version wrote it, with other metrics.
     """
-    run_dir = Path(run_dir)
-    metrics = _read_metrics(run_dir)
-    classes = metrics.get("classes") or list(metrics["mean"])
-    facts = _facts(run_dir, metrics, classes)
-    environment = jinja2.Environment(
+    results = run.read_results()
+    classes = results.classes or results.summary.classes
+    facts = _facts(run, results, classes)
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: bool(name and ".html" in name),
         undefined=jinja2.StrictUndefined,
@@ -126,14 +127,14 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["markdown"] = _markdown
-    environment.policies["json.dumps_kwargs"] = {}  # modalities keep their order
-    markdown, html = (environment.get_template(f"report.{kind}.j2") for kind in ("md", "html"))
-    write_text(run_dir / "report.md", markdown.render(facts))
-    room = PAGE_BYTES - len(html.render(facts | {"viewer": None}).encode()) - VIEWER_PROGRAM_BYTES
-    viewer = viewer_of(run_dir, metrics, classes, room)
-    write_text(run_dir / "report.html", html.render(facts | {"viewer": viewer}))
-    return run_dir / "report.html"
+    templates.filters["markdown"] = _markdown
+    templates.policies["json.dumps_kwargs"] = {}  # modalities keep their order
+    markdown, html = (templates.get_template(f"report.{kind}.j2") for kind in ("md", "html"))
+    write_text(run.report_markdown, markdown.render(facts))
+    room = PAGE_BYTES - len(html.render({**facts, "viewer": None}).encode()) - VIEWER_PROGRAM_BYTES
+    viewer = viewer_of(run, results, classes, room)
+    write_text(run.report_html, html.render({**facts, "viewer": viewer}))
+    return run.report_html
 
 
 PAGE_BYTES = 15_000_000
@@ -157,74 +158,93 @@ def _markdown(table: Table) -> str:
     return f"## {table.title}\n\n{body}\n"
 
 
-def _read_metrics(run_dir: Path) -> dict[str, Any]:
-    metrics = read_metrics(run_dir)
-    if "interval" not in metrics:  # written by an earlier version
-        metrics |= summarise(metrics["metric_per_case"], [e["fold"] for e in metrics["per_fold"]])
-    return metrics
-
-
-def _facts(run_dir: Path, metrics: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+def _facts(run: RunFolder, results: Results, classes: Sequence[str]) -> dict[str, object]:
     """Everything the two templates show but the viewer, which gets the room that is left."""
-    target = metrics.get("target", classes[0])
-    folds = _read_json(run_dir / "folds.json")
-    fold_list = folds.get("folds", []) if isinstance(folds, dict) else folds
-    names = folds.get("names", []) if isinstance(folds, dict) else []
-    done = [entry["fold"] for entry in metrics["per_fold"]]
-    num_folds = len(fold_list) or metrics.get("num_folds", len(done))
-    history = read_history(run_dir)
-    curves, unused = curve_names(history)
-    environment = _read_json(run_dir / "environment.json")
-    config = _read_json(run_dir / "config.json")
+    summary = results.summary
+    target = results.target or classes[0]
+    names = run.read_folds().names if run.folds.is_file() else ()
+    environment = run.read_environment()
     return {
         "title": f"Cross-validation: {target} segmentation",
-        "run": run_dir.resolve().name,
+        "run": run.path.resolve().name,
         "target": target,
-        "started": environment.get("started"),
-        "device": environment.get("device"),
-        "checkpoint": CHECKPOINT_LABELS.get(
-            metrics.get("checkpoint", ""), metrics.get("checkpoint", "not recorded")
-        ),
-        "rule": "the largest of the class probabilities"
-        if len(classes) > 1
-        else f"probability above {metrics.get('threshold', 'not recorded')}",
-        "status": _status(done, num_folds, names),
-        "complete": len(done) == num_folds,
-        "warnings": _warnings(metrics, classes, names),
-        "tiles": _tiles(metrics, classes),
-        "headline": [headline_table(metrics, name) for name in classes],
-        "counts": count_table(metrics, classes),
-        "detection": detection_table(metrics),
-        "detection_charts": detection_charts(metrics["detection"])
-        if "detection" in metrics
-        else [],
+        "started": environment.started,
+        "device": environment.device,
+        "checkpoint": CHECKPOINT_LABELS.get(results.checkpoint or "", "not recorded"),
+        "rule": _rule(results, classes),
+        "tiles": _tiles(summary, classes),
+        "headline": [headline_table(summary, name) for name in classes],
+        "counts": count_table(summary, classes),
+        "detection": summary.detection and detection_table(summary.detection),
+        "detection_charts": []
+        if summary.detection is None
+        else detection_charts(summary.detection),
         "definitions": DEFINITIONS,
-        "beside": beside_table(metrics, classes),
-        "best": best_table(metrics, names),
-        "per_fold": fold_table(metrics, classes, num_folds, names),
-        "fold_colors": [
-            (fold_name(fold, names), fold_color(fold)) for fold in (done or sorted(history))
-        ],
+        "beside": beside_table(results, classes),
+        "best": results.best_checkpoint and best_table(results.best_checkpoint, names),
         "result_charts": [
             chart
             for index, name in enumerate(classes)
-            for chart in result_charts(metrics, name, f"r{index}")
+            for chart in result_charts(summary, name, f"r{index}")
         ],
+        "pictures": pictures_of(run, results, classes, PICTURES_BYTES),
+        "per_case": case_table(summary, names),
+        "timing": timing_table(results.fold_summaries or {}, names),
+        **_fold_facts(run, results, classes, names),
+        **_training_facts(run, summary, names),
+        **_provenance(run, environment),
+    }
+
+
+def _rule(results: Results, classes: Sequence[str]) -> str:
+    """Which voxels are foreground."""
+    if len(classes) > 1:
+        return "the largest of the class probabilities"
+    threshold = "not recorded" if results.threshold is None else results.threshold
+    return f"probability above {threshold}"
+
+
+def _fold_facts(
+    run: RunFolder, results: Results, classes: Sequence[str], names: Sequence[str]
+) -> dict[str, object]:
+    """Which folds there are, and what each of those that are done came to."""
+    folds = run.read_folds() if run.folds.is_file() else None
+    done = [entry.fold for entry in results.summary.per_fold]
+    num_folds = len(done) if results.num_folds is None else results.num_folds
+    if folds is not None:
+        num_folds = len(folds)
+    return {
+        "status": _status(done, num_folds, names),
+        "complete": len(done) == num_folds,
+        "warnings": _warnings(results.summary, classes, names),
+        "per_fold": fold_table(results.summary, classes, num_folds, names),
+        "folds_table": folds and folds_table(folds),
+        "folds_sha256": folds and folds.sha256,
+    }
+
+
+def _training_facts(run: RunFolder, summary: Summary, names: Sequence[str]) -> dict[str, object]:
+    """Training curves, and the colour of each fold in all charts."""
+    history = read_history(run)
+    curves, unused = curve_names(history)
+    shown = [entry.fold for entry in summary.per_fold] or sorted(history)
+    return {
+        "fold_colors": [(fold_name(fold, names), fold_color(fold)) for fold in shown],
         "curve_charts": [
             curve_chart(history, name, f"t{index}") for index, name in enumerate(curves)
         ],
         "curve_table": curve_table(history, curves, names),
         "unused_terms": [curve_label(name) for name in unused],
-        "pictures": pictures_of(run_dir, metrics, classes, PICTURES_BYTES),
-        "per_case": case_table(metrics, names),
-        "timing": timing_table(metrics, environment, names),
-        "folds_table": folds_table(fold_list, names),
-        "folds_sha256": folds.get("sha256") if isinstance(folds, dict) else None,
-        "config": flat_table("Configuration", config.get("config", config)),
-        "data_fingerprint": config.get("data_fingerprint"),
-        "environment": flat_table(
-            "Environment", {key: value for key, value in environment.items() if key != "wall_s"}
-        ),
+    }
+
+
+def _provenance(run: RunFolder, environment: Environment) -> dict[str, object]:
+    """Configuration, data and environment."""
+    record = run.read_record() if run.config.is_file() else None
+    return {
+        "config": flat_table("Configuration", {} if record is None else record.config),
+        "data_fingerprint": record and record.data_fingerprint,
+        "environment": flat_table("Environment", encode(environment)),
     }
 
 
@@ -241,62 +261,61 @@ def _status(done: Sequence[int], num_folds: int, names: Sequence[str]) -> str:
     )
 
 
-def _warnings(
-    metrics: Mapping[str, Any], classes: Sequence[str], names: Sequence[str]
-) -> list[str]:
+def _warnings(summary: Summary, classes: Sequence[str], names: Sequence[str]) -> list[str]:
     warnings = [
         f"No evaluated case holds any {class_label(name)}: Dice, sensitivity, precision and "
         "surface distances are undefined. Only false positives can be judged."
         for name in classes
-        if not metrics["num_positive"][name]
+        if not summary.num_positive[name]
     ]
-    without = metrics["folds_without_positives"]
-    if without and any(metrics["num_positive"].values()):
+    without = summary.folds_without_positives
+    if without and any(summary.num_positive.values()):
         listed = ", ".join(f"fold {fold_name(fold, names)}" for fold in without)
         warnings.append(f"No positive case in {listed}: Dice is undefined there.")
     for name in classes:
-        num = metrics["num_patients"][name]["dice"]
+        num = summary.num_patients[name]["dice"]
         if 0 < num < FEW_PATIENTS:
             warnings.append(f"{class_label(name).capitalize()}: {few_patients_warning(num)}")
     return warnings
 
 
-def _tiles(metrics: Mapping[str, Any], classes: Sequence[str]) -> list[dict[str, str]]:
+def _tiles(summary: Summary, classes: Sequence[str]) -> list[dict[str, str]]:
     """The few figures that stand at the top, each with what it rests on."""
     tiles = []
     for name in classes:
-        num = metrics["num_defined"][name]["dice"]
+        for key, metric in METRICS.items():
+            if not metric.headline:
+                continue
+            num = summary.num_defined[name][key]
+            ends = interval(summary.interval[name][key], metric)
+            tiles.append(
+                {
+                    "label": f"Mean {class_label(name)} {metric.title}",
+                    "value": number(summary.mean[name][key], metric),
+                    "note": f"95 % interval {ends}; {plural(num, 'positive case')}"
+                    if num
+                    else "undefined: no positive case",
+                }
+            )
+    if len(classes) > 1:
+        return tiles
+    (name,) = classes
+    num_positive, num_negatives = summary.num_positive[name], summary.num_negatives[name]
+    if num_positive:
         tiles.append(
             {
-                "label": f"Mean {class_label(name)} Dice",
-                "value": number(metrics["mean"][name]["dice"], "dice"),
-                "note": f"95 % interval {interval(metrics['interval'][name]['dice'], 'dice')}; "
-                f"{plural(num, 'positive case')}"
-                if num
-                else "undefined: no positive case",
+                "label": "Missed",
+                "value": f"{summary.num_missed[name]} of {num_positive}",
+                "note": "positive cases with an empty prediction",
             }
         )
-    name = classes[0]
-    if len(classes) == 1:
-        if metrics["num_positive"][name]:
-            tiles.append(
-                {
-                    "label": "Missed",
-                    "value": f"{metrics['num_missed'][name]} of {metrics['num_positive'][name]}",
-                    "note": "positive cases with an empty prediction",
-                }
-            )
-        if metrics["num_negatives"][name]:
-            false = metrics["false_positives_on_negatives"][name]
-            tiles.append(
-                {
-                    "label": "False positives",
-                    "value": f"{false['num_cases']} of {metrics['num_negatives'][name]}",
-                    "note": f"negative cases, {volume(false['mean_ml'])} on average",
-                }
-            )
+    if num_negatives:
+        false = summary.false_positives_on_negatives[name]
+        tiles.append(
+            {
+                "label": "False positives",
+                "value": f"{false.num_cases} of {num_negatives}",
+                "note": f"negative cases, {volume(false.mean_ml)} on average",
+            }
+        )
     return tiles
-
-
-def _read_json(path: Path) -> Any:
-    return read_json(path) if path.is_file() else {}

@@ -10,15 +10,16 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import matplotlib
 import numpy as np
 import PIL.Image
 from markupsafe import Markup
 
-from experiments.measuring.metrics import Row
+from experiments.measuring.rows import Row
 from experiments.reporting.wording import Drawing, class_label, number, volume
+from experiments.run_folder import Results, RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +49,14 @@ class _Case:
 
 
 def pictures_of(
-    run_dir: Path, metrics: Mapping[str, Any], classes: Sequence[str], limit_bytes: int
+    run: RunFolder, results: Results, classes: Sequence[str], limit_bytes: int
 ) -> list[Picture]:
     """One picture of each case that ``choose_cases`` names, smaller ones if they need too much."""
     side = PANEL_SIDE
     while True:
         pictures = [
-            _picture(_read_case(*chosen, classes, metrics), len(classes), side)
-            for chosen in _chosen(run_dir, metrics)
+            _picture(_read_case(*chosen, classes, results.threshold), len(classes), side)
+            for chosen in _chosen(run, results)
         ]
         size = sum(len(panel.svg.encode()) for each in pictures for panel in each.panels)
         if size <= limit_bytes or side == 1:
@@ -66,17 +67,15 @@ def pictures_of(
 PANEL_SIDE = 384  # pixels: a panel is at most 260 wide, on many screens of two pixels each
 
 
-def _chosen(run_dir: Path, metrics: Mapping[str, Any]) -> list[tuple[Path, str, Sequence[Row]]]:
+def _chosen(run: RunFolder, results: Results) -> list[tuple[Path, str, Sequence[Row]]]:
     """File, title and rows of each case to show."""
     rows: dict[str, list[Row]] = {}
-    for row in metrics["metric_per_case"]:
-        rows.setdefault(row["case_id"], []).append(row)
-    folds = {row["fold"] for row in metrics["metric_per_case"]}
-    files = {
-        file.stem: file
-        for fold in folds
-        for file in (run_dir / f"fold_{fold}" / "figures").glob("*.npz")
-    }
+    for row in results.summary.metric_per_case:
+        rows.setdefault(row.case_id, []).append(row)
+    files: dict[str, Path] = {}
+    for case_id, (first, *_) in rows.items():
+        if first.fold is not None and (file := run.fold(first.fold).figure(case_id)).is_file():
+            files[case_id] = file
     return [
         (files[case], f"{role}: {case}", rows[case])
         for case, role in choose_cases(rows, files.keys() & rows.keys()).items()
@@ -104,16 +103,14 @@ def choose_cases(rows: Mapping[str, Sequence[Row]], pictured: Collection[str]) -
             chosen.setdefault(case, role if exact else f"{role} of the cases pictured")
         chosen = dict(sorted(chosen.items(), key=lambda item: -shown[item[0]]))
     if negatives:
-        worst = max(
-            negatives, key=lambda case: sum(row["volume_predicted_ml"] for row in rows[case])
-        )
+        worst = max(negatives, key=lambda case: sum(row.volume_predicted_ml for row in rows[case]))
         chosen[worst] = "Negative, most false positives of the cases pictured"
     return chosen
 
 
 def _case_dice(rows: Sequence[Row]) -> float | None:
     """Mean over the classes that the case holds."""
-    dice = [row["dice"] for row in rows if row["dice"] is not None]
+    dice = [row.dice for row in rows if row.dice is not None]
     return float(np.mean(dice)) if dice else None
 
 
@@ -122,11 +119,13 @@ def _read_case(
     title: str,
     rows: Sequence[Row],
     classes: Sequence[str],
-    metrics: Mapping[str, Any],
+    threshold: float | None,
 ) -> _Case:
     with np.load(file, allow_pickle=False) as arrays:
         data = {name: arrays[name] for name in arrays.files}
-    foreground, mask = _foreground(data["probability"], len(classes), metrics.get("threshold", 0.5))
+    foreground, mask = _foreground(
+        data["probability"], len(classes), 0.5 if threshold is None else threshold
+    )
     return _Case(
         title=title,
         caption=_caption(rows),
@@ -216,12 +215,12 @@ def _picture(case: _Case, num_classes: int, side: int) -> Picture:
 def _caption(rows: Sequence[Row]) -> str:
     """What was measured on a case, and its fold."""
     scores = ", ".join(
-        f"{class_label(row['class'])} Dice {number(row['dice'], 'dice')}"
-        if row["dice"] is not None
-        else f"no {class_label(row['class'])}, {volume(row['volume_predicted_ml'])} predicted"
+        f"{class_label(row.name)} Dice {number(row.dice)}"
+        if row.dice is not None
+        else f"no {class_label(row.name)}, {volume(row.volume_predicted_ml)} predicted"
         for row in rows
     )
-    fold = rows[0]["fold"]
+    fold = rows[0].fold
     return scores if fold is None else f"{scores}; fold {fold}"
 
 
@@ -323,31 +322,65 @@ def _panel(
 def _data_uri(image: np.ndarray, kind: str) -> str:
     """A uint8 image, grey or coloured, as png or jpeg."""
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"quality": 85} if kind == "jpeg" else {"optimize": True}
-    PIL.Image.fromarray(np.ascontiguousarray(image)).save(buffer, kind, **options)
+    picture = PIL.Image.fromarray(np.ascontiguousarray(image))
+    if kind == "jpeg":
+        picture.save(buffer, kind, quality=85)
+    else:
+        picture.save(buffer, kind, optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # The viewer: every slice of a case, each layer one grey picture with the slices side by side ------
 
 
+class Layers(TypedDict):
+    """Pictures of a case, as data URIs: slices side by side in each."""
+
+    images: dict[str, str]
+    truth: str
+    prediction: str
+    probability: str
+    attention: dict[str, list[str]]
+
+
+class ViewerCase(TypedDict):
+    """A case as ``report_viewer.js`` reads it."""
+
+    title: str
+    caption: str
+    shape: list[int]
+    columns: int
+    spacing_mm: list[float]
+    slice: int
+    layers: Layers
+
+
+class Viewer(TypedDict):
+    """What ``report_viewer.js`` reads."""
+
+    cases: list[ViewerCase]
+    classes: list[str]
+    colormaps: dict[str, list[list[int]]]
+    left_out: int
+
+
 def viewer_of(
-    run_dir: Path, metrics: Mapping[str, Any], classes: Sequence[str], limit_bytes: int
-) -> dict[str, Any] | None:
+    run: RunFolder, results: Results, classes: Sequence[str], limit_bytes: int
+) -> Viewer | None:
     """What ``report_viewer.js`` needs: the cases' layers and the colour maps; None without cases.
 
     The cases share ``limit_bytes``. One that exceeds its part is thinned in plane, and left out
     where that does not suffice.
     """
-    chosen = _chosen(run_dir, metrics)
+    chosen = _chosen(run, results)
     if not chosen:
         return None
     colormaps = {name: _lookup(name) for name in ("magma", "viridis")}
     room = limit_bytes - _json_bytes(colormaps)
-    cases = []
+    cases: list[ViewerCase] = []
     for position, each in enumerate(chosen):
         share = room // (len(chosen) - position)
-        case = _case_within(_read_case(*each, classes, metrics), share)
+        case = _case_within(_read_case(*each, classes, results.threshold), share)
         if case is not None:
             cases.append(case)
             room -= _json_bytes(case)
@@ -359,11 +392,11 @@ def viewer_of(
     }
 
 
-def _json_bytes(value: Any) -> int:
+def _json_bytes(value: object) -> int:
     return len(json.dumps(value))
 
 
-def _case_within(case: _Case, limit_bytes: int) -> dict[str, Any] | None:
+def _case_within(case: _Case, limit_bytes: int) -> ViewerCase | None:
     """The case as the viewer needs it, thinned in plane until it fits; None if it never does."""
     depth, height, width = case.truth.shape
     for step in range(1, min(height, width) + 1):
@@ -391,8 +424,8 @@ def _columns(depth: int) -> int:
     return math.isqrt(depth - 1) + 1
 
 
-def _viewer_case(case: _Case) -> dict[str, Any]:
-    layers: dict[str, Any] = {
+def _viewer_case(case: _Case) -> ViewerCase:
+    layers: Layers = {
         "images": {
             name: _sprite(_grey(case.images[..., m]), lossy=True)
             for m, name in enumerate(case.modalities)

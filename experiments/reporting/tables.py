@@ -1,18 +1,18 @@
-"""The tables of a run's report, each from the metrics or the facts that it shows.
+"""The tables of a run's report, each from the results or the facts that it shows.
 
 ``names`` are the groups that the folds leave out, in their order; empty for drawn folds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from data_pipelines.serving.splits import Folds
+from experiments.measuring.detection import DetectionSummary
 from experiments.measuring.metrics import METRICS
+from experiments.measuring.summary import Summary
 from experiments.reporting.charts import History
 from experiments.reporting.wording import (
-    LABELS,
-    SHORT_LABELS,
     UNDEFINED,
     Table,
     class_label,
@@ -24,10 +24,12 @@ from experiments.reporting.wording import (
     text,
     volume,
 )
+from experiments.run_folder import Best, FoldSummary, Results
 
 
-def headline_table(metrics: Mapping[str, Any], name: str) -> Table:
+def headline_table(summary: Summary, name: str) -> Table:
     """Every metric of a class: over cases with its interval, and over folds."""
+    spreads = (summary.sd, summary.sd_of_fold_means, summary.median)
     return Table(
         f"{class_label(name).capitalize()}: over cases and folds",
         (
@@ -41,51 +43,40 @@ def headline_table(metrics: Mapping[str, Any], name: str) -> Table:
         ),
         [
             (
-                LABELS[metric],
-                number(metrics["mean"][name][metric], metric),
-                interval(metrics["interval"][name][metric], metric),
-                *(
-                    number(metrics[key][name][metric], metric)
-                    for key in ("sd", "sd_of_fold_means", "median")
-                ),
-                str(metrics["num_defined"][name][metric]),
+                metric.title,
+                number(summary.mean[name][key], metric),
+                interval(summary.interval[name][key], metric),
+                *(number(table[name][key], metric) for table in spreads),
+                str(summary.num_defined[name][key]),
             )
-            for metric in METRICS
+            for key, metric in METRICS.items()
         ],
     )
 
 
-def count_table(metrics: Mapping[str, Any], classes: Sequence[str]) -> Table:
+def count_table(summary: Summary, classes: Sequence[str]) -> Table:
     """How many cases are positive, missed or falsely positive, class by class."""
 
     def share(count: int, of: int) -> str:
         return f"{count} of {of}" if of else UNDEFINED
 
+    false = summary.false_positives_on_negatives
     rows: list[tuple[str, Callable[[str], str]]] = [
-        ("Positive cases", lambda c: share(metrics["num_positive"][c], metrics["num_cases"])),
+        ("Positive cases", lambda c: share(summary.num_positive[c], summary.num_cases)),
         (
             "Missed (empty prediction)",
-            lambda c: share(metrics["num_missed"][c], metrics["num_positive"][c]),
+            lambda c: share(summary.num_missed[c], summary.num_positive[c]),
         ),
         (
             "No overlap with the truth (missed ones included)",
-            lambda c: share(metrics["num_no_overlap"][c], metrics["num_positive"][c]),
+            lambda c: share(summary.num_no_overlap[c], summary.num_positive[c]),
         ),
         (
             "Negative cases with false positives",
-            lambda c: share(
-                metrics["false_positives_on_negatives"][c]["num_cases"],
-                metrics["num_negatives"][c],
-            ),
+            lambda c: share(false[c].num_cases, summary.num_negatives[c]),
         ),
-        (
-            "False-positive volume on negative cases, mean",
-            lambda c: volume(metrics["false_positives_on_negatives"][c]["mean_ml"]),
-        ),
-        (
-            "False-positive volume on negative cases, largest",
-            lambda c: volume(metrics["false_positives_on_negatives"][c]["max_ml"]),
-        ),
+        ("False-positive volume on negative cases, mean", lambda c: volume(false[c].mean_ml)),
+        ("False-positive volume on negative cases, largest", lambda c: volume(false[c].max_ml)),
     ]
     return Table(
         "Counts",
@@ -94,160 +85,150 @@ def count_table(metrics: Mapping[str, Any], classes: Sequence[str]) -> Table:
     )
 
 
-def detection_table(metrics: Mapping[str, Any]) -> Table | None:
-    """Lesion detection with its intervals; None for a run that has none."""
-    detection = metrics.get("detection")
-    if detection is None:
-        return None
-    rows = [
-        (label, number(detection[key], key), interval(detection["interval"][key], key))
-        for key, label in (
-            ("average_precision", "Average precision of lesions"),
-            ("auroc", "AUROC of cases"),
-            ("picai_score", "PI-CAI score"),
-        )
-    ]
-    rows += [
-        (
-            f"Lesion sensitivity at {rate} false positives per case",
-            number(value, "sensitivity"),
-            interval(detection["interval"]["sensitivity_at"][rate], "sensitivity"),
-        )
-        for rate, value in detection["sensitivity_at"].items()
-    ]
-    rows += [
-        (f"{label}, over all confidences", str(detection[key]), "")
-        for key, label in (
-            ("num_true_positive", "Lesions found"),
-            ("num_false_negative", "Lesions not found"),
-            ("num_false_positive", "False-positive candidates"),
-        )
-    ]
-    for kind, reliability in detection["calibration"].items():
-        key = "expected_calibration_error"
-        rows.append((f"ECE of {kind}", number(reliability[key], key), ""))
-        if kind == "voxels":
-            above = number(reliability[f"{key}_above_lowest_bin"], key)
-            rows.append(("ECE of voxels above the lowest bin", above, ""))
-    return Table("Lesion detection and calibration", ("", "Value", "95 % interval"), rows)
+def detection_table(detection: DetectionSummary) -> Table:
+    """Lesion detection with its intervals."""
+    ends, voxels, cases = (
+        detection.interval,
+        detection.calibration.voxels,
+        detection.calibration.cases,
+    )
+    above = voxels.expected_calibration_error_above_lowest_bin
+    return Table(
+        "Lesion detection and calibration",
+        ("", "Value", "95 % interval"),
+        [
+            (
+                "Average precision of lesions",
+                number(detection.average_precision),
+                interval(ends.average_precision),
+            ),
+            ("AUROC of cases", number(detection.auroc), interval(ends.auroc)),
+            ("PI-CAI score", number(detection.picai_score), interval(ends.picai_score)),
+            *(
+                (
+                    f"Lesion sensitivity at {rate} false positives per case",
+                    number(value),
+                    interval(ends.sensitivity_at[rate]),
+                )
+                for rate, value in detection.sensitivity_at.items()
+            ),
+            ("Lesions found, over all confidences", str(detection.num_true_positive), ""),
+            ("Lesions not found, over all confidences", str(detection.num_false_negative), ""),
+            (
+                "False-positive candidates, over all confidences",
+                str(detection.num_false_positive),
+                "",
+            ),
+            ("ECE of voxels", number(voxels.expected_calibration_error), ""),
+            ("ECE of voxels above the lowest bin", number(above), ""),
+            ("ECE of cases", number(cases.expected_calibration_error), ""),
+        ],
+    )
 
 
-def beside_table(metrics: Mapping[str, Any], classes: Sequence[str]) -> Table | None:
+def beside_table(results: Results, classes: Sequence[str]) -> Table | None:
     """The headline beside what must be known to judge it."""
-    baseline = metrics.get("baseline_mean_shape")
-    if not baseline:
+    baseline = results.baseline_mean_shape
+    if baseline is None:
         return None
-    means = [metrics["mean"][name]["dice"] for name in classes]
+    means = [results.summary.mean[name]["dice"] for name in classes]
     known = [mean for mean in means if mean is not None]
     return Table(
         "Against a prediction that ignores the image",
         ("Prediction", "Mean Dice"),
         [
-            ("This run", number(float(np.mean(known)) if known else None, "dice")),
+            ("This run", number(float(np.mean(known)) if known else None)),
             (
                 "Mean shape of the training cases, same for every image",
-                number(baseline.get("mean_dice"), "dice"),
+                number(baseline.mean_dice),
             ),
         ],
     )
 
 
-def best_table(metrics: Mapping[str, Any], names: Sequence[str]) -> Table | None:
-    """Checkpoints chosen on the validation fold, one row per fold, or what the key holds."""
-    best = metrics.get("best_checkpoint")
-    if not best:
-        return None
-    if all(isinstance(entry, Mapping) for entry in best.values()):
-        columns = list(dict.fromkeys(key for entry in best.values() for key in entry))
-        rows = [
-            (f"Fold {fold_name(int(fold), names)}", *(text(entry.get(key)) for key in columns))
-            for fold, entry in best.items()
-        ]
-        return Table("Best checkpoints", ("", *(curve_label(key) for key in columns)), rows)
-    return flat_table("Best checkpoints", best)
+def best_table(best: Mapping[int, Best], names: Sequence[str]) -> Table:
+    """Checkpoints chosen on the validation fold, one row per fold."""
+    return Table(
+        "Best checkpoints",
+        ("", curve_label("step"), curve_label("validation_dice")),
+        [
+            (f"Fold {fold_name(fold, names)}", text(of_fold.step), text(of_fold.validation_dice))
+            for fold, of_fold in best.items()
+        ],
+    )
 
 
 def fold_table(
-    metrics: Mapping[str, Any], classes: Sequence[str], num_folds: int, names: Sequence[str]
+    summary: Summary, classes: Sequence[str], num_folds: int, names: Sequence[str]
 ) -> Table:
     """One row for each fold, also for those that are missing."""
-    shown = ("dice", "sensitivity", "precision", "hd95_mm", "assd_mm", "false_positive_volume_ml")
-    entries = {entry["fold"]: entry for entry in metrics["per_fold"]}
-    several = len(classes) > 1
+    shown = [metric for metric in METRICS.values() if metric.per_fold]
+    of_fold = {entry.fold: entry for entry in summary.per_fold}
     rows = []
-    for fold in range(max([num_folds, *(fold + 1 for fold in entries)])):
+    for fold in range(max([num_folds, *(fold + 1 for fold in of_fold)])):
         for name in classes:
-            title = f"Fold {fold_name(fold, names)}" + (f", {name}" if several else "")
-            entry = entries.get(fold)
+            title = f"Fold {fold_name(fold, names)}" + (f", {name}" if len(classes) > 1 else "")
+            entry = of_fold.get(fold)
             if entry is None:
                 rows.append((f"{title} (missing)", *([""] * (len(shown) + 3))))
                 continue
             rows.append(
                 (
                     title,
-                    str(entry["num_cases"]),
-                    str(entry["num_positive"][name]),
-                    str(entry["num_missed"][name]),
-                    *(number(entry["mean"][name][metric], metric) for metric in shown),
+                    str(entry.num_cases),
+                    str(entry.num_positive[name]),
+                    str(entry.num_missed[name]),
+                    *(number(entry.mean[name][metric.name], metric) for metric in shown),
                 )
             )
-    columns = ("Fold", "Cases", "Positive", "Missed", *(SHORT_LABELS[metric] for metric in shown))
+    columns = ("Fold", "Cases", "Positive", "Missed", *(metric.column for metric in shown))
     return Table("Means per fold", columns, rows)
 
 
-def case_table(metrics: Mapping[str, Any], names: Sequence[str]) -> Table:
+def case_table(summary: Summary, names: Sequence[str]) -> Table:
     """One row for each case and class."""
-    several = len(metrics["mean"]) > 1
+    several = len(summary.classes) > 1
+    columns = (metric.column for metric in METRICS.values())
     return Table(
         "Every case",
-        ("Case", *(("Class",) if several else ()), "Fold", *(SHORT_LABELS[m] for m in METRICS)),
+        ("Case", *(("Class",) if several else ()), "Fold", *columns),
         [
             (
-                row["case_id"],
-                *((row["class"],) if several else ()),
-                UNDEFINED if row["fold"] is None else fold_name(row["fold"], names),
-                *(number(row[metric], metric) for metric in METRICS),
+                row.case_id,
+                *((row.name,) if several else ()),
+                UNDEFINED if row.fold is None else fold_name(row.fold, names),
+                *(number(row.metrics[key], metric) for key, metric in METRICS.items()),
             )
-            for row in metrics["metric_per_case"]
+            for row in summary.metric_per_case
         ],
     )
 
 
-def timing_table(
-    metrics: Mapping[str, Any], environment: Mapping[str, Any], names: Sequence[str]
-) -> Table | None:
-    """Seconds per phase of the run, and speed per fold, as far as they were recorded."""
-    rows = [
-        (curve_label(phase), duration(seconds))
-        for phase, seconds in _flatten(environment.get("wall_s") or {})
-    ]
-    for fold, summary in (metrics.get("fold_summaries") or {}).items():
-        title = f"Fold {fold_name(int(fold), names)}"
-        for key, label in (
-            ("first_step_s", "first step, with compilation"),
-            ("train_s", "training"),
-            ("predict_s", "prediction"),
-        ):
-            if key in summary:
-                rows.append((f"{title}: {label}", duration(summary[key])))
-        if "examples_per_s" in summary:
-            rows.append((f"{title}: examples per second", text(summary["examples_per_s"])))
-        if "peak_memory_gb" in summary:
-            memory = f"{summary['peak_memory_gb']:.2f} GB"
-            rows.append((f"{title}: peak memory so far", memory))
+def timing_table(summaries: Mapping[int, FoldSummary], names: Sequence[str]) -> Table | None:
+    """Times and memory of each fold; None where they were not recorded."""
+    rows = []
+    for fold, summary in summaries.items():
+        title = f"Fold {fold_name(fold, names)}"
+        rows += [
+            (f"{title}: first step, with compilation", duration(summary.first_step_s)),
+            (f"{title}: training", duration(summary.train_s)),
+        ]
+        if summary.predict_s is not None:
+            rows.append((f"{title}: prediction", duration(summary.predict_s)))
+        rows.append((f"{title}: examples per second", text(summary.examples_per_s)))
+        if summary.peak_memory_gb is not None:
+            rows.append((f"{title}: peak memory so far", f"{summary.peak_memory_gb:.2f} GB"))
     return Table("Time and memory", ("Phase", "Value"), rows) if rows else None
 
 
-def folds_table(folds: Sequence[Mapping[str, Sequence[str]]], names: Sequence[str]) -> Table | None:
-    """Numbers of cases in each fold; None where the folds are not known."""
-    if not folds:
-        return None
+def folds_table(folds: Folds) -> Table:
+    """Numbers of cases in each fold."""
     return Table(
         "Folds",
         ("Fold", "Training cases", "Validation cases"),
         [
-            (f"Fold {fold_name(index, names)}", str(len(fold["train"])), str(len(fold["val"])))
-            for index, fold in enumerate(folds)
+            (f"Fold {fold_name(fold, folds.names)}", str(len(folds.training(fold))), str(len(ids)))
+            for fold, ids in enumerate(folds.validation)
         ],
     )
 
@@ -260,7 +241,7 @@ def curve_table(history: History, curves: Sequence[str], names: Sequence[str]) -
         (
             curve_label(name),
             *(
-                text(_last(columns[name]["value"]) if name in columns else None)
+                text(_last(columns[name].values) if name in columns else None)
                 for columns in history.values()
             ),
         )
@@ -274,12 +255,12 @@ def _last(values: np.ndarray) -> float | None:
     return float(values[-1]) if values.size else None
 
 
-def flat_table(title: str, nested: Mapping[str, Any]) -> Table:
+def flat_table(title: str, nested: Mapping[str, object]) -> Table:
     """A nested mapping as one row for each value, its keys joined by dots."""
     return Table(title, ("Name", "Value"), [(name, text(v)) for name, v in _flatten(nested)])
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flatten(nested: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
     rows = []
     for key, value in nested.items():
         if isinstance(value, Mapping):

@@ -1,38 +1,13 @@
-"""How the report says things: labels of metrics and curves, numbers as text, tables, drawings."""
+"""How the report says things: labels of classes and curves, numbers as text, tables, drawings."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from markupsafe import Markup
 
-LABELS = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "sensitivity": "Sensitivity",
-    "precision": "Precision",
-    "specificity": "Specificity",
-    "volume_difference_ml": "Volume difference (ml)",
-    "hd95_mm": "HD95 (mm)",
-    "hd95_penalised_mm": "HD95, misses penalised (mm)",
-    "assd_mm": "ASSD (mm)",
-    "assd_penalised_mm": "ASSD, misses penalised (mm)",
-    "surface_dice_1mm": "Surface Dice at 1 mm",
-    "surface_dice_2mm": "Surface Dice at 2 mm",
-    "false_positive_volume_ml": "False-positive volume (ml)",
-    "volume_truth_ml": "True volume (ml)",
-    "volume_predicted_ml": "Predicted volume (ml)",
-}
-SHORT_LABELS = LABELS | {
-    "volume_difference_ml": "Difference (ml)",
-    "hd95_penalised_mm": "HD95 pen. (mm)",
-    "assd_penalised_mm": "ASSD pen. (mm)",
-    "surface_dice_1mm": "Surf. Dice 1 mm",
-    "surface_dice_2mm": "Surf. Dice 2 mm",
-    "false_positive_volume_ml": "False pos. (ml)",
-    "volume_truth_ml": "Truth (ml)",
-    "volume_predicted_ml": "Predicted (ml)",
-}
+from experiments.measuring.masks import Metric
+from experiments.measuring.rows import Ends
+
 CURVE_LABELS = {
     "loss": "Loss, total",
     "cross_entropy_loss": "Cross-entropy loss",
@@ -67,15 +42,14 @@ class Drawing:
     svg: Markup
 
 
-def number(value: float | None, metric: str) -> str:
-    """A metric with the decimals that its unit deserves."""
+def number(value: float | None, metric: Metric | None = None) -> str:
+    """A value of a metric, or a share with three decimals."""
     if value is None:
         return UNDEFINED
-    lengths = metric.endswith(("_mm", "_ml"))
-    return f"{value:.2f}" if lengths else f"{value:.{5 if metric == 'specificity' else 3}f}"
+    return f"{value:.3f}" if metric is None else metric.text(value)
 
 
-def interval(ends: Sequence[float] | None, metric: str) -> str:
+def interval(ends: Ends | None, metric: Metric | None = None) -> str:
     """Both ends of an interval, or that there is none."""
     if ends is None:
         return UNDEFINED
@@ -87,7 +61,7 @@ def volume(value: float | None) -> str:
     return UNDEFINED if value is None else f"{value:.2f} ml"
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """Any value from a configuration or a record."""
     if value is None:
         return UNDEFINED

@@ -1,13 +1,12 @@
 """Cross-validation over patients: train every fold, predict its validation patients, measure."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,10 +18,12 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import volume_io
 from data_pipelines.serving import loading, splits
-from experiments import run_folder
-from experiments.measuring import lesions, mean_shape, summary
-from experiments.measuring.metrics import case_metrics
-from experiments.prediction.windows import predict_case, to_mask
+from experiments.measuring import mean_shape, summary
+from experiments.measuring.cases import Rule, measure_case
+from experiments.measuring.mean_shape import MeanShape
+from experiments.measuring.metrics import to_mask
+from experiments.measuring.rows import Row
+from experiments.prediction.windows import Params, predict_case
 from experiments.process import hosts
 from experiments.process.accelerator import (
     keep_compiled,
@@ -35,19 +36,17 @@ from experiments.process.signals import deferred_signals
 from experiments.process.storage import (
     locked,
     naming_path,
-    read_json,
     remove_temporary_files,
-    write_json,
 )
 from experiments.reporting import page
 from experiments.reporting.figures import cases_to_show, save_figure
 from experiments.run_folder import (
-    is_done,
-    open_run,
-    prediction_files,
-    refuse_other_run,
-    store_rows,
-    stored_rows,
+    FoldFolder,
+    FoldResults,
+    FoldSummary,
+    Results,
+    RunFolder,
+    fold_title,
 )
 from experiments.settings.config import Config
 from experiments.settings.stored import flatten, to_json
@@ -57,7 +56,7 @@ from experiments.training.loop import train_folds
 from experiments.training.programs import Programs, compile_programs, folds_at_once, groups
 
 
-def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
+def run(config: Config, programs: Programs | None = None) -> Results | None:
     """Run the folds asked for and report on all that are done; returns what ``metrics.json`` holds.
 
     ``programs`` are those of a run that differs in seed and folder alone; None compiles them. Of
@@ -71,12 +70,11 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
     if config.compilation_cache:
         keep_compiled(config.data.cache / "compiled")
     programs = programs or compile_programs(config, devices)
-    output = config.output
-    assert output is not None, "complete() names the run folder"
+    folder = folder_of(config)
     with hosts.first_alone("open the run folder and the data set"):
         source = None
         if hosts.is_first():
-            refuse_other_run(output, config)
+            folder.refuse_other(config)
             source = open_source(config)
     if source is None:
         source = open_source(config)  # built by now, if its folder is that of process 0
@@ -89,12 +87,12 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
     with contextlib.ExitStack() as held:
         with hosts.first_alone("open the run folder"):
             if hosts.is_first():
-                with naming_path(output):
-                    output.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(output))
-                refuse_other_run(output, config)
-                remove_temporary_files(output)
-                open_run(output, config, source, folds)
+                with naming_path(folder.path):
+                    folder.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder.path))
+                folder.refuse_other(config)
+                remove_temporary_files(folder.path)
+                folder.open(config, source, folds)
         return run_folds(config, devices, programs, source, folds)
 
 
@@ -122,15 +120,14 @@ def run_folds(
     programs: Programs,
     source: loading.CaseSource,
     folds: splits.Folds,
-) -> dict[str, Any]:
+) -> Results | None:
     """The folds asked for that are not done, and the report, in an open and locked run folder."""
-    output = config.output
-    assert output is not None, "complete() names the run folder"
+    folder = folder_of(config)
     positive = sum(info.positive for info in source.info)
     log(
         f"{len(source)} cases, {positive} with {config.data.target}, "
         f"{folds_in_words(config, folds)}; {devices[0].device_kind} x {len(devices)}; "
-        f"run folder {output}"
+        f"run folder {folder.path}"
     )
     at_once = folds_at_once(config, devices)
     where, why = feed.residency(config, source, num_folds=at_once)
@@ -141,20 +138,26 @@ def run_folds(
         + ("" if at_once == 1 else f"; up to {at_once} folds side by side")
     )
     selected = range(config.num_folds) if config.folds is None else config.folds
-    todo = hosts.of_first(np.array([not is_done(output, fold) for fold in selected]))
+    todo = hosts.of_first(np.array([not folder.is_done(fold) for fold in selected]))
     left = []
     for fold, wanted in zip(selected, todo, strict=True):
         if wanted:
-            directory = output / f"fold_{fold}"
-            left.append(Fold(fold, folds.training(fold), folds.validation[fold], directory))
+            training, validation = folds.training(fold), folds.validation[fold]
+            left.append(Fold(fold, training, validation, folder.fold(fold).path))
         else:
-            log(f"fold {fold + 1}/{config.num_folds}: done before")
+            log(f"{fold_title(fold, config.num_folds)}: done before")
     for group in groups(left, at_once):
         run_group(config, programs, source, group)
     if not hosts.is_first():
-        return {}
-    done = [fold for fold in range(config.num_folds) if is_done(output, fold)]
-    return finish(config, output, mean_shape.run(config, source, folds, done))
+        return None
+    done = folder.done(config.num_folds)
+    return finish(config, folder, mean_shape.run(config, source, folds, done))
+
+
+def folder_of(config: Config) -> RunFolder:
+    """The run folder, which ``complete`` has named."""
+    assert config.output is not None, "complete() names the run folder"
+    return RunFolder(config.output)
 
 
 def folds_in_words(config: Config, folds: splits.Folds) -> str:
@@ -215,16 +218,16 @@ def measure_fold(
     programs: Programs,
     source: loading.CaseSource,
     fold: Fold,
-    params: Any,
-    summary: dict[str, Any],
+    params: Params,
+    summary: FoldSummary,
 ) -> None:
-    """Predict and measure what is not done yet; ``metrics.json``, written last, ends the fold."""
-    directory, validation = fold.directory, fold.validation
-    title = f"fold {fold.number + 1}/{config.num_folds}"
-    tensorboard.write_events(directory / "history.csv", directory / "tensorboard")
+    """Predict and measure what is not done yet; its results, written last, end the fold."""
+    folder, validation = FoldFolder(fold.directory), fold.validation
+    title = fold_title(fold.number, config.num_folds)
+    tensorboard.write_events(folder.history, folder.tensorboard)
     started = time.perf_counter()
     weights = weights_sha256(params)
-    found = {case_id: stored_rows(directory, case_id, weights) for case_id in validation}
+    found = {case_id: folder.stored_rows(case_id, weights) for case_id in validation}
     missing = [case_id for case_id, rows in found.items() if rows is None]
     if len(missing) < len(validation):
         log(
@@ -238,33 +241,36 @@ def measure_fold(
         ):
             if stop.number is not None:
                 break
-            rows = predict_and_measure(config, programs, params, case, fold.number, directory)
-            store_rows(directory, case.case_id, weights, rows, config.data.classes)
-            found[case.case_id] = rows
+            rows = predict_and_measure(config, programs, params, case, fold.number, folder)
+            folder.store_case(case.case_id, weights, rows, config.data.classes)
+            found[case.case_id] = tuple(rows)
     rows = [row for rows in found.values() for row in rows or ()]
-    shutil.rmtree(directory / "figures", ignore_errors=True)
+    shutil.rmtree(folder.figures, ignore_errors=True)
     for case_id in cases_to_show(rows, config.predict.figures):
-        save_figure(config, programs, params, source[case_id], directory)
-    summary["predict_s"] = round(time.perf_counter() - started, 2)
-    summary["peak_memory_gb"] = round(peak_memory_bytes(jax.local_devices()[0]) / 1e9, 2)
-    write_json(directory / "metrics.json", {"metric_per_case": rows, "summary": summary})
+        save_figure(config, programs, params, source[case_id], folder.figure(case_id))
+    summary = dataclasses.replace(
+        summary,
+        predict_s=round(time.perf_counter() - started, 2),
+        peak_memory_gb=round(peak_memory_bytes(jax.local_devices()[0]) / 1e9, 2),
+    )
+    folder.write_results(FoldResults(tuple(rows), summary))
     log(
-        f"{title}: {config.train.steps} steps in {summary['train_s']:.0f} s "
-        f"({summary['steps_per_s']:.2f} steps/s, first step {summary['first_step_s']:.0f} s, "
-        f"{summary['input_wait_share']:.1%} of the time waiting for input, "
-        f"peak memory {summary['peak_memory_gb']:.1f} GB)"
-        f", loss {summary['loss'] or np.nan:.3f}; {len(validation)} cases predicted in "
-        f"{summary['predict_s']:.0f} s; {outcome(rows)}"
+        f"{title}: {config.train.steps} steps in {summary.train_s:.0f} s "
+        f"({summary.steps_per_s:.2f} steps/s, first step {summary.first_step_s:.0f} s, "
+        f"{summary.input_wait_share:.1%} of the time waiting for input, "
+        f"peak memory {summary.peak_memory_gb:.1f} GB)"
+        f", loss {summary.loss or np.nan:.3f}; {len(validation)} cases predicted in "
+        f"{summary.predict_s:.0f} s; {outcome(rows)}"
     )
 
 
-def outcome(rows: Sequence[dict[str, Any]]) -> str:
+def outcome(rows: Sequence[Row]) -> str:
     """Mean Dice of a fold's positive cases in words, and what to do where nothing is ever found."""
-    dice = [row["dice"] for row in rows if row["dice"] is not None]
+    dice = [row.dice for row in rows if row.dice is not None]
     if not dice:
         return "no positive case, no Dice"
     words = f"Dice {np.mean(dice):.3f} over {len(dice)}"
-    if any(row["volume_predicted_ml"] for row in rows):
+    if any(row.volume_predicted_ml for row in rows):
         return words
     return (
         f"{words}; no voxel of any case is found. The network may have learnt that nothing is "
@@ -273,35 +279,36 @@ def outcome(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def predict_and_measure(
-    config: Config, programs: Programs, params: Any, case: Case, fold: int, directory: Path
-) -> list[dict[str, Any]]:
+    config: Config, programs: Programs, params: Params, case: Case, fold: int, folder: FoldFolder
+) -> list[Row]:
     """Predict a case, save mask and probabilities in its T2W frame, and measure them there."""
-    classes = config.data.classes
+    classes, affine = config.data.classes, case.original_affine
     probability = preprocessing.to_original(
         predict_case(programs.predict, params, case, config, config.network.num_classes), case
     )
-    mask = to_mask(probability, config.predict.threshold)
-    affine = case.original_affine
     foreground = probability if len(classes) == 1 else probability[..., 1:]
-    for path, array in zip(
-        prediction_files(directory, case.case_id, classes),
-        [mask, *np.moveaxis(foreground, -1, 0)],
-        strict=True,
-    ):
+    files = [folder.mask(case.case_id), *folder.probabilities(case.case_id, classes)]
+    mask = to_mask(probability, config.predict.threshold)
+    for path, array in zip(files, [mask, *np.moveaxis(foreground, -1, 0)], strict=True):
         with naming_path(path):
             volume_io.write_nifti(path, array, affine, case_id=case.case_id)
-    measured = case_metrics(mask, case.original_truth, spacing_of(affine), classes=classes)
-    identity: dict[str, Any] = {
-        "case_id": case.case_id,
-        "patient_id": case.patient_id,
-        "fold": fold,
-    }
-    if config.data.target == lesions.TARGET:
-        identity |= {"detection": lesions.detect(foreground[..., 0], case.original_truth)}
-    return [identity | {"class": name} | values for name, values in measured.items()]
+    return measure_case(
+        case.case_id,
+        case.patient_id,
+        fold,
+        probability,
+        case.original_truth,
+        spacing_of(affine),
+        rule_of(config),
+    )
 
 
-def weights_sha256(params: Any) -> str:
+def rule_of(config: Config) -> Rule:
+    """How the run's probabilities become masks."""
+    return Rule(config.data.target, config.predict.threshold)
+
+
+def weights_sha256(params: Params) -> str:
     """Hash of the weights, by name."""
     digest = hashlib.sha256()
     for path, value in jax.tree_util.tree_leaves_with_path(params):
@@ -309,38 +316,34 @@ def weights_sha256(params: Any) -> str:
     return digest.hexdigest()
 
 
-def finish(config: Config, output: Path, baseline: dict[str, Any]) -> dict[str, Any]:
+def finish(config: Config, folder: RunFolder, baseline: MeanShape) -> Results:
     """Gather the folds that are done into ``metrics.json``, the CSV and the report; print them.
 
     The report comes last: should it fail, the results are on disk and on the screen.
     """
-    done = {}
-    for fold in range(config.num_folds):
-        file = output / f"fold_{fold}" / "metrics.json"
-        if file.exists():
-            done[fold] = read_json(file)
-    rows = [row for record in done.values() for row in record["metric_per_case"]]
-    metrics = summary.summarise(rows, folds=list(done)) | {
-        "target": config.data.target,
-        "classes": list(config.data.classes),
-        "threshold": config.predict.threshold,
-        "checkpoint": "ema" if config.train.average_decay else "last",
-        "num_folds": config.num_folds,
-        "folds_done": list(done),
-        "baseline_mean_shape": baseline,
-        "best_checkpoint": {fold: record["summary"]["best"] for fold, record in done.items()},
-        "fold_summaries": {fold: record["summary"] for fold, record in done.items()},
-    }
-    with naming_path(output / "metrics.json"):
-        run_folder.write_metrics(metrics, output / "metrics.json", output / "metrics.csv")
-    log(summary.format_summary(metrics))
-    shape = baseline["mean_dice"]
-    if shape is not None:
-        log(f"baseline that ignores the image (mean training shape): Dice {shape:.3f}")
-    missing = [str(fold) for fold in range(config.num_folds) if fold not in done]
+    of_fold = {fold: folder.fold(fold).read_results() for fold in folder.done(config.num_folds)}
+    rows = [row for results in of_fold.values() for row in results.metric_per_case]
+    results = Results(
+        summary.summarise(rows, folds=list(of_fold)),
+        target=config.data.target,
+        classes=config.data.classes,
+        threshold=config.predict.threshold,
+        checkpoint="ema" if config.train.average_decay else "last",
+        num_folds=config.num_folds,
+        folds_done=tuple(of_fold),
+        baseline_mean_shape=baseline,
+        best_checkpoint={fold: results.summary.best for fold, results in of_fold.items()},
+        fold_summaries={fold: results.summary for fold, results in of_fold.items()},
+    )
+    with naming_path(folder.metrics):
+        folder.write_results(results)
+    log(summary.format_summary(results.summary))
+    if baseline.mean_dice is not None:
+        log(f"baseline that ignores the image (mean training shape): Dice {baseline.mean_dice:.3f}")
+    missing = [str(fold) for fold in range(config.num_folds) if fold not in of_fold]
     if missing:
         log(f"folds still to run: {' '.join(missing)} (the same command with --folds, or without)")
-    with naming_path(output / "report.html"):
-        html = page.write_report(output)
+    with naming_path(folder.report_html):
+        html = page.write_report(folder)
     log(f"report: {html}")
-    return metrics
+    return results

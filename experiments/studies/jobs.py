@@ -13,14 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from cmsad_jax.types import ConfigError
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import RunError, log, progress, run_main
 from experiments.settings.config import Config
 from experiments.studies import cross_validation
-from experiments.training.programs import compile_programs
+from experiments.studies.cross_validation import folder_of
+from experiments.training.programs import Programs, compile_programs
 
 
 def how_many(asked: int | None, platform: str) -> int:
@@ -59,13 +60,13 @@ def run_here(configs: Sequence[Config], done: Callable[[Path], str]) -> None:
 
     ``done`` is called with the folder of each run at its end, and gives the line to be printed.
     """
-    shared: dict[Path, Any] = {}
+    shared: dict[Path, Programs] = {}
     for config in configs:
-        row = folder_of(config).parent
+        row = folder_of(config).path.parent
         if row not in shared:
             shared = {row: compile_programs(config, select_accelerator(config.accelerator))}
         cross_validation.run(config, shared[row])
-        log(done(folder_of(config)))
+        log(done(folder_of(config).path))
 
 
 def run_in_processes(configs: Sequence[Config], jobs: int, done: Callable[[Path], str]) -> None:
@@ -88,7 +89,7 @@ def run_in_processes(configs: Sequence[Config], jobs: int, done: Callable[[Path]
                     config, cores = waiting.pop(0), free.pop()
                     process = context.Process(target=_run_apart, args=(config, cores))
                     process.start()
-                    running[process.sentinel] = (process, folder_of(config), cores)
+                    running[process.sentinel] = (process, folder_of(config).path, cores)
                 for sentinel in multiprocessing.connection.wait(list(running)):
                     process, folder, cores = running.pop(cast(int, sentinel))
                     process.join()
@@ -109,7 +110,7 @@ def _run_apart(config: Config, cores: Sequence[int]) -> None:
     os.setsid()
     if sys.platform == "linux":
         os.sched_setaffinity(0, cores)
-    account = _account(folder_of(config))
+    account = _account(folder_of(config).path)
     account.parent.mkdir(parents=True, exist_ok=True)
     with (
         account.open("a", encoding="utf-8") as file,
@@ -131,9 +132,3 @@ def _failure(folder: Path, status: int) -> str:
         + "\n".join(f"  {line}" for line in said[-10:])
         + f"\nMend that (its whole account: {_account(folder)}) and run the same command again."
     )
-
-
-def folder_of(config: Config) -> Path:
-    """The run folder, which ``complete`` has named."""
-    assert config.output is not None, "complete() names the run folder"
-    return config.output

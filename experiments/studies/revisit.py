@@ -1,20 +1,21 @@
 """The positive cases of a finished run once more, each with the network that had not seen it."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case
 from data_pipelines.faults import DataError
-from data_pipelines.serving import loading, splits
+from data_pipelines.serving import loading
+from experiments.prediction.windows import Params
 from experiments.process.console import progress
+from experiments.process.records import to_text
 from experiments.process.storage import write_text
-from experiments.run_folder import read_run, run_members
+from experiments.run_folder import RunFolder, fold_title
 from experiments.settings.config import Accelerator, Config
 from experiments.training.checkpoints import load_params
 
@@ -37,11 +38,10 @@ class RevisitCommand:
         if not self.runs:
             raise ConfigError("at least one run must be given; got none. Name a run folder.")
 
-    def write(self, **rows: Sequence[Any]) -> None:
+    def write(self, **rows: Sequence[object]) -> None:
         """Write rows, which are dataclasses, by the name of their table, if it is asked for."""
         if self.json is not None:
-            record = {name: [dataclasses.asdict(row) for row in of] for name, of in rows.items()}
-            write_text(self.json, json.dumps(record, indent=1, allow_nan=False) + "\n")
+            write_text(self.json, to_text(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,15 @@ class FinishedRun:
     patients: Mapping[str, str]
     of_fold: Mapping[int, Sequence[str]]
 
-    def cases(self) -> Iterator[tuple[Any, Case]]:
+    def cases(self) -> Iterator[tuple[Params, Case]]:
         """Each positive case, after the weights of the fold that validates on it."""
         for fold, case_ids in self.of_fold.items():
-            params = load_params(self.folder, fold) if case_ids else None
+            if not case_ids:
+                continue
+            params = load_params(self.folder, fold)
             for case in progress(
                 loading.eval_cases(self.source, case_ids),
-                description=f"{self.folder.name} fold {fold + 1}/{self.config.num_folds}",
+                description=f"{self.folder.name} {fold_title(fold, self.config.num_folds)}",
                 total=len(case_ids),
             ):
                 yield params, case
@@ -85,15 +87,16 @@ def open_run(folder: Path, folds: Sequence[int] | None = None) -> FinishedRun:
         ConfigError: no run, or a fold that is not done.
         DataError: no positive case, or the data are others than those of the run.
     """
-    config, record = read_run(folder)
-    members = run_members(folder, config, folds)
+    run = RunFolder(folder)
+    config = run.read_config()
+    members = run.members(config, folds)
     source = loading.build(config.data)
-    if source.fingerprint != record["data_fingerprint"]:
+    if source.fingerprint != run.read_record().data_fingerprint:
         raise DataError(
             f"the data must be those that {folder} was trained on; got others from "
             f"{config.data.name}. Restore the data, or run python -m experiments.cv again."
         )
-    validation = splits.Folds.load(folder / "folds.json").validation
+    validation = run.read_folds().validation
     patients = {info.case_id: info.patient_id for info in source.info if info.positive}
     of_fold = {
         fold: [case_id for case_id in validation[fold] if case_id in patients] for fold in members

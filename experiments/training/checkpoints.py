@@ -34,6 +34,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
 from experiments.process.console import log
 from experiments.process.storage import file_sha256, naming_path
+from experiments.run_folder import RunFolder
 from experiments.settings.config import Config
 from experiments.settings.stored import differences, from_json, to_json
 
@@ -312,7 +313,7 @@ def load_params(run: Path, fold: int, *, checkpoint: str = "last") -> Any:
         DataError: its training has not ended.
         CorruptCheckpointError: no checkpoint of it is intact.
     """
-    folder = Path(run).absolute() / f"fold_{fold}" / "checkpoints" / checkpoint
+    folder = RunFolder(Path(run).absolute()).fold(fold).checkpoints / checkpoint
     found = newest_intact(folder)
     if found is None:
         raise MissingDataError(

@@ -19,7 +19,9 @@ from cmsad_jax.training import MAP_DISTANCE, TrainState
 from data_pipelines.serving import loading
 from experiments.process import hosts
 from experiments.process.console import RunError, log
+from experiments.process.records import decode
 from experiments.process.storage import whole_file
+from experiments.run_folder import SCHEMA, Best, FoldFolder, FoldSummary, fold_title
 from experiments.settings.config import Config
 from experiments.settings.stored import to_json
 from experiments.training.checkpoints import Checkpoints, newest_intact
@@ -49,7 +51,7 @@ class Fold(NamedTuple):
     @property
     def checkpoints(self) -> Path:
         """Folder of its checkpoints."""
-        return self.directory / "checkpoints"
+        return FoldFolder(self.directory).checkpoints
 
 
 class Step(NamedTuple):
@@ -94,10 +96,8 @@ class Progress:
     """
 
     history: list[dict[str, float | None]] = dataclasses.field(default_factory=list)
-    pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    best: dict[str, Any] = dataclasses.field(
-        default_factory=lambda: {"step": None, "validation_dice": None}
-    )
+    pending: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    best: Best = Best()
     collapse_said: bool = False
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -171,7 +171,7 @@ class FoldInTraining:
     """
 
     def __init__(self, config: Config, fold: Fold, data_fingerprint: str):
-        self.fold, self.title = fold, f"fold {fold.number + 1}/{config.num_folds}"
+        self.fold, self.title = fold, fold_title(fold.number, config.num_folds)
         self.done, self.start = Progress(), 0
         self.too_many: Step | None = None
         self._config = config
@@ -193,7 +193,7 @@ class FoldInTraining:
             resumed = self._checkpoints.resume(fresh) if hosts.is_first() else None
             if resumed is not None:
                 state, record = resumed
-                done, start = Progress(**record["progress"]), record["step"]
+                done, start = decode(Progress, record["progress"], "progress"), record["step"]
         start, done.skipped_in_a_row = map(
             int, hosts.of_first(np.array([start, done.skipped_in_a_row], np.int32))
         )
@@ -241,9 +241,9 @@ class FoldInTraining:
         """Note the validation Dice after step ``number``, and keep the state if it is the best."""
         if self.done.history:
             self.done.history[-1]["validation_dice"] = score
-        best = self.done.best["validation_dice"]
+        best = self.done.best.validation_dice
         if score is not None and (best is None or score > best):
-            self.done.best = {"step": number, "validation_dice": score}
+            self.done.best = Best(number, score)
             self._checkpoints.save("best", state, step=number)
 
     def save(self, number: int, state: TrainState) -> None:
@@ -267,16 +267,17 @@ class FoldInTraining:
         """
         step = self.too_many
         assert step is not None, "a fold that can go on is saved"
-        file = self.fold.directory / f"not_finite_{step.number:08d}.npz"
+        file = FoldFolder(self.fold.directory).not_finite(step.number)
         error = RunError(
             f"loss and gradient must be finite; got {self._config.train.max_skipped} steps in a "
-            f"row of fold {self.fold.number + 1} that are not, up to step {step.number}. See "
+            f"row of fold {self.fold.number} that are not, up to step {step.number}. See "
             f"python -m experiments.reproduce {file}; use a lower "
             "--train.optimizer.learning-rate, or run again to go on regardless."
         )
         if not hosts.is_first():
             return error
         facts = {
+            "schema": SCHEMA,
             "config": to_json(self._config),
             "fold": self.fold.number,
             "step": step.number,
@@ -291,23 +292,21 @@ class FoldInTraining:
         self._checkpoints.wait()
         return error
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> FoldSummary:
         """What its training took and came to, after ``history.csv`` is written."""
         done = self.done
         if hosts.is_first():
-            write_history(self.fold.directory / "history.csv", done.history)
+            write_history(FoldFolder(self.fold.directory).history, done.history)
         steady_s = max(done.steady_s, 1e-9)
-        return {
-            "first_step_s": round(done.first_step_s, 2),
-            "train_s": round(done.train_s, 2),
-            "examples_per_s": round(
-                done.steady_steps * self._config.train.batch_size / steady_s, 2
-            ),
-            "steps_per_s": round(done.steady_steps / steady_s, 3),
-            "loss": done.history[-1]["loss"] if done.history else None,
-            "skipped_updates": done.skipped,
-            "best": done.best,
-        }
+        return FoldSummary(
+            first_step_s=round(done.first_step_s, 2),
+            train_s=round(done.train_s, 2),
+            examples_per_s=round(done.steady_steps * self._config.train.batch_size / steady_s, 2),
+            steps_per_s=round(done.steady_steps / steady_s, 3),
+            loss=done.history[-1]["loss"] if done.history else None,
+            skipped_updates=done.skipped,
+            best=done.best,
+        )
 
 
 def train_batches(
@@ -331,13 +330,13 @@ def train_batches(
     if train.unlabelled:
         unlabelled = hidden_labels(source, training, share=train.unlabelled, seed=seed)
         log(
-            f"fold {fold + 1}: {len(training) - len(unlabelled)} training cases with a label, "
+            f"fold {fold}: {len(training) - len(unlabelled)} training cases with a label, "
             f"{len(unlabelled)} without"
         )
     labelled = [case_id for case_id in training if case_id not in unlabelled]
     if share and not any(source.foreground(case_id).size for case_id in labelled):
         share = 0.0
-        log(f"fold {fold + 1}: no training case holds the target; crops are drawn at random")
+        log(f"fold {fold}: no training case holds the target; crops are drawn at random")
     return training_feed(
         config,
         source,

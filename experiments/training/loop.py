@@ -1,6 +1,7 @@
 """The loop that makes the steps of a fold, or of several side by side."""
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,13 @@ from cmsad_jax import parallel
 from cmsad_jax.training import TrainState
 from data_pipelines.case import Case
 from data_pipelines.serving import loading
-from experiments.prediction.windows import predict_case, to_mask
+from experiments.measuring.metrics import to_mask
+from experiments.prediction.windows import Params, predict_case
 from experiments.process import hosts
 from experiments.process.accelerator import uncollected
 from experiments.process.console import progress
 from experiments.process.signals import deferred_signals
+from experiments.run_folder import FoldSummary
 from experiments.settings.config import Config
 from experiments.training import memory
 from experiments.training.feed import Feed
@@ -26,7 +29,7 @@ from experiments.training.programs import Programs, validation_steps
 
 
 def reference_dice(
-    programs: Programs, params: Any, cases: Iterator[Case], config: Config
+    programs: Programs, params: Params, cases: Iterator[Case], config: Config
 ) -> float | None:
     """Mean Dice on the reference grid over the foreground classes of cases that have them.
 
@@ -49,7 +52,7 @@ def reference_dice(
 
 def train_folds(
     config: Config, programs: Programs, source: loading.CaseSource, folds: Sequence[Fold]
-) -> list[tuple[Any, dict[str, Any]]]:
+) -> list[tuple[Params, FoldSummary]]:
     """Train a fold, or several that stand at the same step side by side, or what is left of them.
 
     Writes ``history.csv`` and the checkpoints ``last`` and ``best`` into the folder of each, and
@@ -158,13 +161,14 @@ def train_folds(
                 break
     elapsed = time.perf_counter() - opened
     bar.close()
+    waited_s = sum(feed.waited_s for feed in feeds)
     facts = {
         "steps_per_call": programs.steps_per_call,
         "folds_side_by_side": len(folds),
-        "input_wait_share": round(sum(feed.waited_s for feed in feeds) / max(elapsed, 1e-9), 4),
+        "input_wait_share": round(waited_s / max(elapsed, 1e-9), 4),
     }
     return [
-        (of_fold.average, member.summary() | facts)
+        (of_fold.average, dataclasses.replace(member.summary(), **facts))
         for member, of_fold in zip(members, place.fetch_state(state), strict=True)
     ]
 

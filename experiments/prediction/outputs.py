@@ -1,0 +1,242 @@
+"""What a prediction leaves: images in the frame of the T2W file, and a record of what was found.
+
+No other file knows the names in that folder.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from cmsad_jax import __version__, export
+from cmsad_jax.inference import EnsemblePrediction, entropy
+from cmsad_jax.types import ConfigError
+from data_pipelines.case import Case
+from data_pipelines.preparing import preprocessing
+from data_pipelines.reading import volume_io
+from experiments.measuring import lesions
+from experiments.measuring.lesions import Candidate
+from experiments.measuring.metrics import to_mask
+from experiments.process.records import INLINE, read_record, write_record
+
+SCHEMA = 2
+"""Version of the record of predictions.
+
+1: written without a number, candidates are connected components of the masks, of every class; 2:
+candidates are those of ``experiments.measuring.lesions``, and each class has its volume.
+"""
+
+DISCLAIMER = "Research software, not a medical device: not for diagnosis or treatment."
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictedCase:
+    """What is said of a case.
+
+    Attributes:
+        case_id: of the case.
+        error: why it could not be predicted; then nothing else is said.
+        modalities, missing_modalities: those that it has, and those that it lacks.
+        volume_ml: of the mask, class by class.
+        highest_probability: of each class.
+        candidates: of lesions, the most confident first; None for other targets.
+    """
+
+    case_id: str
+    error: str | None = None
+    modalities: tuple[str, ...] | None = None
+    missing_modalities: tuple[str, ...] | None = None
+    volume_ml: Mapping[str, float] | None = None
+    highest_probability: Mapping[str, float] | None = None
+    candidates: tuple[Candidate, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """Whose predictions they are."""
+
+    sha256: str
+    members: tuple[str, ...]
+    git_commit: str | None
+    data_fingerprint: str | None
+    license: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model is applied; the command line may change each."""
+
+    threshold: float
+    overlap: float
+    flip: bool
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What is written beside masks and probabilities."""
+
+    attention: bool = False
+    uncertainty: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """The model, its settings, and what is written beside masks."""
+
+    model: ModelFacts
+    settings: Settings
+    extras: Extras = Extras()
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """``predictions.json``.
+
+    Attributes:
+        facts: whose predictions they are.
+        cases: by their ids.
+        complete: whether the command that wrote it came to its end.
+        wall_s: time that it took.
+        compute_s: time in which the model ran.
+        processor_s: processor time of all threads.
+        processor_beside_s: that of reading and writing, in their own threads.
+        disclaimer, cmsad_jax, coordinates: for whoever reads the file.
+    """
+
+    facts: Facts = dataclasses.field(metadata=INLINE)
+    cases: tuple[PredictedCase, ...]
+    complete: bool = True
+    wall_s: float = 0.0
+    compute_s: float = 0.0
+    processor_s: float = 0.0
+    processor_beside_s: float = 0.0
+    disclaimer: str = DISCLAIMER
+    cmsad_jax: str = __version__
+    coordinates: str = "centre_mm is x y z in RAS+ millimetres (NIfTI's world)"
+
+
+def facts_of(model: export.Model, extras: Extras) -> Facts:
+    """What is said of a model, its settings, and what is written beside masks."""
+    description = model.description
+    return Facts(
+        ModelFacts(
+            sha256=model.sha256,
+            members=tuple(description.members),
+            git_commit=description.provenance.get("environment", {}).get("git_commit"),
+            data_fingerprint=description.provenance.get("data_fingerprint"),
+            license=description.license,
+        ),
+        Settings(
+            threshold=description.threshold,
+            overlap=description.overlap,
+            flip=description.flip,
+            batch_size=description.batch_size,
+        ),
+        extras,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """What the model says of a case, on the reference grid."""
+
+    case: Case
+    prediction: EnsemblePrediction
+    attention: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionFolder:
+    """The folder that predictions are written to."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """Whose predictions they are, and what was found."""
+        return self.path / "predictions.json"
+
+    def image(self, kind: str, case_id: str, suffix: str = "") -> Path:
+        """A volume of a case: its mask, a probability and the like."""
+        return self.path / kind / f"{case_id}{suffix}.nii.gz"
+
+    def write(self, predictions: Predictions) -> None:
+        """Write the record, whole or not at all."""
+        write_record(self.record, predictions, schema=SCHEMA)
+
+    def read(self) -> Predictions:
+        """The record; its candidates of schema 1 were other ones.
+
+        Raises:
+            DataError: it is not as this version writes it.
+        """
+        return read_record(Predictions, self.record, schema=SCHEMA)
+
+    def earlier(self, facts: Facts) -> Predictions:
+        """What the folder says of its predictions, if it holds any.
+
+        Raises:
+            ConfigError: they are of another model or other settings.
+        """
+        if not self.record.is_file():
+            return Predictions(facts, ())
+        old = self.read()
+        before, now = old.facts.model.sha256[:12], facts.model.sha256[:12]
+        if before != now or old.facts.settings != facts.settings:
+            raise ConfigError(
+                "a folder holds the results of one model and its settings; "
+                f"{self.path} holds those of {before} with {old.facts.settings}, and this is "
+                f"{now} with {facts.settings}. Name another folder with --output."
+            )
+        return old
+
+    def write_case(
+        self, computed: Computed, description: export.Description, *, uncertainty: bool
+    ) -> PredictedCase:
+        """Write the images of a case into the frame of its T2W file; returns what is said of it.
+
+        One volume at a time is brought there, so that memory stays near one probability map.
+        """
+        case, affine, classes = computed.case, computed.case.original_affine, description.classes
+
+        def original(values: np.ndarray) -> np.ndarray:
+            return preprocessing.to_original(values, case)
+
+        def write(kind: str, values: np.ndarray, suffix: str = "") -> None:
+            volume_io.write_nifti(self.image(kind, case.case_id, suffix), values, affine)
+
+        if computed.attention is not None:
+            for index, name in enumerate(description.modalities):
+                if case.present[index]:
+                    write("attention", original(computed.attention[..., index]), f"_{name}")
+        if uncertainty:
+            write("disagreement", original(computed.prediction.disagreement.max(-1)))
+        probability = original(computed.prediction.probability)
+        if uncertainty:
+            write("entropy", entropy(probability))
+        mask = to_mask(probability, description.threshold)
+        foreground = probability if len(classes) == 1 else probability[..., 1:]
+        for index, name in enumerate(classes):
+            write("probabilities", foreground[..., index], f"_{name}" if len(classes) > 1 else "")
+        write("masks", mask)  # last: a mask is there only if all else is
+        has = dict(zip(description.modalities, case.present, strict=True))
+        voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+        candidates = None
+        if description.target == lesions.TARGET:
+            candidates = lesions.candidates(foreground[..., 0], affine)
+        return PredictedCase(
+            case.case_id,
+            modalities=tuple(name for name, there in has.items() if there),
+            missing_modalities=tuple(name for name, there in has.items() if not there),
+            volume_ml={
+                name: round(float((mask == label).sum() * voxel_ml), 4)
+                for label, name in enumerate(classes, start=1)
+            },
+            highest_probability={
+                name: round(float(foreground[..., index].max()), 6)
+                for index, name in enumerate(classes)
+            },
+            candidates=candidates,
+        )
