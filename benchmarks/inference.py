@@ -52,6 +52,7 @@ from experiments import predict
 from experiments.exporting.artifact import describe
 from experiments.exporting.model_card import model_card
 from experiments.prediction.inputs import find_inputs, read_case
+from experiments.prediction.outputs import PredictionFolder
 from experiments.prediction.windows import predict_window
 from experiments.process.accelerator import select_accelerator
 from experiments.settings.command_line import complete
@@ -175,7 +176,7 @@ def measure_volume(preset: str, shape: tuple[int, int, int]) -> dict[str, float]
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
         case = read_case(entry, predict.data_config(facts))
         computed = predict.compute(watched_model, case, attention=False)
-        predict.write_case(computed, facts, root / "out", uncertainty=True)
+        PredictionFolder(root / "out").write_case(computed, facts, uncertainty=True)
         peak = _resident("VmHWM")
     windows = np.zeros((facts.batch_size, *facts.window, len(facts.modalities)), np.float32)
     present = np.ones((facts.batch_size, len(facts.modalities)), bool)
@@ -246,15 +247,15 @@ def speed_row(preset: str, num_cases: int) -> SpeedRow:
         whole = time.perf_counter() - started
         if failed:
             raise ArithmeticError(f"every case must be predicted; {failed} were not.")
-        record = json.loads((root / "out/predictions.json").read_text("utf-8"))
+        record = PredictionFolder(root / "out").read()
     return SpeedRow(
         preset=preset,
         num_cases=num_cases,
         num_members=NUM_MEMBERS,
-        wall_s=record["wall_s"],
-        cases_per_minute=60 * num_cases / record["wall_s"],
-        compute_share=record["compute_s"] / record["wall_s"],
-        processor_share=1 - record["processor_beside_s"] / record["processor_s"],
+        wall_s=record.wall_s,
+        cases_per_minute=60 * num_cases / record.wall_s,
+        compute_share=record.compute_s / record.wall_s,
+        processor_share=1 - record.processor_beside_s / record.processor_s,
         whole_s=whole,
         device=timing.device(),
         versions=timing.versions(),

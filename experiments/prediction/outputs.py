@@ -117,6 +117,14 @@ class Predictions:
     coordinates: str = "centre_mm is x y z in RAS+ millimetres (NIfTI's world)"
 
 
+def _without_candidates(content: dict[str, object]) -> dict[str, object]:
+    """Schema 1 to 2: its candidates were something else, so that all cases are to do again."""
+    cases = content["cases"]
+    assert isinstance(cases, list), "a record lists its cases"
+    kept = [{key: v for key, v in case.items() if key != "candidates"} for case in cases]
+    return {**content, "cases": kept, "complete": True}
+
+
 def facts_of(model: export.Model, extras: Extras) -> Facts:
     """What is said of a model, its settings, and what is written beside masks."""
     description = model.description
@@ -167,12 +175,13 @@ class PredictionFolder:
         write_record(self.record, predictions, schema=SCHEMA)
 
     def read(self) -> Predictions:
-        """The record; its candidates of schema 1 were other ones.
+        """The record; one of schema 1 without its candidates.
 
         Raises:
             DataError: it is not as this version writes it.
         """
-        return read_record(Predictions, self.record, schema=SCHEMA)
+        migrations = {1: _without_candidates}
+        return read_record(Predictions, self.record, schema=SCHEMA, migrations=migrations)
 
     def earlier(self, facts: Facts) -> Predictions:
         """What the folder says of its predictions, if it holds any.

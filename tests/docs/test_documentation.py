@@ -15,9 +15,11 @@ import pytest
 import tyro
 
 import cmsad_jax
-from experiments.measuring import lesions
-from experiments.measuring.metrics import METRICS, case_metrics
+from experiments.measuring.cases import Rule, measure_case
+from experiments.measuring.metrics import METRICS
 from experiments.measuring.summary import summarise
+from experiments.process.records import encode
+from experiments.run_folder import Results
 from experiments.settings.command_line import complete, parse
 from experiments.settings.presets import PRESETS
 from experiments.settings.stored import flatten, to_json
@@ -245,13 +247,19 @@ def test_site_builds_without_a_warning(tmp_path):
 
 def test_every_metric_and_key_of_a_run_is_explained():
     page = (ROOT / "docs/run_folder.md").read_text("utf-8")
-    row = {"case_id": "c", "patient_id": "p", "fold": 0, "class": "lesion"}
     cube = np.zeros((4, 8, 8), np.uint8)
     cube[1:3, 2:6, 2:6] = 1
-    row |= case_metrics(cube, cube, (3.0, 1.0, 1.0), ("lesion",))["lesion"]
-    row["detection"] = lesions.detect(cube.astype(np.float32), cube)
-    names = {*METRICS, *summarise([row], [0])}
-    assert not [name for name in sorted(names) if f"`{name}`" not in page]
+    probability = cube[..., None].astype(np.float32)
+    rows = measure_case("c", "p", 0, probability, cube, (3.0, 1.0, 1.0), Rule("lesion", 0.5))
+    keys = {*encode(Results(summarise(rows, [0])))}
+    keys |= {field.name for field in dataclasses.fields(Results)} - {"summary"}
+    keys |= {*encode(rows[0])} - {*METRICS}
+    assert not [name for name in sorted(keys) if f"`{name}`" not in page]
+    table = [
+        f"| `{name}` | {metric.meaning.replace('|', chr(92) + '|')} | {metric.undefined} |"
+        for name, metric in METRICS.items()
+    ]
+    assert "\n".join(table) in page, "the table of the metrics must be:\n" + "\n".join(table)
 
 
 def test_completion_completes(tmp_path):

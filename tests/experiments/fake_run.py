@@ -1,18 +1,21 @@
 """A run folder as ``experiments.cv`` leaves it, made of simple shapes, for the report's tests."""
 
 import csv
-import json
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_pipelines.serving.splits import Folds
-from experiments.measuring.lesions import detect
-from experiments.measuring.metrics import case_metrics
+from experiments.measuring.cases import Rule, measure_case
+from experiments.measuring.mean_shape import MeanShape
+from experiments.measuring.metrics import METRICS
+from experiments.measuring.rows import Row
 from experiments.measuring.summary import summarise
-from experiments.run_folder import write_metrics
+from experiments.process.environment import Environment
+from experiments.process.records import write_record
+from experiments.run_folder import SCHEMA, Best, FoldSummary, Results, RunFolder, RunRecord
 
 SPACING_MM = (3.0, 1.0, 1.0)
 SHAPE = (8, 40, 48)
@@ -29,6 +32,25 @@ def ellipsoid(centre: Sequence[float], radius_mm: Sequence[float]) -> np.ndarray
     grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
     offset_mm = (grid - centre) * SPACING_MM
     return ((offset_mm / radius_mm) ** 2).sum(-1) <= 1
+
+
+def row_of(
+    case_id: str,
+    *,
+    patient_id: str | None = None,
+    fold: int | None = 0,
+    name: str = "lesion",
+    truth_ml: float = 1.0,
+    predicted_ml: float = 1.0,
+    **metrics: float | None,
+) -> Row:
+    """A row with these metrics; all others are undefined."""
+    values = dict.fromkeys(METRICS) | {
+        "false_positive_volume_ml": 0.0,
+        "volume_truth_ml": truth_ml,
+        "volume_predicted_ml": predicted_ml,
+    }
+    return Row(case_id, patient_id or case_id, fold, name, values | metrics)
 
 
 def make_run(
@@ -49,33 +71,30 @@ def make_run(
     done = range(num_folds) if done is None else done
     ids = [[f"case_{f}{i:02d}" for i in range(cases_per_fold)] for f in range(num_folds)]
     folds = Folds(tuple(tuple(cases) for cases in ids))
-    folds.save(folder / "folds.json")
-    rows: list[dict[str, Any]] = []
+    run = RunFolder(folder)
+    folds.save(run.folds)
+    target = "lesion" if len(classes) == 1 else "zones"
+    rule = Rule(target, 0.5)
+    rows: list[Row] = []
     for fold in done:
-        directory = folder / f"fold_{fold}"
-        (directory / "figures").mkdir(parents=True)
+        of_fold = run.fold(fold)
+        of_fold.figures.mkdir(parents=True)
         if history:
-            write_history(directory / "history.csv", rng)
+            write_history(of_fold.history, rng)
         for number, case_id in enumerate(ids[fold]):
             positive = number < round(positive_share * cases_per_fold)
             truth, probability = make_masks(rng, positive, len(classes), miss=number == 0)
-            mask = (
-                (probability > 0.5).astype(np.uint8)
-                if len(classes) == 1
-                else probability.argmax(-1).astype(np.uint8)
+            channels = probability[..., None] if len(classes) == 1 else probability
+            rows += measure_case(
+                case_id, case_id, fold, channels, truth, SPACING_MM, rule, detect=extras
             )
-            measured = case_metrics(mask, truth, SPACING_MM, classes)
-            identity: dict[str, Any] = {"case_id": case_id, "patient_id": case_id, "fold": fold}
-            if len(classes) == 1 and extras:
-                identity |= {"detection": detect(probability, truth)}
-            rows += [{**identity, "class": name, **values} for name, values in measured.items()]
             if figures and number in (1, 2, cases_per_fold - 1):
                 image = rng.normal(size=(*SHAPE, len(modalities))) - 2.0 * truth[..., None]
                 image *= ellipsoid((4, 20, 24), (12, 18, 22))[..., None]
                 energy = probability.reshape(*SHAPE, -1)[..., -1][:, ::2, ::2]
                 attention = np.stack([np.stack([energy, energy**2], -1)] * len(modalities), -2)
                 np.savez_compressed(
-                    directory / "figures" / f"{case_id}.npz",
+                    of_fold.figure(case_id),
                     image=image.astype(np.float16),
                     modalities=np.array(modalities),
                     truth=truth,
@@ -83,40 +102,40 @@ def make_run(
                     attention=np.round(255 * attention).astype(np.uint8),
                     spacing_mm=np.array(SPACING_MM),
                 )
-    metrics = summarise(rows, list(done)) | {
-        "target": "lesion" if len(classes) == 1 else "zones",
-        "classes": list(classes),
-        "threshold": 0.5,
-        "checkpoint": "last",
-    }
+    results = Results(summarise(rows, list(done)), target, classes, rule.threshold, "last")
     if extras:
-        metrics |= {
-            "num_folds": num_folds,
-            "baseline_mean_shape": {"mean_dice": 0.123, "num_cases": 7},
-            "best_checkpoint": {str(f): {"step": 200, "validation_dice": 0.71} for f in done},
-            "fold_summaries": {
-                str(f): {
-                    "first_step_s": 9.1,
-                    "train_s": 71.5,
-                    "predict_s": 6.0,
-                    "examples_per_s": 25.0,
-                    "peak_memory_gb": 1.23,
-                }
-                for f in done
-            },
-        }
+        best = Best(200, 0.71)
+        results = dataclasses.replace(
+            results,
+            num_folds=num_folds,
+            folds_done=tuple(done),
+            baseline_mean_shape=MeanShape(0.123, 7),
+            best_checkpoint=dict.fromkeys(done, best),
+            fold_summaries=dict.fromkeys(
+                done,
+                FoldSummary(
+                    first_step_s=9.1,
+                    train_s=71.5,
+                    examples_per_s=25.0,
+                    steps_per_s=12.5,
+                    loss=0.5,
+                    skipped_updates=0,
+                    best=best,
+                    predict_s=6.0,
+                    peak_memory_gb=1.23,
+                ),
+            ),
+        )
         config = {"seed": 0, "data": {"name": "phantom", "modalities": list(modalities)}}
-        record = {"config": config, "data_fingerprint": "0123abcd"}
-        (folder / "config.json").write_text(json.dumps(record))
-        environment = {
-            "started": "2030-01-02T03:04:05+00:00",
-            "device": "1 x cpu",
-            "git_commit": "abc123",
-            "versions": {"jax": "1.2.3", "orbax-checkpoint": None},
-            "wall_s": {"build": 3.5, "training": 400.0},
-        }
-        (folder / "environment.json").write_text(json.dumps(environment))
-    write_metrics(metrics, folder / "metrics.json", folder / "metrics.csv")
+        write_record(run.config, RunRecord(config, "0123abcd"), schema=SCHEMA)
+        environment = Environment(
+            started="2030-01-02T03:04:05+00:00",
+            device="1 x cpu",
+            git_commit="abc123",
+            versions={"jax": "1.2.3", "orbax-checkpoint": None},
+        )
+        write_record(run.environment, environment, schema=SCHEMA)
+    run.write_results(results)
     return folder
 
 

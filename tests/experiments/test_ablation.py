@@ -14,13 +14,14 @@ from data_pipelines.reading.volume_io import write_nifti
 from data_pipelines.serving import loading
 from data_pipelines.serving.splits import Folds
 from experiments import ablation
-from experiments.measuring.metrics import METRICS, case_metrics
+from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.summary import summarise
-from experiments.run_folder import read_metrics, write_metrics
+from experiments.run_folder import Results, RunFolder
 from experiments.settings.config import window
 from experiments.settings.stored import to_json
 from experiments.studies import ablation_table
 from experiments.studies.ablation_table import folder_of_row, write_table
+from tests.experiments.fake_run import row_of
 
 TINY = [
     "--accelerator=cpu",
@@ -123,13 +124,14 @@ def save(run, dice):
     """A run with one positive case for each Dice, done in folds 0 and 1."""
     run.mkdir(parents=True)
     rows = [
-        dict.fromkeys(METRICS)
-        | {"dice": float(score), "volume_truth_ml": 1.0, "volume_predicted_ml": 1.0}
-        | {"case_id": f"c{i:02d}", "patient_id": f"p{i:02d}", "fold": i % 2, "class": "lesion"}
+        row_of(f"c{i:02d}", patient_id=f"p{i:02d}", fold=i % 2, dice=float(score))
         for i, score in enumerate(dice)
     ]
-    metrics = summarise(rows, [0, 1]) | {"folds_done": [0, 1]}
-    write_metrics(metrics, run / "metrics.json", run / "metrics.csv")
+    RunFolder(run).write_results(Results(summarise(rows, [0, 1]), folds_done=(0, 1)))
+
+
+def summary_of(run):
+    return RunFolder(run).read_results().summary
 
 
 @pytest.fixture
@@ -149,25 +151,29 @@ def three_rows(tmp_path):
 
 @pytest.fixture
 def no_sizes(monkeypatch):
-    sizes = {"num_parameters": 1234, "num_operations": 5e9}
+    sizes = ablation_table.Size(num_parameters=1234, num_operations=5e9)
     monkeypatch.setattr(ablation_table, "_size", lambda *arguments: sizes)
 
 
 def test_table_compares_every_row_with_the_full_model(three_rows, no_sizes):
     folder, rows = three_rows
     table = write_table(folder, rows, (1, 2), late_fusion=False)
-    assert json.loads((folder / "ablation.json").read_text("utf-8")) == json.loads(
-        json.dumps(table)
+    scff, concat = table.rows["scff"], table.rows["concat"]
+    (written,) = (
+        json.loads((folder / "ablation.json").read_text("utf-8"))["rows"][name] for name in ["scff"]
     )
-    scff, concat = table["rows"]["scff"], table["rows"]["concat"]
-    assert table["rows"]["full"]["against_full"] is None
-    assert scff["against_full"]["difference"] == pytest.approx(-0.1, abs=0.01)
-    low, high = scff["against_full"]["interval"]
+    assert written["num_parameters"] == 1234
+    assert written["dice"] == scff.figures.dice
+    assert written["against_full"]["difference"] == scff.against_full.difference
+    assert written["against_full"]["permutation_p"] == scff.against_full.tests.permutation_p
+    assert table.rows["full"].against_full is None
+    assert scff.against_full.difference == pytest.approx(-0.1, abs=0.01)
+    low, high = scff.against_full.interval
     assert low < -0.09 < high < 0 or low < -0.1 < high < 0
-    assert scff["against_full"]["corrected_p"] == pytest.approx(2e-4)
-    assert concat["against_full"]["permutation_p"] > 0.05
-    assert scff["sd_over_seeds"] == pytest.approx(0.02 / 2**0.5, abs=0.005)
-    assert scff["num_seeds"] == 2
+    assert scff.against_full.corrected_p == pytest.approx(2e-4)
+    assert concat.against_full.tests.permutation_p > 0.05
+    assert scff.figures.sd_over_seeds == pytest.approx(0.02 / 2**0.5, abs=0.005)
+    assert scff.figures.num_seeds == 2
     text = (folder / "ablation.md").read_text("utf-8")
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {13}
@@ -177,19 +183,19 @@ def test_table_compares_every_row_with_the_full_model(three_rows, no_sizes):
 def test_a_row_without_all_its_seeds_waits(three_rows, no_sizes):
     folder, rows = three_rows
     (folder / "scff" / "seed_2" / "metrics.json").unlink()
-    assert list(write_table(folder, rows, (1, 2), late_fusion=False)["rows"]) == ["full", "concat"]
+    assert list(write_table(folder, rows, (1, 2), late_fusion=False).rows) == ["full", "concat"]
     (folder / "full" / "seed_1" / "metrics.json").unlink()
-    (alone,) = write_table(folder, rows, (1, 2), late_fusion=False)["rows"].values()
-    assert alone["against_full"] is None
+    (alone,) = write_table(folder, rows, (1, 2), late_fusion=False).rows.values()
+    assert alone.against_full is None
 
 
 def test_a_row_without_all_its_folds_waits(three_rows, no_sizes):
     folder, rows = three_rows
-    file = folder / "scff" / "seed_2" / "metrics.json"
-    metrics = json.loads(file.read_text("utf-8"))
-    of_one = summarise([row for row in metrics["metric_per_case"] if row["fold"] == 0], [0])
-    file.write_text(json.dumps(of_one | {"folds_done": [0]}), "utf-8")
-    assert list(write_table(folder, rows, (1, 2), late_fusion=False)["rows"]) == ["full", "concat"]
+    run = RunFolder(folder / "scff" / "seed_2")
+    rows_of_run = run.read_results().summary.metric_per_case
+    of_one = summarise([row for row in rows_of_run if row.fold == 0], [0])
+    run.write_results(Results(of_one, folds_done=(0,)))
+    assert list(write_table(folder, rows, (1, 2), late_fusion=False).rows) == ["full", "concat"]
 
 
 def test_fewer_folds_than_are_done_may_be_asked_for(three_rows, no_sizes):
@@ -197,30 +203,30 @@ def test_fewer_folds_than_are_done_may_be_asked_for(three_rows, no_sizes):
     fewer = [
         dataclasses.replace(row, config=dataclasses.replace(row.config, folds=(1,))) for row in rows
     ]
-    table = write_table(folder, fewer, (1, 2), late_fusion=False)["rows"]
-    assert [row["num_cases"] for row in table.values()] == [12, 12, 12]
+    table = write_table(folder, fewer, (1, 2), late_fusion=False).rows
+    assert [row.figures.num_cases for row in table.values()] == [12, 12, 12]
     odd = np.mean(
         [
-            row["dice"]
+            row.dice
             for seed in (1, 2)
-            for row in read_metrics(folder / "full" / f"seed_{seed}")["metric_per_case"]
-            if row["fold"] == 1
+            for row in summary_of(folder / "full" / f"seed_{seed}").metric_per_case
+            if row.fold == 1
         ]
     )
-    assert table["full"]["dice"] == pytest.approx(odd)
+    assert table["full"].figures.dice == pytest.approx(odd)
 
 
 def test_a_table_without_any_positive_case_compares_nothing(three_rows, no_sizes):
     folder, rows = three_rows
-    for file in folder.glob("*/seed_*/metrics.json"):
-        metrics = json.loads(file.read_text("utf-8"))
-        cases = [
-            row | {"dice": None, "volume_truth_ml": 0.0, "false_positive_volume_ml": 0.0}
-            for row in metrics["metric_per_case"]
+    for run in folder.glob("*/seed_*"):
+        negatives = [
+            row_of(row.case_id, fold=row.fold, dice=None, truth_ml=0.0)
+            for row in summary_of(run).metric_per_case
         ]
-        file.write_text(json.dumps(summarise(cases, [0, 1]) | {"folds_done": [0, 1]}), "utf-8")
-    table = write_table(folder, rows, (1, 2), late_fusion=False)["rows"]
-    assert [row["against_full"] for row in table.values()] == [None, None, None]
+        results = Results(summarise(negatives, [0, 1]), folds_done=(0, 1))
+        RunFolder(run).write_results(results)
+    table = write_table(folder, rows, (1, 2), late_fusion=False).rows
+    assert [row.against_full for row in table.values()] == [None, None, None]
     assert "nan" not in (folder / "ablation.md").read_text("utf-8")
 
 
@@ -229,17 +235,18 @@ def test_late_fusion_is_in_the_table_if_it_is_asked_for(three_rows, no_sizes):
     shutil.copytree(folder / "scff", folder / "late-fusion")
     for asked in (True, False):
         table = write_table(folder, rows, (1, 2), late_fusion=asked)
-        assert ("late-fusion" in table["rows"]) == asked
+        assert ("late-fusion" in table.rows) == asked
 
 
 def test_rows_on_other_cases_are_refused(three_rows):
     folder, _ = three_rows
     full, scff = (
-        [read_metrics(folder / name / f"seed_{seed}") for seed in (1, 2)]
-        for name in ("full", "scff")
+        [summary_of(folder / name / f"seed_{seed}") for seed in (1, 2)] for name in ("full", "scff")
     )
-    for of_seed in scff:
-        of_seed["metric_per_case"] = of_seed["metric_per_case"][1:]
+    scff = [
+        dataclasses.replace(of_seed, metric_per_case=of_seed.metric_per_case[1:])
+        for of_seed in scff
+    ]
     with pytest.raises(DataError, match="all rows must have evaluated the same cases"):
         ablation_table.compare_rows(scff, full)
     with pytest.raises(DataError, match="all seeds of a row must have evaluated the same cases"):
@@ -332,27 +339,21 @@ def test_late_fusion_averages_the_probabilities(tmp_path, cache):
             case = source[case_id]
             probability = (strength * (case.original_truth > 0)).astype(np.float32)
             spacing = spacing_of(case.original_affine)
-            measured = case_metrics(probability, case.original_truth, spacing, ("lesion",))
-            identity = {"case_id": case_id, "patient_id": case.patient_id, "fold": 0}
-            rows.append(identity | {"class": "lesion"} | measured["lesion"])
+            truth, rule = case.original_truth, Rule("lesion", 0.5)
+            rows += measure_case(
+                case_id, case.patient_id, 0, probability[..., None], truth, spacing, rule
+            )
             file = run / "fold_0" / "probabilities" / f"{case_id}.nii.gz"
             file.parent.mkdir(parents=True, exist_ok=True)
             write_nifti(file, probability, case.original_affine)
-        facts = {
-            "target": "lesion",
-            "classes": ["lesion"],
-            "threshold": 0.5,
-            "checkpoint": "ema",
-            "num_folds": 2,
-            "folds_done": [0],
-        }
-        write_metrics(summarise(rows, [0]) | facts, run / "metrics.json", run / "metrics.csv")
+        results = Results(summarise(rows, [0]), "lesion", ("lesion",), 0.5, "ema", 2, (0,))
+        RunFolder(run).write_results(results)
     ablation.late_fusion(asked.output, base, source, 0)
-    fused = read_metrics(asked.output / "late-fusion" / "seed_0")
-    by_case = {row["case_id"]: row for row in fused["metric_per_case"]}
-    assert by_case[positive]["dice"] == 1  # (0.9 + 0.8 + 0.1) / 3 = 0.6 exceeds 0.5
-    assert by_case[positive]["detection"]["confidence"] == pytest.approx(0.6, abs=1e-3)
-    assert by_case[negative]["dice"] is None
+    fused = summary_of(asked.output / "late-fusion" / "seed_0")
+    by_case = {row.case_id: row for row in fused.metric_per_case}
+    assert by_case[positive].dice == 1  # (0.9 + 0.8 + 0.1) / 3 = 0.6 exceeds 0.5
+    assert by_case[positive].detection.confidence == pytest.approx(0.6, abs=1e-3)
+    assert by_case[negative].dice is None
     assert (asked.output / "late-fusion" / "seed_0" / "report.html").is_file()
 
 

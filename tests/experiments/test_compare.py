@@ -5,25 +5,26 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
 from experiments.compare import compare, compare_all, format_comparisons, main
-from experiments.measuring.metrics import METRICS
 from experiments.measuring.summary import summarise
-from experiments.run_folder import write_metrics
+from experiments.run_folder import Results, RunFolder
+from tests.experiments.fake_run import row_of
 
 
 def save_run(folder, dice, *, name="lesion", patients=None, fold=0):
     """A run with the given Dice per case; None marks a negative case."""
     folder.mkdir()
-    rows = []
-    for case_id, score in dice.items():
-        metrics = dict.fromkeys(METRICS) | {
-            "dice": score,
-            "false_positive_volume_ml": 0.0,
-            "volume_truth_ml": 0.0 if score is None else 1.0,
-            "volume_predicted_ml": 1.0,
-        }
-        identity = {"case_id": case_id, "patient_id": (patients or {}).get(case_id, case_id)}
-        rows.append({**identity, "fold": fold, "class": name, **metrics})
-    write_metrics(summarise(rows, [fold]), folder / "metrics.json", folder / "metrics.csv")
+    rows = [
+        row_of(
+            case_id,
+            patient_id=(patients or {}).get(case_id),
+            fold=fold,
+            name=name,
+            truth_ml=0.0 if score is None else 1.0,
+            dice=score,
+        )
+        for case_id, score in dice.items()
+    ]
+    RunFolder(folder).write_results(Results(summarise(rows, [fold])))
     return folder
 
 

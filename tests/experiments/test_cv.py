@@ -19,7 +19,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading
 from experiments import reproduce, run_folder
-from experiments.prediction.windows import to_mask
+from experiments.measuring.metrics import to_mask
 from experiments.process.console import RunError
 from experiments.process.storage import locked
 from experiments.reporting import figures
@@ -29,6 +29,7 @@ from experiments.training import loop
 from experiments.training.checkpoints import Checkpoints, load_params
 from experiments.training.programs import compile_programs
 from tests.data_pipelines.fabricate import raw_case, write_folder
+from tests.experiments.fake_run import row_of
 from tests.experiments.test_tensorboard import read_events
 from tests.experiments.tiny_run import ENCODER, history, poisoned, shared_programs, tiny
 
@@ -50,7 +51,7 @@ def finished(tmp_path_factory, cache):
     output = tmp_path_factory.mktemp("runs") / "run"
     config = tiny(output, cache)
     first = cross_validation.run(dataclasses.replace(config, folds=(1,)))
-    assert first["folds_done"] == [1]
+    assert first.folds_done == (1,)
     marker = output / "fold_1" / "metrics.json"
     written = marker.stat().st_mtime_ns
     metrics = cross_validation.run(config)
@@ -61,12 +62,12 @@ def finished(tmp_path_factory, cache):
 def test_every_patient_is_measured_once(finished):
     config, metrics = finished
     source = loading.build(config.data)
-    measured = [row["case_id"] for row in metrics["metric_per_case"]]
+    measured = [row.case_id for row in metrics.summary.metric_per_case]
     assert sorted(measured) == sorted(source.case_ids)
-    assert metrics["folds_done"] == [0, 1, 2]
+    assert metrics.folds_done == (0, 1, 2)
     by_case = {info.case_id: info.positive for info in source.info}
-    for row in metrics["metric_per_case"]:
-        assert (row["dice"] is not None) == by_case[row["case_id"]]
+    for row in metrics.summary.metric_per_case:
+        assert (row.dice is not None) == by_case[row.case_id]
 
 
 def test_masks_lie_in_the_frame_of_the_original_t2w(finished):
@@ -89,9 +90,7 @@ def test_run_folder_holds_config_versions_folds_curves_and_report(finished):
     assert record["data_fingerprint"] == loading.build(config.data).fingerprint
     environment = json.loads((output / "environment.json").read_text("utf-8"))
     assert environment["versions"]["jax"] == jax.__version__
-    assert json.loads((output / "metrics.json").read_text("utf-8"))["mean"] == json.loads(
-        json.dumps(metrics["mean"])
-    )
+    assert run_folder.RunFolder(output).read_results() == metrics
     with (output / "fold_0" / "history.csv").open() as file:
         history = list(csv.DictReader(file))
     assert [row["step"] for row in history] == ["1", "2"]
@@ -99,8 +98,8 @@ def test_run_folder_holds_config_versions_folds_curves_and_report(finished):
     assert history[-1]["validation_dice"] != ""
     assert "<html" in (output / "report.html").read_text("utf-8")
     assert (output / "report.md").is_file()
-    assert metrics["detection"]["num_cases"] == 10
-    assert metrics["fold_summaries"][0]["peak_memory_gb"] > 0.1
+    assert metrics.summary.detection.num_cases == 10
+    assert metrics.fold_summaries[0].peak_memory_gb > 0.1
     (events,) = (output / "fold_0" / "tensorboard").iterdir()
     assert "loss" in {event.tag for event in read_events(events)}
     with np.load(next((output / "fold_0" / "figures").iterdir())) as figure:
@@ -123,8 +122,8 @@ def test_checkpoint_gives_the_weights_back(finished):
 def test_same_seed_gives_the_same_numbers(finished, tmp_path, cache):
     _, metrics = finished
     again = cross_validation.run(dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,)))
-    rows = [row for row in metrics["metric_per_case"] if row["fold"] == 0]
-    assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
+    rows = tuple(row for row in metrics.summary.metric_per_case if row.fold == 0)
+    assert again.summary.metric_per_case == rows
 
 
 class Killed(BaseException):
@@ -162,9 +161,9 @@ def test_run_that_was_cut_off_ends_like_one_that_was_not(
         with pytest.raises(Killed):
             cross_validation.run(config)
     again = cross_validation.run(config)
-    rows = [row for row in metrics["metric_per_case"] if row["fold"] == 0]
-    assert json.dumps(again["metric_per_case"]) == json.dumps(rows)
-    assert again["best_checkpoint"][0] == metrics["best_checkpoint"][0]
+    rows = tuple(row for row in metrics.summary.metric_per_case if row.fold == 0)
+    assert again.summary.metric_per_case == rows
+    assert again.best_checkpoint[0] == metrics.best_checkpoint[0]
     for checkpoint in ("last", "best"):
         params = load_params(config.output, 0, checkpoint=checkpoint)
         before = load_params(reference.output, 0, checkpoint=checkpoint)
@@ -191,11 +190,12 @@ def test_masks_of_other_weights_are_made_again(tmp_path):
     for kind in ("masks", "probabilities"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "a.nii.gz").write_bytes(b"1")
-    run_folder.store_rows(tmp_path, "a", "weights", [{"dice": 0.5}], ("lesion",))
-    assert run_folder.stored_rows(tmp_path, "a", "weights") == [{"dice": 0.5}]
-    assert run_folder.stored_rows(tmp_path, "a", "others") is None
+    folder, rows = run_folder.FoldFolder(tmp_path), (row_of("a", dice=0.5),)
+    folder.store_case("a", "weights", rows, ("lesion",))
+    assert folder.stored_rows("a", "weights") == rows
+    assert folder.stored_rows("a", "others") is None
     (tmp_path / "masks" / "a.nii.gz").unlink()
-    assert run_folder.stored_rows(tmp_path, "a", "weights") is None
+    assert folder.stored_rows("a", "weights") is None
 
 
 def test_step_that_is_not_finite_is_skipped_and_said(
@@ -204,8 +204,8 @@ def test_step_that_is_not_finite_is_skipped_and_said(
     poisoned(monkeypatch, 1)
     config = dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,))
     metrics = cross_validation.run(config)
-    assert metrics["fold_summaries"][0]["skipped_updates"] == 1
-    assert "fold 1/3: step 1: loss or gradient not finite, update skipped; cases p" in (
+    assert metrics.fold_summaries[0].skipped_updates == 1
+    assert "fold 0 (1 of 3): step 1: loss or gradient not finite, update skipped; cases p" in (
         capsys.readouterr().out
     )
     rows = history(config.output)
@@ -410,17 +410,17 @@ def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
         train=dataclasses.replace(config.train, crop=(1, 32, 32)),
     )
     metrics = cross_validation.run(complete(config))
-    assert {row["class"] for row in metrics["metric_per_case"]} == {"pz", "tz"}
-    baseline = metrics["baseline_mean_shape"]
-    assert baseline["mean_dice"] > 0.1
-    measured = [row for row in metrics["metric_per_case"] if row["dice"] is not None]
-    assert baseline["num_cases"] == len(measured), "of the same fold alone"
+    assert {row.name for row in metrics.summary.metric_per_case} == {"pz", "tz"}
+    baseline = metrics.baseline_mean_shape
+    assert baseline.mean_dice > 0.1
+    measured = [row for row in metrics.summary.metric_per_case if row.dice is not None]
+    assert baseline.num_cases == len(measured), "of the same fold alone"
 
 
 def test_fold_that_finds_nothing_anywhere_is_told_with_a_remedy():
     def rows(*found):
         return [
-            {"dice": 0.5 if positive else None, "volume_predicted_ml": volume}
+            row_of("a", dice=0.5 if positive else None, predicted_ml=volume)
             for positive, volume in found
         ]
 

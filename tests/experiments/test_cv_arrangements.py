@@ -15,6 +15,7 @@ from cmsad_jax.modules import FusionConfig
 from cmsad_jax.training import LossConfig
 from experiments.process.console import RunError
 from experiments.process.signals import Interrupted, Stop
+from experiments.run_folder import RunFolder
 from experiments.settings.config import Config, PredictConfig
 from experiments.studies import cross_validation
 from experiments.training.checkpoints import load_params
@@ -122,14 +123,15 @@ def test_folds_side_by_side_are_those_in_turn(alone, side_by_side):
     in_turn = dataclasses.replace(alone, folds=(0, 1))
     metrics = cross_validation.run(in_turn)
     assert_same_folds(in_turn, side_by_side)
-    found = json.loads((side_by_side.output / "metrics.json").read_text("utf-8"))
-    assert found["folds_done"] == metrics["folds_done"] == [0, 1]
-    for fold in ("0", "1"):
-        assert found["fold_summaries"][fold]["folds_side_by_side"] == 2
-    for row, same in zip(metrics["metric_per_case"], found["metric_per_case"], strict=True):
-        assert (row["case_id"], row["fold"]) == (same["case_id"], same["fold"])
-        assert same["dice"] == pytest.approx(row["dice"], abs=1e-3)
-        assert same["volume_predicted_ml"] == pytest.approx(row["volume_predicted_ml"], rel=1e-3)
+    found = RunFolder(side_by_side.output).read_results()
+    assert found.folds_done == metrics.folds_done == (0, 1)
+    for summary in found.fold_summaries.values():
+        assert summary.folds_side_by_side == 2
+    rows = (results.summary.metric_per_case for results in (metrics, found))
+    for row, same in zip(*rows, strict=True):
+        assert (row.case_id, row.fold) == (same.case_id, same.fold)
+        assert same.dice == pytest.approx(row.dice, abs=1e-3)
+        assert same.volume_predicted_ml == pytest.approx(row.volume_predicted_ml, rel=1e-3)
 
 
 def test_folds_stopped_side_by_side_go_on_side_by_side_or_in_turn(
@@ -145,7 +147,7 @@ def test_folds_stopped_side_by_side_go_on_side_by_side_or_in_turn(
         with pytest.raises(Interrupted):
             cross_validation.run(config)
     said = capsys.readouterr().out
-    for fold in ("fold 1/3", "fold 2/3"):
+    for fold in ("fold 0 (1 of 3)", "fold 1 (2 of 3)"):
         assert f"{fold}: saved after step 1 of 2" in said
     in_turn = dataclasses.replace(config, output=tmp_path / "in_turn", folds_at_once=1)
     shutil.copytree(config.output, in_turn.output)
@@ -167,25 +169,26 @@ def test_a_fold_that_is_stuck_leaves_those_beside_it_as_they_were(
     config = both(tmp_path / "run", cache, max_skipped=2)
     with monkeypatch.context() as patch:
         poisoned(patch, 1, 2, calls=1)
-        with pytest.raises(RunError, match="got 2 steps in a row of fold 1 that"):
+        with pytest.raises(RunError, match="got 2 steps in a row of fold 0 that"):
             cross_validation.run(config)
     assert (config.output / "fold_0" / "not_finite_00000002.npz").exists()
     assert not (config.output / "fold_1" / "not_finite_00000002.npz").exists()
     np.testing.assert_array_equal(weights(config, 1), weights(side_by_side, 1))
-    assert cross_validation.run(config)["folds_done"] == [0, 1]
+    assert cross_validation.run(config).folds_done == (0, 1)
 
 
 ONE_OF_TWO = """
 import sys
 from pathlib import Path
-from experiments import cv, hosts
+from experiments.process import hosts
 from experiments.settings.config import DistributedConfig
+from experiments.studies import cross_validation
 from tests.experiments.test_cv_arrangements import plain
 
 process, port, output, cache = int(sys.argv[1]), *sys.argv[2:]
 hosts.join(DistributedConfig("auto", f"127.0.0.1:{port}", 2, process))
-metrics = cv.run(plain(Path(output + str(process)), Path(cache)))
-assert bool(metrics) == (process == 0)
+results = cross_validation.run(plain(Path(output + str(process)), Path(cache)))
+assert (results is not None) == (process == 0)
 """
 
 
@@ -196,7 +199,7 @@ def test_two_processes_train_as_one(alone, tmp_path, cache):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         said.append([line for line in out.splitlines() if not line.startswith("[Gloo]")])
-    assert any(line.startswith("fold 1/3: 2 steps") for line in said[0])
+    assert any(line.startswith("fold 0 (1 of 3): 2 steps") for line in said[0])
     assert not said[1]
     assert os.listdir(tmp_path) == ["run0"], "process 0 alone writes"
     for one, two in zip(history(alone.output), history(tmp_path / "run0"), strict=True):

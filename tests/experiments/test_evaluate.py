@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -14,7 +15,8 @@ from experiments.evaluate import main
 from experiments.measuring.metrics import METRICS, case_metrics
 from experiments.measuring.summary import format_summary, summarise
 from experiments.process.storage import write_text
-from experiments.run_folder import read_metrics, write_metrics
+from experiments.run_folder import Best, FoldSummary, Results, RunFolder
+from tests.experiments.fake_run import row_of
 
 SPACING = (3.0, 0.5, 0.5)
 
@@ -80,7 +82,7 @@ def test_perfect_prediction():
 def test_empty_truth_and_prediction_define_volumes_only():
     empty = np.zeros((3, 4, 5), np.uint8)
     result = measure(empty, empty)
-    assert tuple(result) == METRICS
+    assert list(result) == list(METRICS)
     assert {name for name, value in result.items() if value is not None} == {
         "specificity",
         "false_positive_volume_ml",
@@ -207,15 +209,16 @@ def test_bad_arrays_are_refused():
 
 
 def row(case_id, fold, dice, *, truth_ml=1.0, predicted_ml=1.0, false_ml=0.0, hd95=None):
-    values = dict.fromkeys(METRICS) | {
-        "dice": dice,
-        "sensitivity": dice,
-        "hd95_mm": hd95,
-        "false_positive_volume_ml": false_ml,
-        "volume_truth_ml": truth_ml,
-        "volume_predicted_ml": predicted_ml,
-    }
-    return {"case_id": case_id, "patient_id": case_id, "fold": fold, "class": "lesion", **values}
+    return row_of(
+        case_id,
+        fold=fold,
+        truth_ml=truth_ml,
+        predicted_ml=predicted_ml,
+        dice=dice,
+        sensitivity=dice,
+        hd95_mm=hd95,
+        false_positive_volume_ml=false_ml,
+    )
 
 
 def example():
@@ -230,7 +233,8 @@ def example():
 
 def test_summary_of_a_small_run_by_hand():
     summary = summarise(example(), [0, 1, 2])
-    lesion = {key: summary[key]["lesion"] for key in ("mean", "sd", "median", "num_defined")}
+    tables = ("mean", "sd", "median", "num_defined")
+    lesion = {key: getattr(summary, key)["lesion"] for key in tables}
     assert lesion["mean"]["dice"] == pytest.approx(0.4)
     assert lesion["median"]["dice"] == pytest.approx(0.4)
     assert lesion["sd"]["dice"] == pytest.approx(0.4)  # of 0.4, 0, 0.8 with n - 1
@@ -238,42 +242,40 @@ def test_summary_of_a_small_run_by_hand():
     assert lesion["mean"]["hd95_mm"] == pytest.approx(3.0)
     assert lesion["num_defined"]["hd95_mm"] == 2
     assert lesion["mean"]["assd_mm"] is None
-    assert summary["sd_of_fold_means"]["lesion"]["dice"] == pytest.approx(
-        np.std([0.2, 0.8], ddof=1)
-    )
-    assert summary["num_cases"] == 5
-    assert summary["num_patients"]["lesion"]["dice"] == 3
-    low, high = summary["interval"]["lesion"]["dice"]
+    assert summary.sd_of_fold_means["lesion"]["dice"] == pytest.approx(np.std([0.2, 0.8], ddof=1))
+    assert summary.num_cases == 5
+    assert summary.num_patients["lesion"]["dice"] == 3
+    low, high = summary.interval["lesion"]["dice"]
     assert 0 <= low < 0.4 < high < 0.81
-    assert summary["interval"]["lesion"]["assd_mm"] is None
-    assert summary["num_positive"] == {"lesion": 3}
-    assert summary["num_negatives"] == {"lesion": 2}
-    assert summary["num_missed"] == {"lesion": 1}
-    assert summary["num_no_overlap"] == {"lesion": 1}
-    assert summary["false_positives_on_negatives"]["lesion"] == pytest.approx(
-        {"num_cases": 1, "mean_ml": 1.0, "median_ml": 1.0, "sd_ml": 2**0.5, "max_ml": 2.0}
-    )
-    assert summary["folds_without_positives"] == [2]
-    assert [fold["note"] for fold in summary["per_fold"]] == [
+    assert summary.interval["lesion"]["assd_mm"] is None
+    assert summary.num_positive == {"lesion": 3}
+    assert summary.num_negatives == {"lesion": 2}
+    assert summary.num_missed == {"lesion": 1}
+    assert summary.num_no_overlap == {"lesion": 1}
+    false = summary.false_positives_on_negatives["lesion"]
+    assert (false.num_cases, false.mean_ml, false.median_ml, false.max_ml) == (1, 1.0, 1.0, 2.0)
+    assert false.sd_ml == pytest.approx(2**0.5)
+    assert summary.folds_without_positives == (2,)
+    assert [fold.note for fold in summary.per_fold] == [
         None,
         None,
         "no case with lesion: Dice undefined",
     ]
-    assert summary["per_fold"][2]["mean"]["lesion"]["dice"] is None
-    assert [entry["case_id"] for entry in summary["metric_per_case"]] == list("abcde")
+    assert summary.per_fold[2].mean["lesion"]["dice"] is None
+    assert [entry.case_id for entry in summary.metric_per_case] == list("abcde")
 
 
 def test_summary_does_not_depend_on_the_order_of_rows_and_reads_its_own_rows():
     summary = summarise(example(), [0, 1, 2])
     assert summarise(example()[::-1], [2, 0, 1]) == summary
-    assert summarise(summary["metric_per_case"], [0, 1, 2]) == summary
+    assert summarise(summary.metric_per_case, [0, 1, 2]) == summary
 
 
 def test_summary_without_any_positive_case():
-    negatives = [entry for entry in example() if entry["dice"] is None]
+    negatives = [entry for entry in example() if entry.dice is None]
     summary = summarise(negatives, [0, 2])
-    assert summary["mean"]["lesion"]["dice"] is summary["sd"]["lesion"]["dice"] is None
-    assert summary["folds_without_positives"] == [0, 2]
+    assert summary.mean["lesion"]["dice"] is summary.sd["lesion"]["dice"] is None
+    assert summary.folds_without_positives == (0, 2)
     assert "undefined" in format_summary(summary)
 
 
@@ -282,18 +284,19 @@ def test_bad_rows_are_refused():
         summarise([])
     with pytest.raises(DataError, match=r"once per class; got \[\('a', 'lesion'\)\] twice"):
         summarise([row("a", 0, 0.5), row("a", 0, 0.6)], [0])
-    old = {key: value for key, value in row("a", 0, 0.5).items() if key != "iou"}
-    with pytest.raises(DataError, match="got rows without iou, as earlier versions wrote them"):
-        summarise([old], [0])
+    new = row("a", 0, 0.5)
+    old = {key: value for key, value in new.metrics.items() if key != "iou"}
+    with pytest.raises(DataError, match="got one without iou, as another version wrote it"):
+        dataclasses.replace(new, metrics=old)
     with pytest.raises(DataError, match=r"got case a of fold 3 and folds \[0, 1\]"):
         summarise([row("a", 3, 0.5)], [0, 1])
 
 
 def test_files_hold_null_and_empty_cells_for_undefined(tmp_path):
-    summary = summarise(example(), [0, 1, 2]) | {"target": "lesion"}
-    write_metrics(summary, tmp_path / "metrics.json", tmp_path / "metrics.csv")
+    results = Results(summarise(example(), [0, 1, 2]), target="lesion")
+    RunFolder(tmp_path).write_results(results)
     assert "NaN" not in (tmp_path / "metrics.json").read_text("utf-8")
-    assert read_metrics(tmp_path) == summary
+    assert RunFolder(tmp_path).read_results() == results
     with (tmp_path / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [entry["dice"] for entry in rows] == ["0.4", "0.0", "", "0.8", ""]
@@ -302,9 +305,11 @@ def test_files_hold_null_and_empty_cells_for_undefined(tmp_path):
 
 
 def test_a_diverged_loss_is_written_as_null(tmp_path):
-    summary = summarise(example(), [0, 1, 2]) | {"fold_summaries": {"0": {"loss": float("nan")}}}
-    write_metrics(summary, tmp_path / "metrics.json", tmp_path / "metrics.csv")
-    assert read_metrics(tmp_path)["fold_summaries"] == {"0": {"loss": None}}
+    diverged = FoldSummary(1.0, 1.0, 1.0, 1.0, float("nan"), 0, Best())
+    results = Results(summarise(example(), [0, 1, 2]), fold_summaries={0: diverged})
+    RunFolder(tmp_path).write_results(results)
+    (read,) = RunFolder(tmp_path).read_results().fold_summaries.values()
+    assert read == dataclasses.replace(diverged, loss=None)
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -316,7 +321,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_missing_metrics_file_is_named(tmp_path):
     with pytest.raises(MissingDataError, match=r"must hold metrics\.json; got none in"):
-        read_metrics(tmp_path)
+        RunFolder(tmp_path).read_results()
 
 
 AFFINE = np.diag([0.5, 0.5, 3.0, 1.0])
@@ -338,10 +343,10 @@ def test_command_compares_two_folders(folders, tmp_path, capsys):
     predictions, labels = folders
     output = tmp_path / "out"
     main([str(predictions), str(labels), "--output", str(output)])
-    summary = read_metrics(output)
-    assert [entry["dice"] for entry in summary["metric_per_case"]] == [0.75, 0.0]
-    assert summary["metric_per_case"][0]["volume_truth_ml"] == pytest.approx(48 * 0.75e-3)
-    assert summary["per_fold"] == []
+    summary = RunFolder(output).read_results().summary
+    assert [entry.dice for entry in summary.metric_per_case] == [0.75, 0.0]
+    assert summary.metric_per_case[0].volume_truth_ml == pytest.approx(48 * 0.75e-3)
+    assert summary.per_fold == ()
     assert "2 of 2 cases positive, 1 missed" in capsys.readouterr().out
 
 
@@ -352,12 +357,12 @@ def test_probabilities_are_evaluated_for_detection_too(folders, tmp_path, capsys
     write_nifti(predictions / "y.nii.gz", 0.7 * truth.astype(np.float32), AFFINE)
     write_nifti(labels / "y.nii.gz", 0 * truth, AFFINE)
     main([str(predictions), str(labels), "--output", str(tmp_path)])
-    summary = read_metrics(tmp_path)
-    assert summary["detection"]["average_precision"] == 1
-    assert summary["detection"]["auroc"] == 1
-    confidences = [entry["detection"]["confidence"] for entry in summary["metric_per_case"]]
+    summary = RunFolder(tmp_path).read_results().summary
+    assert summary.detection.average_precision == 1
+    assert summary.detection.auroc == 1
+    confidences = [entry.detection.confidence for entry in summary.metric_per_case]
     assert confidences == pytest.approx([0.8, 0.7])
-    assert summarise(summary["metric_per_case"]) == summary
+    assert summarise(summary.metric_per_case) == summary
     assert "AP 1.000, AUROC of cases 1.000, PI-CAI score 1.000" in capsys.readouterr().out
     main([str(predictions), str(labels), "--target", "gland"])
     assert "lesions:" not in capsys.readouterr().out
@@ -367,12 +372,12 @@ def test_files_of_a_patient_count_as_one_where_a_table_says_so(folders, tmp_path
     predictions, labels = folders
     arguments = [str(predictions), str(labels), f"--output={tmp_path}"]
     main(arguments)
-    assert read_metrics(tmp_path)["num_patients"]["lesion"]["dice"] == 2
+    assert RunFolder(tmp_path).read_results().summary.num_patients["lesion"]["dice"] == 2
     table = tmp_path / "patients.csv"
     table.write_text("case,patient\nx,p\ny,p\n")
     main([*arguments, f"--patients={table}"])
-    assert read_metrics(tmp_path)["num_patients"]["lesion"]["dice"] == 1
-    assert read_metrics(tmp_path)["interval"]["lesion"]["dice"] is None
+    assert RunFolder(tmp_path).read_results().summary.num_patients["lesion"]["dice"] == 1
+    assert RunFolder(tmp_path).read_results().summary.interval["lesion"]["dice"] is None
     table.write_text("case,patient\nx,p\n")
     with pytest.raises(DataError, match=r"must name the patient of every case; got none of y\."):
         main([*arguments, f"--patients={table}"])

@@ -11,9 +11,9 @@ import cmsad_jax.export
 from cmsad_jax.named_weights import flatten_weights
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
-from experiments import export, run_folder
+from experiments import export
 from experiments.exporting import artifact, model_card
-from experiments.run_folder import read_metrics
+from experiments.run_folder import RunFolder, RunRecord
 from experiments.settings.config import Config
 from experiments.settings.stored import from_json, to_json
 from tests.experiments.untrained_run import make_untrained_run, tiny_config
@@ -94,17 +94,17 @@ def test_card_follows_the_classes_and_the_grid(exported):
 
 def test_provenance_names_no_folder_of_the_machine(tmp_path):
     config = dataclasses.replace(tiny_config(), profile=tmp_path, folds_file=tmp_path)
-    record = artifact._without_paths({"config": to_json(config)})
-    assert str(tmp_path) not in json.dumps(record)
+    record = artifact._without_paths(RunRecord(to_json(config)))
+    assert str(tmp_path) not in json.dumps(record.config)
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"must be as it was written; .*config\.json"):
-        run_folder.read_run(tmp_path)
+        RunFolder(tmp_path).read_config()
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(DataError, match=r"must be as it was written; .*metrics\.json"):
-        read_metrics(tmp_path)
+        RunFolder(tmp_path).read_results()
 
 
 def test_training_with_dropout_or_missing_cases_allows_for_missing_modalities():

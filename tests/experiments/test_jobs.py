@@ -8,7 +8,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.serving import loading
 from experiments import ablation
 from experiments.process.console import RunError
-from experiments.run_folder import read_metrics
+from experiments.run_folder import RunFolder
 from experiments.studies import jobs
 from tests.faults.job import tiny
 
@@ -52,13 +52,12 @@ def test_processes_give_what_one_gives_and_their_fault_ends_all(tmp_path, capsys
     losses = []
     for config in (*configs("here"), *configs("there")):
         assert ablation.is_done(config)
-        metrics = read_metrics(jobs.folder_of(config))
-        losses.append(metrics["fold_summaries"]["0"]["loss"])
+        losses.append(RunFolder(config.output).read_results().fold_summaries[0].loss)
     # sums over voxels are split among another number of cores
     assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-3
     account = (tmp_path / "there" / "full" / "seed_1.log").read_text("utf-8")
-    assert "fold 1/2: 2 steps in" in account
+    assert "fold 0 (1 of 2): 2 steps in" in account
     assert "lesions:" not in account  # it is the gland that is segmented
     endless = dataclasses.replace(
         configs("later")[0], train=dataclasses.replace(config.train, steps=10**6)

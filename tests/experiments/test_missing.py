@@ -13,8 +13,8 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from data_pipelines.serving import loading, splits
 from experiments import missing
-from experiments.measuring.metrics import case_metrics
-from experiments.prediction.windows import predict_case, to_mask
+from experiments.measuring.metrics import case_metrics, to_mask
+from experiments.prediction.windows import predict_case
 from experiments.training.checkpoints import load_params
 from experiments.training.programs import compile_programs
 from tests.experiments.untrained_run import make_untrained_run, revisitable, tiny_config

@@ -19,7 +19,10 @@ from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from experiments import export, predict
 from experiments.exporting.artifact import describe
+from experiments.measuring import lesions
 from experiments.prediction.inputs import find_inputs, read_case
+from experiments.prediction.outputs import PredictionFolder
+from experiments.run_folder import FoldFolder
 from experiments.studies import cross_validation
 from experiments.training.programs import compile_programs
 from tests.data_pipelines.fabricate import affine, raw_case, save, write_dicom, write_folder
@@ -79,7 +82,8 @@ def test_probability_is_that_of_the_run_itself(predicted, run, config):
     expected = []
     for fold, params in enumerate(members):
         directory = predicted / f"cv_{fold}"
-        cross_validation.predict_and_measure(config, programs, params, case, fold, directory)
+        folder = FoldFolder(directory)
+        cross_validation.predict_and_measure(config, programs, params, case, fold, folder)
         expected.append(load(directory / "probabilities/a.nii.gz"))
     probability = load(predicted / "out/probabilities/a.nii.gz")
     np.testing.assert_allclose(probability, np.mean(expected, 0), atol=1e-5)
@@ -132,8 +136,7 @@ def test_account_names_the_model_the_candidates_and_what_failed(predicted, capsy
     assert a["missing_modalities"] == []
     mask = load(predicted / "out/masks/a.nii.gz")
     voxel_ml = 3.0 / 1000
-    volume = sum(candidate["volume_ml"] for candidate in a["candidates"])
-    assert volume == pytest.approx(mask.sum() * voxel_ml, abs=1e-3)
+    assert a["volume_ml"]["lesion"] == pytest.approx(mask.sum() * voxel_ml, abs=1e-3)
     confidences = [candidate["confidence"] for candidate in a["candidates"]]
     assert confidences == sorted(confidences, reverse=True)
     assert confidences[0] == a["highest_probability"]["lesion"]
@@ -240,21 +243,22 @@ def test_missing_modality_is_a_fault_unless_trained_for(artifact, tmp_path, caps
     assert mask.shape == nib.load(tmp_path / "in/a/adc.nii.gz").shape, "without T2W, ADC's frame"
 
 
-def test_candidates_are_components_with_volume_centre_and_confidence():
-    mask = np.zeros((4, 10, 12), bool)
-    mask[1:3, 2:4, 5:7] = True
-    mask[3, 4, 7] = True  # touches the corner of the first
-    mask[0, 8, 0:3] = True
-    probability = np.where(mask, 0.6, 0.1).astype(np.float32)
-    probability[0, 8, 1] = 0.9
+def test_candidates_are_those_that_are_counted_in_detection():
+    probability = np.full((4, 20, 24), 0.01, np.float32)
+    probability[1:3, 2:6, 5:9] = 0.9  # 32 voxels
+    probability[1:3, 12:16, 12:17] = 0.4  # 40 voxels, below the threshold of the mask
+    probability[0, 18, 0:3] = 0.95  # too small
     grid = affine((3.0, 0.5, 0.4))
-    second, first = predict.lesion_candidates(mask, probability, grid)
-    assert first["volume_ml"] == pytest.approx(9 * 0.6 / 1000, abs=1e-4)
-    assert first["confidence"] == pytest.approx(0.6)
-    assert second["confidence"] == pytest.approx(0.9)
-    expected = nib.affines.apply_affine(grid, [1, 8, 0])
-    np.testing.assert_allclose(second["centre_mm"], expected, atol=0.01)
-    assert predict.lesion_candidates(np.zeros((2, 3, 4), bool), probability[:2], grid) == []
+    first, second = lesions.candidates(probability, grid)
+    assert first.volume_ml == pytest.approx(32 * 0.6 / 1000, abs=1e-4)
+    assert second.volume_ml == pytest.approx(40 * 0.6 / 1000, abs=1e-4)
+    assert (first.confidence, second.confidence) == pytest.approx((0.9, 0.4))
+    expected = nib.affines.apply_affine(grid, [6.5, 3.5, 1.5])
+    np.testing.assert_allclose(first.centre_mm, expected, atol=0.01)
+    counted = lesions.detect(probability, np.zeros(probability.shape, np.uint8)).lesions
+    found = sorted(candidate.confidence for candidate in (first, second))
+    assert sorted(match.confidence for match in counted) == pytest.approx(found)
+    assert lesions.candidates(np.zeros((2, 3, 4), np.float32), grid) == ()
 
 
 def names_of(root):
@@ -491,11 +495,12 @@ def test_several_classes_and_networks_of_slices(config, tmp_path):
     assert data.classes == ("pz", "tz")
     case = preprocessing.preprocess_case(case_of("a"), data, require_label=False)
     computed = predict.compute(model, case, attention=False)
-    account = predict.write_case(computed, description, tmp_path, uncertainty=True)
+    account = PredictionFolder(tmp_path).write_case(computed, description, uncertainty=True)
     mask = load(tmp_path / "masks/a.nii.gz")
     pz, tz = (load(tmp_path / f"probabilities/a_{name}.nii.gz") for name in description.classes)
     assert set(np.unique(mask)) == {0, 1, 2}
     np.testing.assert_array_equal(mask == 2, (tz > pz) & (tz > 1 - pz - tz) & (pz + tz > 0))
-    assert {candidate["class"] for candidate in account["candidates"]} == {"pz", "tz"}
-    assert account["highest_probability"]["tz"] == pytest.approx(tz.max(), abs=1e-6)
+    assert account.candidates is None, "a zone is always there"
+    assert account.volume_ml["tz"] == pytest.approx((mask == 2).sum() * 3.0 / 1000, abs=1e-3)
+    assert account.highest_probability["tz"] == pytest.approx(tz.max(), abs=1e-6)
     assert load(tmp_path / "entropy/a.nii.gz").max() <= 1 + 1e-6

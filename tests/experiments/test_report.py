@@ -9,17 +9,20 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.faults import MissingDataError
 from data_pipelines.serving.splits import Folds
+from experiments.measuring.mean_shape import MeanShape
+from experiments.measuring.summary import summarise
+from experiments.process.console import run_main
 from experiments.report import main
 from experiments.reporting import pictures
 from experiments.reporting.page import write_report
 from experiments.reporting.pictures import choose_cases, outline, slice_to_show
-from experiments.run_folder import read_metrics
+from experiments.run_folder import FoldResults, Results, RunFolder
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config
 from experiments.studies import cross_validation
-from tests.experiments.fake_run import keep_one_figure, make_run
+from tests.experiments.fake_run import keep_one_figure, make_run, row_of
 
 VARIANTS = {
     "full": {},
@@ -37,7 +40,7 @@ def reports(tmp_path_factory):
     texts = {}
     for name, options in VARIANTS.items():
         run = make_run(tmp_path_factory.mktemp("runs") / name, **options)
-        page = write_report(run)
+        page = write_report(RunFolder(run))
         assert page == run / "report.html"
         texts[name] = (page.read_text("utf-8"), (run / "report.md").read_text("utf-8"))
     return texts
@@ -110,9 +113,10 @@ def test_markdown_holds_every_figure_of_the_page(reports, name):
 
 def test_headline_is_the_mean_over_defined_cases(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
-    write_report(run)
-    dice = [row["dice"] for row in read_metrics(run)["metric_per_case"] if row["dice"] is not None]
-    low, high = read_metrics(run)["interval"]["lesion"]["dice"]
+    write_report(RunFolder(run))
+    summary = RunFolder(run).read_results().summary
+    dice = [row.dice for row in summary.metric_per_case if row.dice is not None]
+    low, high = summary.interval["lesion"]["dice"]
     expected = (
         f"| Dice | {np.mean(dice):.3f} | {low:.3f} to {high:.3f} | {np.std(dice, ddof=1):.3f} |"
     )
@@ -146,7 +150,7 @@ def test_folds_of_groups_are_named(tmp_path):
     run = make_run(tmp_path / "run", num_folds=3, done=(0, 2), figures=False)
     folds = Folds.load(run / "folds.json")
     Folds(folds.validation, ("RUMC", "<PCNN>", "ZGT")).save(run / "folds.json")
-    html = write_report(run).read_text("utf-8")
+    html = write_report(RunFolder(run)).read_text("utf-8")
     markdown = (run / "report.md").read_text("utf-8")
     for text in (html.replace("&lt;", "<").replace("&gt;", ">"), markdown):
         assert "missing: fold 1 (<PCNN>)." in text
@@ -170,15 +174,12 @@ def test_run_without_positives_has_no_dice(reports):
 
 def test_a_single_fold_without_positives_is_named(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, figures=False, history=False)
-    metrics = read_metrics(run)
-    metrics["folds_without_positives"] = [1]
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    assert "No positive case in fold 1: Dice is undefined there." in write_report(run).read_text(
-        "utf-8"
-    )
+    change_metrics(run, lambda content: content.update(folds_without_positives=[1]))
+    html = write_report(RunFolder(run)).read_text("utf-8")
+    assert "No positive case in fold 1: Dice is undefined there." in html
     folds = Folds.load(run / "folds.json")
     Folds(folds.validation, ("A", "B")).save(run / "folds.json")
-    assert "No positive case in fold 1 (B): Dice" in write_report(run).read_text("utf-8")
+    assert "No positive case in fold 1 (B): Dice" in write_report(RunFolder(run)).read_text("utf-8")
 
 
 def test_one_modality_and_several_classes(reports):
@@ -198,8 +199,8 @@ def test_bare_run_says_what_it_lacks(reports):
 
 def test_names_from_files_are_escaped(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, figures=False, history=False)
-    (run / "environment.json").write_text(json.dumps({"device": "<b>&|x", "host": "<i>|y"}))
-    html = write_report(run).read_text("utf-8")
+    (run / "environment.json").write_text(json.dumps({"device": "<b>&|x", "system": "<i>|y"}))
+    html = write_report(RunFolder(run)).read_text("utf-8")
     assert "on &lt;b&gt;&amp;|x" in html
     assert "<b>&" not in html
     assert "&lt;i&gt;|y" in html
@@ -208,27 +209,57 @@ def test_names_from_files_are_escaped(tmp_path):
 
 def test_report_is_written_anew_and_alike(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
-    first = write_report(run).read_text("utf-8")
+    first = write_report(RunFolder(run)).read_text("utf-8")
     main([str(run)])
     assert (run / "report.html").read_text("utf-8") == first
 
 
-def test_run_of_an_earlier_version_is_refused(tmp_path):
+def change_metrics(run, change):
+    """Edit ``metrics.json`` in place."""
+    content = json.loads((run / "metrics.json").read_text("utf-8"))
+    change(content)
+    (run / "metrics.json").write_text(json.dumps(content))
+
+
+def test_a_run_of_the_earliest_versions_gets_its_intervals_from_its_rows(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, figures=False, history=False, extras=False)
-    metrics = read_metrics(run)
-    del metrics["interval"]
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    assert "95 % interval" in write_report(run).read_text("utf-8")  # the rows say enough
-    for entry in metrics["metric_per_case"]:
-        del entry["iou"]
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(DataError, match="rows without iou"):
-        write_report(run)
+    before = RunFolder(run).read_results()
+
+    def as_once(content):
+        for key in ("schema", "interval", "num_patients"):
+            del content[key]
+
+    change_metrics(run, as_once)
+    assert RunFolder(run).read_results() == before
+    assert "95 % interval" in write_report(RunFolder(run)).read_text("utf-8")
+
+
+@pytest.mark.parametrize("table", ["metric_per_case", "mean", "num_defined", "per_fold"])
+def test_a_run_without_a_metric_of_this_version_is_refused(tmp_path, table, capsys):
+    run = make_run(tmp_path / "run", num_folds=2, figures=False, history=False)
+    write_report(RunFolder(run))
+    written = (run / "report.html").read_bytes()
+
+    def without(content):
+        entries = content[table]
+        entries = [entries["lesion"]] if isinstance(entries, dict) else entries
+        for entry in entries:
+            del entry.get("mean", {}).get("lesion", entry)["specificity"]
+
+    change_metrics(run, without)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: main([str(run)]))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    what = "row" if table == "metric_per_case" else "summary"
+    assert f"error: {run / 'metrics.json'}: every {what} must hold all metrics; got one " in said
+    assert "without specificity, as another version wrote it. Measure the cases again" in said
+    assert (run / "report.html").read_bytes() == written
 
 
 def test_folder_without_metrics_is_refused(tmp_path):
     with pytest.raises(MissingDataError, match=r"must hold metrics\.json; got none in"):
-        write_report(tmp_path)
+        write_report(RunFolder(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,12 +291,12 @@ def test_slice_shows_truth_then_prediction_then_probability():
 
 
 def rows_of(**dice):
-    return {case: [{"dice": score, "volume_predicted_ml": 1.0}] for case, score in dice.items()}
+    return {case: [row_of(case, dice=score)] for case, score in dice.items()}
 
 
 def test_best_median_worst_and_a_negative_are_chosen():
     rows = rows_of(a=0.1, b=0.5, c=0.6, d=0.9, e=0.7, n=None, o=None)
-    rows["o"][0]["volume_predicted_ml"] = 2.0
+    rows["o"] = [row_of("o", dice=None, predicted_ml=2.0)]
     chosen = choose_cases(rows, rows.keys())
     assert list(chosen) == ["d", "c", "a", "o"]
     assert list(chosen.values())[:3] == ["Best", "Median", "Worst"]
@@ -339,7 +370,7 @@ def test_a_large_image_is_kept_as_jpeg_within_what_image_formats_hold():
 def test_a_grid_beyond_what_browsers_hold_is_thinned_in_plane_and_says_so(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
     monkeypatch.setattr(pictures, "CANVAS_PIXELS", 9 * 40 * 48 - 1)
-    html = write_report(run).read_text("utf-8")
+    html = write_report(RunFolder(run)).read_text("utf-8")
     for case in viewer_data(html)["cases"]:
         assert case["shape"] == [8, 20, 24]
         assert case["spacing_mm"] == [3, 2, 2]
@@ -347,7 +378,11 @@ def test_a_grid_beyond_what_browsers_hold_is_thinned_in_plane_and_says_so(tmp_pa
         assert pixels(case["layers"]["truth"]).shape == (3 * 20, 3 * 24)
     assert html.count("1/2 of the resolution") == 4  # not the pictures: they have room
     monkeypatch.setattr(pictures, "CANVAS_SIDE", 3 * 24 - 1)
-    assert viewer_data(write_report(run).read_text("utf-8"))["cases"][0]["shape"] == [8, 13, 16]
+    assert viewer_data(write_report(RunFolder(run)).read_text("utf-8"))["cases"][0]["shape"] == [
+        8,
+        13,
+        16,
+    ]
 
 
 def test_thinning_takes_means_of_images_and_middles_of_labels():
@@ -382,9 +417,9 @@ def noisy_run(folder):
 
 def test_page_keeps_to_its_limit_and_thins_even_the_first_case(tmp_path, monkeypatch):
     run = noisy_run(tmp_path / "run")
-    assert write_report(run).stat().st_size > 800_000
+    assert write_report(RunFolder(run)).stat().st_size > 800_000
     monkeypatch.setattr("experiments.reporting.page.PAGE_BYTES", 600_000)
-    html = write_report(run).read_text("utf-8")
+    html = write_report(RunFolder(run)).read_text("utf-8")
     assert 300_000 < len(html.encode()) < 600_000
     (case,) = viewer_data(html)["cases"]
     assert case["shape"] == [12, 128, 128]
@@ -395,7 +430,7 @@ def test_pictures_keep_to_their_limit(tmp_path, monkeypatch):
     run = noisy_run(tmp_path / "run")
 
     def size():
-        html = write_report(run).read_text("utf-8")
+        html = write_report(RunFolder(run)).read_text("utf-8")
         shown = re.search(r'<section id="pictures">.*?</section>', html, re.DOTALL)[0]
         return len(shown), re.findall(r"shown at 1/\d+ of the resolution", shown)
 
@@ -420,7 +455,8 @@ def test_outlines_of_noise_count_as_well(tmp_path, monkeypatch):
         "", "", ["t2w"], noise[..., None], noise, noise, noise, None, (3, 1, 1), 0
     )
     monkeypatch.setattr(pictures, "_read_case", lambda *_: case)
-    (picture,) = pictures.pictures_of(tmp_path, {}, ["lesion"], 50_000)
+    results = Results(summarise([row_of("a", dice=0.5)], [0]))
+    (picture,) = pictures.pictures_of(RunFolder(tmp_path), results, ["lesion"], 50_000)
     assert sum(len(panel.svg) for panel in picture.panels) < 50_000
     assert "1/2 of the resolution" in picture.caption
 
@@ -428,7 +464,7 @@ def test_outlines_of_noise_count_as_well(tmp_path, monkeypatch):
 def test_cases_without_room_are_left_out_with_the_reason(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
     monkeypatch.setattr("experiments.reporting.page.PAGE_BYTES", 1000)
-    html = write_report(run).read_text("utf-8")
+    html = write_report(RunFolder(run)).read_text("utf-8")
     assert (
         "Left out, as the page has no room for their slices even at low resolution: "
         "4 of the cases pictured above." in html
@@ -440,34 +476,32 @@ def test_cases_without_room_are_left_out_with_the_reason(tmp_path, monkeypatch):
 
 def test_folders_put_aside_in_a_run_change_nothing(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2)
-    page = write_report(run)
+    page = write_report(RunFolder(run))
     before = page.read_text("utf-8")
     for name in ("fold_0_old", "fold_x", "fold_"):
         shutil.copytree(run / "fold_1", run / name)
         for file in (run / "fold_0" / "figures").iterdir():
             (run / name / "figures" / file.name).write_bytes(b"of an earlier attempt")
-    assert write_report(run).read_text("utf-8") == before
+    assert write_report(RunFolder(run)).read_text("utf-8") == before
 
 
 def test_pictures_are_of_the_folds_that_are_done(tmp_path):
     run = make_run(tmp_path / "run", num_folds=3, done=(0, 1), history=False)
-    before = write_report(run).read_text("utf-8")
+    before = write_report(RunFolder(run)).read_text("utf-8")
     (run / "fold_2" / "figures").mkdir(parents=True)
     for file in (run / "fold_0" / "figures").iterdir():
         (run / "fold_2" / "figures" / file.name).write_bytes(b"of a fold that still runs")
-    assert write_report(run).read_text("utf-8") == before
+    assert write_report(RunFolder(run)).read_text("utf-8") == before
 
 
 def test_a_failing_report_costs_nothing_of_the_results(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "run", num_folds=2, history=False)
-    rows = read_metrics(run)["metric_per_case"]
-    for fold in range(2):
-        record = {
-            "metric_per_case": [row for row in rows if row["fold"] == fold],
-            "summary": {"best": None},
-        }
-        (run / f"fold_{fold}" / "metrics.json").write_text(json.dumps(record))
-    (run / "metrics.json").unlink()
+    folder = RunFolder(run)
+    results = folder.read_results()
+    for fold, summary in results.fold_summaries.items():
+        rows = tuple(row for row in results.summary.metric_per_case if row.fold == fold)
+        folder.fold(fold).write_results(FoldResults(rows, summary))
+    folder.metrics.unlink()
 
     def fail(run_dir):
         raise OSError("broken data stream")
@@ -475,10 +509,10 @@ def test_a_failing_report_costs_nothing_of_the_results(tmp_path, monkeypatch, ca
     monkeypatch.setattr("experiments.reporting.page.write_report", fail)
     config = complete(Config(num_folds=2, output=run))
     with pytest.raises(OSError, match="cannot write: broken data stream") as raised:
-        cross_validation.finish(config, run, {"mean_dice": 0.123, "num_cases": 7})
+        cross_validation.finish(config, folder, MeanShape(0.123, 7))
     assert raised.value.filename == str(run / "report.html")  # run_main ends with status 3
     printed = capsys.readouterr().out
     assert "lesion     dice" in printed
     assert "Dice 0.123" in printed
     assert "report:" not in printed
-    assert read_metrics(run)["folds_done"] == [0, 1]
+    assert folder.read_results().folds_done == (0, 1)

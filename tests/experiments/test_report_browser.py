@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from experiments.reporting.page import write_report
+from experiments.run_folder import RunFolder
 from tests.experiments.fake_run import keep_one_figure, make_run
 
 CHROMIUM = next(
@@ -34,7 +35,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return write_report(make_run(tmp_path_factory.mktemp("browser") / "run", num_folds=2))
+    return write_report(
+        RunFolder(make_run(tmp_path_factory.mktemp("browser") / "run", num_folds=2))
+    )
 
 
 @pytest.fixture
@@ -171,7 +174,7 @@ def test_slices_of_a_tall_grid_are_shown_where_one_column_would_be_too_high(open
     # 70000 rows one by one; the slices brighten from 0 to 255
     ramp = np.linspace(1, 2, depth)[:, None, None]
     keep_one_figure(run, np.broadcast_to(ramp, (depth, 100, 40)))
-    page = open_page(1280, file=write_report(run))
+    page = open_page(1280, file=write_report(RunFolder(run)))
     page.locator("#slice-canvas").scroll_into_view_if_needed()
     for index in (1, 26, 27, 350, 699):
         page.locator("#slice-range").fill(str(index))

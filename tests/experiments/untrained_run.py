@@ -11,10 +11,13 @@ from cmsad_jax.modules import CMSAD, EncoderConfig, FusionConfig
 from cmsad_jax.training import TrainState
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.serving import loading, splits
+from experiments.measuring.summary import summarise
+from experiments.run_folder import Results, RunFolder
 from experiments.settings.command_line import complete
 from experiments.settings.config import Config, TrainConfig
 from experiments.settings.stored import to_json
 from experiments.training.checkpoints import Checkpoints
+from tests.experiments.fake_run import row_of
 from tests.networks import random_params
 
 ENCODER = EncoderConfig(
@@ -61,9 +64,8 @@ def make_untrained_run(folder: Path, config: Config, *, done: int = 2) -> list[d
         checkpoints.close()
         (directory / "metrics.json").write_text("{}")
         members.append(average)
-    mean = {"lesion": {"dice": 0.5, "sensitivity": None}}
-    metrics = {"mean": mean, "sd": mean, "num_defined": {"lesion": {"dice": 3}}}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    rows = [row_of(name, dice=dice) for name, dice in (("a", 0.0), ("b", 0.5), ("c", 1.0))]
+    RunFolder(folder).write_results(Results(summarise(rows, [0])))
     return members
 
 

@@ -19,6 +19,7 @@ from data_pipelines.faults import DataError
 from data_pipelines.reading.case_files import check_ids
 from data_pipelines.serving import loading
 from data_pipelines.serving.splits import make_folds
+from experiments.run_folder import Best, FoldFolder, FoldSummary
 from experiments.studies import cross_validation
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.fold import Fold, write_history
@@ -52,8 +53,9 @@ PROGRAMS = SimpleNamespace(predict=bright, attention=stages)
 
 def expected_masks(config, source, folder: Path) -> dict[str, np.ndarray]:
     """The mask of each case, made alone and one after the other."""
+    of_fold = FoldFolder(folder)
     for case_id in source.case_ids:
-        cross_validation.predict_and_measure(config, PROGRAMS, None, source[case_id], 0, folder)
+        cross_validation.predict_and_measure(config, PROGRAMS, {}, source[case_id], 0, of_fold)
     return read_masks(folder)
 
 
@@ -101,15 +103,15 @@ def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
         found = read_masks(directory)
         assert sorted(found) == sorted(fold.validation)
         together |= found
-        for row in json.loads((directory / "metrics.json").read_text("utf-8"))["metric_per_case"]:
-            volume_ml = found[row["case_id"]].sum() * voxel_ml(source[row["case_id"]])
-            assert row["volume_predicted_ml"] == pytest.approx(volume_ml)
+        for row in FoldFolder(directory).read_results().metric_per_case:
+            volume_ml = found[row.case_id].sum() * voxel_ml(source[row.case_id])
+            assert row.volume_predicted_ml == pytest.approx(volume_ml)
     writers = tmp_path / "writers"
     with ThreadPoolExecutor(8) as threads:
         list(
             threads.map(
                 lambda case_id: cross_validation.predict_and_measure(
-                    config, PROGRAMS, None, source[case_id], 0, writers
+                    config, PROGRAMS, {}, source[case_id], 0, FoldFolder(writers)
                 ),
                 source.case_ids,
             )
@@ -124,8 +126,7 @@ def trained(config, programs, source, folds):
     """What ``train_folds`` leaves and returns, without training."""
     for fold in folds:
         write_history(fold.directory / "history.csv", [{"step": 1.0, "loss": 1.0}])
-    names = ("train_s", "first_step_s", "steps_per_s", "input_wait_share", "loss")
-    return [({}, dict.fromkeys(names, 1.0)) for _ in folds]
+    return [({}, FoldSummary(1.0, 1.0, 1.0, 1.0, 1.0, 0, Best())) for _ in folds]
 
 
 def voxel_ml(case) -> float:
