@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from cmsad_jax import export
-from experiments.measuring.masks import Metric
 from experiments.measuring.metrics import METRICS
 
 
@@ -14,11 +13,11 @@ def model_card(description: export.Description, num_parameters: int) -> str:
     grid = description.preprocess
     low, high = grid["clip_percentiles"]
     rows = [
-        f"| {name} | {metric.name} | {_figure(description, 'mean', name, metric)} "
-        f"| {_figure(description, 'sd', name, metric)} "
-        f"| {_figure(description, 'num_defined', name, metric)} |"
+        f"| {name} | {key} | {_figure(description, 'mean', name, key)} "
+        f"| {_figure(description, 'sd', name, key)} "
+        f"| {_figure(description, 'num_defined', name, key)} |"
         for name in description.classes
-        for metric in METRICS.values()
+        for key, metric in METRICS.items()
         if metric.per_fold
     ]
     centre = "gland" if grid["centre"] == "gland" else "T2W image"
@@ -66,11 +65,11 @@ zip file.
 """
 
 
-def _figure(description: export.Description, statistic: str, name: str, metric: Metric) -> str:
-    value = description.metrics.get(statistic, {}).get(name, {}).get(metric.name)
+def _figure(description: export.Description, statistic: str, name: str, metric: str) -> str:
+    value = description.metrics.get(statistic, {}).get(name, {}).get(metric)
     if value is None:
         return "undefined"
-    return str(value) if isinstance(value, int) else metric.text(value)
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _times(values: Sequence[float]) -> str:

@@ -282,15 +282,11 @@ def format_summary(summary: Summary) -> str:
         f"{'cases':>6}"
     ]
     for name in summary.classes:
-        for key, metric in METRICS.items():
+        for key in METRICS:
             ends = summary.interval[name][key]
-            mean, sd, median = (
-                "undefined" if value is None else metric.text(value)
-                for value in (
-                    table[name][key] for table in (summary.mean, summary.sd, summary.median)
-                )
-            )
-            between = "" if ends is None else " to ".join(map(metric.text, ends))
+            tables = (summary.mean, summary.sd, summary.median)
+            mean, sd, median = (_number(table[name][key]) for table in tables)
+            between = "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
             lines.append(
                 f"{name:<10} {key:<26} {mean:>9} {between:>19} {sd:>9} {median:>9} "
                 f"{summary.num_defined[name][key]:>6}"
