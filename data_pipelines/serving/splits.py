@@ -1,7 +1,7 @@
 """Cross-validation folds: grouped by patient, stratified by lesion presence, kept in a file.
 
-A fold file is JSON: ``{"schema": 2, "sha256": ..., "folds": [{"train": [...], "val": [...]}, ...]}``,
-and has a list ``"names"`` where each fold is a group, such as a centre. Files of schema 1 are the
+A fold file is JSON, ``{"schema": 2, "sha256": ..., "folds": [{"train": [...], "val": [...]}]}``, and
+has a list ``"names"`` where each fold is a group, such as a centre. Files of schema 1 are the
 same without the number. The bare list, in which PI-CAI publishes its folds, can be read as well.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from data_pipelines.case import CaseInfo
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.files import whole_file
-
 
 SCHEMA = 2
 """Version of the fold files that are written."""
