@@ -4,7 +4,7 @@
 without ``--quick`` the shapes of every preset are timed, longer and beside a copy that no cache
 holds. ``--json FILE`` keeps the rows. A row is printed only if the implementation agreed with the
 reference, in its value and its gradients (PyTorch in its value); what did not is named below the
-table. Pallas kernels are timed on accelerators alone: a CPU interprets them.
+table.
 """
 
 import argparse
@@ -93,11 +93,6 @@ def both_modes(
     )
 
 
-def compiled_kernels() -> tuple[str, ...]:
-    """Implementations that are timed only where they are compiled."""
-    return () if jax.default_backend() == "cpu" else ("pallas",)
-
-
 def plain_distillation(features: dict[str, list[jax.Array]]) -> jax.Array:
     """Mutual cross-modal distillation as its formula reads, without the library."""
 
@@ -133,11 +128,7 @@ def distillation(name: str, chosen: Sequence[Stage], dtype: str) -> Iterator[Ope
         f"{name} {len(MODALITIES)}x{len(chosen)}",
         dtype,
         (features,),
-        {
-            "plain": plain_distillation,
-            "library": loss,
-            **{name: functools.partial(loss, implementation=name) for name in compiled_kernels()},
-        },
+        {"plain": plain_distillation, "library": loss},
         "plain",
         max(stage.shape[-1] for stage in chosen),
         lambda cotangent: pytorch.distillation(features, cotangent),
@@ -159,7 +150,7 @@ def correlation(stage: Stage, dtype: str) -> Iterator[Operation]:
         (g, alpha, beta, gamma),
         {
             name: functools.partial(kernels.correlation, implementation=name)
-            for name in ("reference", "xla", *compiled_kernels())
+            for name in ("reference", "xla")
         },
         "reference",
         stage.shape[-1],

@@ -13,9 +13,8 @@ import jax
 from jaxtyping import Array, Float
 
 from cmsad_jax.kernels import reference
-from cmsad_jax.kernels.attention_map import pallas_attention_energy
 from cmsad_jax.kernels.convolution import folded_convolution
-from cmsad_jax.kernels.correlation import pallas_correlation, xla_correlation
+from cmsad_jax.kernels.correlation import xla_correlation
 from cmsad_jax.types import AttentionMap, ConfigError, Feature
 
 T = TypeVar("T")
@@ -29,32 +28,23 @@ def attention_energy(
     *,
     kind: str = "mean",
     exponent: float = 2.0,
-    implementation: str | None = None,
 ) -> AttentionMap:
     """How strongly the channels of each voxel respond, before any normalisation.
 
     ``mean_c abs(F)^p``, or its ``sum`` or ``max`` (docs/method.md, section 2; Zagoruyko &
-    Komodakis, ICLR 2017). Computed in float32 whatever the features are in.
+    Komodakis, ICLR 2017). Computed in float32 whatever the features are in; XLA reads each feature
+    once, forward and backward.
 
     Args:
         features: activations of one stage of one modality.
         kind: ``mean``, ``sum`` or ``max`` over the channels.
         exponent: ``p``, at least 1; larger favours the strongest channels.
-        implementation: ``reference``: plain jnp, which XLA fuses to the speed of memory, forward
-            and backward. ``pallas``: a kernel of its own, interpreted on a CPU; it refuses voxels
-            that are no multiple of its tile. None: ``reference``.
 
     Raises:
         ConfigError: if ``kind`` is unknown or ``exponent`` below 1.
-        NotImplementedError: if ``implementation`` is unknown, or ``pallas`` refuses the shape.
     """
     check_energy(kind, exponent)
-    known = {
-        "reference": reference.attention_energy,
-        "pallas": functools.partial(pallas_attention_energy, interpret=_interpret()),
-    }
-    function = _choose(implementation or "reference", known)
-    return function(features, kind=kind, exponent=exponent)
+    return reference.attention_energy(features, kind=kind, exponent=exponent)
 
 
 def resize_map(energy: AttentionMap, space: Sequence[int]) -> Float[Array, "b *out_space"]:
@@ -89,7 +79,6 @@ def attention_map(
     exponent: float = 2.0,
     normalization: str = "l2",
     temperature: float = 1.0,
-    implementation: str | None = None,
 ) -> AttentionMap:
     """Spatial attention of one stage: ``normalize_map(attention_energy(features))``, float32.
 
@@ -100,19 +89,15 @@ def attention_map(
         normalization: ``l2``: unit norm over the voxels of an example, 0 where the squared norm is
             below 1e-12; ``softmax`` over them, of the energy by ``temperature``.
         temperature: of the softmax.
-        implementation: of the energy. ``reference``: plain jnp, which XLA fuses to the speed of
-            memory. ``pallas``: a kernel of its own, interpreted on a CPU; it refuses voxels that
-            are no multiple of its tile. None: ``reference``.
 
     Returns:
         ``b *space``.
 
     Raises:
         ConfigError: if a setting is unknown or out of its range.
-        NotImplementedError: if ``implementation`` is unknown, or ``pallas`` refuses the shape.
     """
     check_normalization(normalization, temperature)
-    energy = attention_energy(features, kind=kind, exponent=exponent, implementation=implementation)
+    energy = attention_energy(features, kind=kind, exponent=exponent)
     return normalize_map(energy, normalization=normalization, temperature=temperature)
 
 
@@ -138,13 +123,11 @@ def correlation(
         beta: of the linear term.
         gamma: of the constant.
         implementation: ``reference``: plain jnp. ``xla``: one pass over the features with a
-            backward pass of its own, see ``cmsad_jax.kernels.correlation``. ``pallas``: the
-            same as a kernel, interpreted on a CPU; it refuses voxels that are no multiple of its
-            tile. None: ``xla``.
+            backward pass of its own, see ``cmsad_jax.kernels.correlation``. None: ``xla``.
 
     Raises:
         ConfigError: if shapes disagree.
-        NotImplementedError: if ``implementation`` is unknown, or ``pallas`` refuses the shape.
+        NotImplementedError: if ``implementation`` is unknown.
     """
     shapes = {feature.shape for feature in features}
     if len(shapes) != 1:
@@ -160,11 +143,7 @@ def correlation(
                 f"{name} must hold one coefficient for each example, pair and channel; "
                 f"got shape {coefficients.shape}. Use shape {wanted}."
             )
-    known = {
-        "reference": reference.correlation,
-        "xla": xla_correlation,
-        "pallas": functools.partial(pallas_correlation, interpret=_interpret()),
-    }
+    known = {"reference": reference.correlation, "xla": xla_correlation}
     return _choose(implementation or "xla", known)(tuple(features), alpha, beta, gamma)
 
 
@@ -257,11 +236,6 @@ def check_normalization(normalization: str, temperature: float) -> None:
         raise ConfigError(
             f"attention temperature must be above 0; got {temperature}. Use 1 or more."
         )
-
-
-def _interpret() -> bool:
-    """Pallas kernels are interpreted where they cannot be compiled."""
-    return jax.default_backend() == "cpu"
 
 
 def _choose(name: str, known: Mapping[str, T]) -> T:

@@ -3,8 +3,7 @@
 Plain jnp reads a feature again for every sum over its channels, and its gradient keeps several
 arrays of the size of a feature. Here all sums of a block of voxels come from one reduction with
 many operands. Beside the features and the result, the backward pass keeps one float32 map for the
-norm of each modality and of each expression. ``xla_correlation`` and ``pallas_correlation`` share
-the arithmetic of a block.
+norm of each modality and of each expression.
 
 With ``e = alpha g_j^2 + beta g_j + gamma``, ``r = <g_i, e> / (norm(g_i) norm(e))`` and the
 cotangent ``t`` of ``r``, the cotangents are ``t / (norm(g_i) norm(e)) e - t r / norm(g_i)^2 g_i``
@@ -13,13 +12,11 @@ for ``g_i``, and for ``e`` the same with the two exchanged.
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from cmsad_jax.kernels.reference import EPSILON
@@ -34,9 +31,6 @@ CPU_BLOCK = 500
 CPU_VALUES = 16384
 """Most values of a feature in a block: the block's arrays then fit into the second-level cache."""
 
-TILE = 128
-"""Voxels of a block of the Pallas kernel."""
-
 
 def pairs_of(num_modalities: int) -> tuple[tuple[int, int], ...]:
     """Ordered pairs of different modalities; those of one first modality are neighbours."""
@@ -50,34 +44,6 @@ def xla_correlation(
     gamma: Float[Array, "b m m c"],
 ) -> Float[Array, "b *space m m"]:
     """``reference.correlation`` as a loop over blocks of voxels; see the module."""
-    return _correlation(features, alpha, beta, gamma, _over_blocks)
-
-
-def pallas_correlation(
-    features: tuple[Feature, ...],
-    alpha: Float[Array, "b m m c"],
-    beta: Float[Array, "b m m c"],
-    gamma: Float[Array, "b m m c"],
-    *,
-    interpret: bool,
-) -> Float[Array, "b *space m m"]:
-    """``reference.correlation`` as one Pallas kernel forward and one backward.
-
-    Raises:
-        NotImplementedError: if the voxels of an example are not a multiple of ``TILE``.
-    """
-    voxels = math.prod(features[0].shape[1:-1])
-    if voxels % TILE:
-        raise NotImplementedError(
-            f"the Pallas correlation takes multiples of {TILE} voxels an example; "
-            f"got {voxels}. Use implementation='xla'."
-        )
-    over = functools.partial(_over_tiles, interpret=interpret)
-    return _correlation(features, alpha, beta, gamma, over)
-
-
-def _correlation(features, alpha, beta, gamma, over) -> Float[Array, "b *space m m"]:
-    """Arrange the arguments by pair and call ``over``'s two passes."""
     batch, *space, channels = features[0].shape
     num_modalities = len(features)
     if num_modalities == 1:
@@ -85,23 +51,23 @@ def _correlation(features, alpha, beta, gamma, over) -> Float[Array, "b *space m
     flat = tuple(feature.reshape(batch, -1, channels) for feature in features)
     table = jnp.stack([alpha, beta, gamma], 1).astype(jnp.float32)
     table = jnp.stack([table[:, :, i, j] for i, j in pairs_of(num_modalities)], 2)
-    cells = jnp.asarray(_matrix(flat, table, over))
+    cells = jnp.asarray(_matrix(flat, table))
     return cells.reshape(batch, *space, num_modalities, num_modalities)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matrix(features, coefficients, over) -> Float[Array, "b n mm"]:
-    return over(_forward_block, (*features,), coefficients)[0]
+@jax.custom_vjp
+def _matrix(features, coefficients) -> Float[Array, "b n mm"]:
+    return _over_blocks(_forward_block, (*features,), coefficients)[0]
 
 
-def _matrix_forward(features, coefficients, over):
-    cells, norms = over(_forward_block, (*features,), coefficients)
+def _matrix_forward(features, coefficients):
+    cells, norms = _over_blocks(_forward_block, (*features,), coefficients)
     return cells, (features, coefficients, cells, norms)
 
 
-def _matrix_backward(over, residuals, cotangent):
+def _matrix_backward(residuals, cotangent):
     features, coefficients, cells, norms = residuals
-    found = over(_backward_block, (*features, cells, norms, cotangent), coefficients)
+    found = _over_blocks(_backward_block, (*features, cells, norms, cotangent), coefficients)
     gradients, sums = found[: len(features)], found[len(features) :]
     batch, _, num_pairs, channels = coefficients.shape
     by_pair = jnp.stack(sums, 1).reshape(batch, num_pairs, 3, channels)
@@ -276,47 +242,3 @@ def _backward_block(
         terms += [change * g[j] * g[j], change * g[j], change]
     cast = [x.astype(y.dtype) for x, y in zip(gradients, features, strict=True)]
     return tuple(cast), tuple(terms)
-
-
-def _over_tiles(
-    block: Callable, voxelwise: tuple[Array, ...], coefficients: Array, *, interpret: bool
-) -> tuple[Array, ...]:
-    """``block`` on a grid of examples and tiles of voxels; sums over tiles are taken outside."""
-    batch, voxels = voxelwise[0].shape[:2]
-    grid = (batch, voxels // TILE)
-    tiles = [jax.ShapeDtypeStruct((TILE, x.shape[-1]), x.dtype) for x in voxelwise]
-    table = jax.ShapeDtypeStruct(coefficients.shape[1:], coefficients.dtype)
-    fresh = jax.ShapeDtypeStruct((TILE,), jnp.float32)
-    one = functools.partial(block, sums=_sums)
-    of_voxels, terms = jax.eval_shape(one, tiles, table, fresh)
-
-    def kernel(table_ref, *refs):
-        inputs, outputs = refs[: len(voxelwise)], refs[len(voxelwise) :]
-        parts, added = one([ref[0] for ref in inputs], table_ref[0], jnp.ones(TILE, jnp.float32))
-        for ref, part in zip(outputs, parts, strict=False):
-            ref[0] = part
-        for ref, term in zip(outputs[len(parts) :], added, strict=True):
-            ref[0, 0] = term.sum(0)
-
-    def by_tile(x):
-        return pl.BlockSpec((1, TILE, x.shape[-1]), lambda b, t: (b, t, 0))
-
-    found = pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[
-            pl.BlockSpec((1, *table.shape), lambda b, t: (b, 0, 0, 0)),
-            *map(by_tile, voxelwise),
-        ],
-        out_specs=[
-            *map(by_tile, of_voxels),
-            *(pl.BlockSpec((1, 1, x.shape[-1]), lambda b, t: (b, t, 0)) for x in terms),
-        ],
-        out_shape=[
-            *(jax.ShapeDtypeStruct((batch, voxels, x.shape[-1]), x.dtype) for x in of_voxels),
-            *(jax.ShapeDtypeStruct((*grid, x.shape[-1]), x.dtype) for x in terms),
-        ],
-        interpret=interpret,
-    )(coefficients, *voxelwise)
-    of_voxels, sums = found[: len(of_voxels)], found[len(of_voxels) :]
-    return (*of_voxels, *(of_tiles.sum(1) for of_tiles in sums))

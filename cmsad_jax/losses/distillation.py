@@ -83,7 +83,6 @@ def cross_modal_distillation_loss(
     present: Present | None = None,
     modalities: Sequence[str] | None = None,
     foreground: Foreground | None = None,
-    implementation: str | None = None,
 ) -> PerExample:
     """Attention of one modality teaches that of another at the same stage, float32.
 
@@ -110,13 +109,10 @@ def cross_modal_distillation_loss(
         foreground: where the target is, on any grid over the same field of view. A term then counts
             in the examples alone in which a larger share of the teacher's attention than of the
             student's lies there; so in none without target. None: every term counts.
-        implementation: how maps are computed, ``reference`` or ``pallas``, as in ``attention_map``;
-            None is the fastest.
 
     Raises:
         ConfigError: if features, stages, pairs, distance, reduction, ``foreground``, or ``present``
             and its columns do not fit.
-        NotImplementedError: if ``implementation`` is unknown or refuses the shape of a feature.
     """
     _check_features(features)
     check_distance(distance, attention, reduction)
@@ -128,7 +124,7 @@ def cross_modal_distillation_loss(
     def loss(features: Features) -> PerExample:
         if present is not None:
             features = _without_absent(features, there)
-        attention_of = _attention(features, attention, distance, implementation)
+        attention_of = _attention(features, attention, distance)
         terms = []
         for (teacher, student), stage in itertools.product(parsed, stages):
             space = features[student][stage].shape[1:-1]
@@ -152,7 +148,6 @@ def self_distillation_loss(
     present: Present | None = None,
     modalities: Sequence[str] | None = None,
     foreground: Foreground | None = None,
-    implementation: str | None = None,
 ) -> PerExample:
     """Within each modality, the attention of a stage is taught by that of the next deeper one.
 
@@ -169,7 +164,7 @@ def self_distillation_loss(
     def loss(features: Features) -> PerExample:
         if present is not None:
             features = _without_absent(features, there)
-        attention_of = _attention(features, attention, distance, implementation)
+        attention_of = _attention(features, attention, distance)
         terms = []
         for name, stage in itertools.product(features, stages):
             if stage + 1 < len(features[name]):
@@ -429,7 +424,7 @@ computed again. Each feature is still read once forward and once backward."""
 
 
 def _attention(
-    features: Features, attention: AttentionConfig, distance: str, implementation: str | None
+    features: Features, attention: AttentionConfig, distance: str
 ) -> Callable[[str, int, tuple[int, ...]], AttentionMap]:
     """Attention by modality, stage and grid, each computed once; its logarithm for ``kl``."""
 
@@ -439,7 +434,6 @@ def _attention(
             features[name][stage],
             kind=attention.kind,
             exponent=attention.exponent,
-            implementation=implementation,
         )
         energy = kernels.resize_map(checkpoint_name(energy, _ENERGY), space)
         return _normalized(energy, attention, distance)

@@ -121,65 +121,6 @@ def test_gradient_equals_finite_differences():
     check_grads(every_map, (x,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-3)
 
 
-ENERGIES = [(kind, exponent) for kind in ("mean", "sum", "max") for exponent in (1.0, 2.0, 2.5)]
-
-
-def energy_and_gradient(implementation):
-    """Energy of all settings, and the gradients of a sum of each weighed by a cosine."""
-
-    @jax.jit
-    def run(x):
-        found = []
-        for kind, exponent in ENERGIES:
-            function = functools.partial(
-                kernels.attention_energy,
-                kind=kind,
-                exponent=exponent,
-                implementation=implementation,
-            )
-            energy, pull_back = jax.vjp(function, x)
-            weights = jnp.cos(jnp.arange(energy.size, dtype=jnp.float32)).reshape(energy.shape)
-            found.append((energy, *pull_back(weights)))
-        return found
-
-    return run
-
-
-@pytest.mark.parametrize("space", [(4, 4, 16), (16, 16)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_pallas_energy_and_gradient_are_those_of_the_reference(space, dtype):
-    # Whole numbers, so that channels share a maximum and some are exactly 0.
-    x = jnp.round(2 * features(space)[:2]).astype(dtype)
-    found, expected = (energy_and_gradient(name)(x) for name in ("pallas", "reference"))
-    for setting, ours, theirs in zip(ENERGIES, found, expected, strict=True):
-        for got, want, rounding in zip(
-            ours, theirs, (1e-6, float(jnp.finfo(dtype).eps)), strict=True
-        ):
-            assert got.dtype == want.dtype
-            np.testing.assert_allclose(
-                np.asarray(got, np.float32),
-                np.asarray(want, np.float32),
-                rtol=4 * rounding,
-                atol=4 * rounding,
-                err_msg=str(setting),
-            )
-
-
-def test_pallas_energy_under_transformations():
-    x = 0.5 + jnp.abs(features((4, 16))[:2])
-    energy = functools.partial(kernels.attention_energy, exponent=2.5, implementation="pallas")
-    check_grads(jax.jit(energy), (x,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-3)
-    together = jax.jit(jax.vmap(energy))(jnp.stack([x, 2 * x]))
-    np.testing.assert_allclose(together[1], energy(2 * x), rtol=1e-6)
-
-
-def test_pallas_keeps_nothing_beside_the_features():
-    x = features((16, 16))[:2]
-    energy = functools.partial(kernels.attention_energy, implementation="pallas")
-    kept = jax.eval_shape(lambda x: jax.vjp(energy, x)[1], x)
-    assert [leaf.shape for leaf in jax.tree.leaves(kept)] == [(512, 6)]
-
-
 def test_resize_by_hand():
     q = jnp.array([[0.0, 4.0]])
     # Half-pixel centres: new centres lie at -1/4, 1/4, 3/4, 5/4 of the old grid.
@@ -201,7 +142,3 @@ def test_bad_arguments():
         kernels.attention_map(x, normalization="l1")
     with pytest.raises(ConfigError, match=r"temperature must be above 0; got 0.0. Use 1"):
         kernels.normalize_map(x[..., 0], normalization="softmax", temperature=0.0)
-    with pytest.raises(NotImplementedError, match=r"one of reference, pallas here; got 'mosaic'"):
-        kernels.attention_map(x, implementation="mosaic")
-    with pytest.raises(NotImplementedError, match=r"multiples of 128 voxels a batch; got 12\. Use"):
-        kernels.attention_energy(x, implementation="pallas")

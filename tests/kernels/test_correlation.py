@@ -122,5 +122,5 @@ def test_bad_arguments():
     wrong = (x[:, :2, :2] for x in (alpha, beta, gamma))
     with pytest.raises(ConfigError, match=r"alpha must hold .* \(2, 2, 2, 5\). Use shape \(2, 3"):
         correlation(g, *wrong)
-    with pytest.raises(NotImplementedError, match=r"reference, xla, pallas here; got 'cuda'"):
+    with pytest.raises(NotImplementedError, match=r"reference, xla here; got 'cuda'"):
         correlation(g, alpha, beta, gamma, implementation="cuda")

@@ -583,27 +583,3 @@ def test_temporaries_of_the_gradient_are_at_most_two_maps_for_each_feature():
     program = jax.jit(jax.value_and_grad(loss)).lower(features).compile()
     maps = sum(4 * np.prod(shape[:-1]) for shape in shapes) * len(features)
     assert program.memory_analysis().temp_size_in_bytes <= 2 * maps
-
-
-@pytest.mark.parametrize("loss", [cross_modal_distillation_loss, self_distillation_loss])
-def test_pallas_loss_and_gradients_are_those_of_the_reference(loss):
-    rng = np.random.default_rng(1)
-    shapes = [(2, 16, 16, 4), (2, 8, 8, 6)]
-    given = {
-        name: tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-        for name in MODALITIES
-    }
-
-    def run(implementation):
-        def total(features):
-            return loss(features, stages=(0, 1), implementation=implementation).sum()
-
-        return jax.jit(jax.value_and_grad(total))(given)
-
-    (found, gradients), (expected, wanted) = run("pallas"), run("reference")
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
-    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
-    tiny = {name: (jnp.ones((2, 3, 3, 1)),) * 2 for name in "ab"}
-    with pytest.raises(NotImplementedError, match="multiples of 128 voxels a batch; got 18"):
-        loss(tiny, stages=(0, 1), implementation="pallas")
