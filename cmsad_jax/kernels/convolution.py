@@ -25,6 +25,9 @@ def folded_convolution(
     steps = [1 if size == 1 else step for size, step in zip(sizes, strides, strict=True)]
     x = x[:, :: skips[0], :: skips[1], :: skips[2]]
     if math.prod(sizes) == 1:
+        if max(skips) > 1:
+            # Selected first: XLA for GPUs finds no tiles for a product that selects as it reads.
+            x = jax.lax.optimization_barrier(x)
         return x @ kernel.reshape(kernel.shape[3:])
     taps = _depth_taps(x, sizes[0], steps[0])
     b, d, *plane, c = taps.shape

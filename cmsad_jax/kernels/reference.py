@@ -1,5 +1,7 @@
 """Every operation in plain jnp: the specification of the others, and what runs where none wins."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -61,14 +63,18 @@ def correlation(
 
 
 def convolution(
-    x: Feature, kernel: Float[Array, "*k c o"], *, strides: tuple[int, ...]
+    x: Feature,
+    kernel: Float[Array, "*k c o"],
+    *,
+    strides: tuple[int, ...],
+    padding: Sequence[tuple[int, int]] | None = None,
 ) -> Float[Array, "b *out_space o"]:
-    """XLA's convolution with ``k // 2`` zeros on both sides; see ``kernels.api``."""
+    """XLA's convolution, padded by ``k // 2`` or ``padding``; see ``kernels.api``."""
     layouts = {2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         strides,
-        [(size // 2, size // 2) for size in kernel.shape[:-2]],
+        padding or [(size // 2, size // 2) for size in kernel.shape[:-2]],
         dimension_numbers=layouts[len(strides)],
     )

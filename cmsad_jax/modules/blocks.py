@@ -12,9 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cmsad_jax import kernels
+from cmsad_jax.kernels.packing import pack, packed_convolution, packing_of, unpack
 
 Norm = Literal["instance", "group"]
 Block = Literal["residual", "plain"]
+
+_Layer = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]
+"""Kernel, and the scale and bias of the normalisation that follows."""
 
 _GROUP_SIZE = 8
 _CONSTANT = 1e-6
@@ -65,7 +69,17 @@ class Conv(nn.Module):
         return y
 
 
-class Normalization(nn.Module):
+# Jitted, so that layers of one shape are traced and differentiated once; XLA inlines the calls.
+@functools.partial(jax.jit, static_argnames=("kind", "dtype", "packing"))
+def normalize(
+    x: Float[Array, "b *space c"],
+    scale: Float[Array, " o"],
+    bias: Float[Array, " o"],
+    *,
+    kind: Norm,
+    dtype: DTypeLike,
+    packing: int = 1,
+) -> Float[Array, "b *space c"]:
     """Instance or group normalisation: statistics of one example only, in float32.
 
     The result therefore does not depend on the batch, its padding or its sharding. ``scale *
@@ -73,44 +87,32 @@ class Normalization(nn.Module):
     float32's rounding it is ``bias``, and its gradient with respect to ``x`` is 0. The plain
     formula would multiply that gradient by 1000 in every layer above an empty crop.
 
-    Attributes:
+    Args:
+        x: features, ``packing`` columns of which stand in the channels of one.
+        scale: for each channel.
+        bias: likewise.
         kind: each channel by itself, or groups of 8 (of the greatest common divisor of 8 and the
             number of channels, so that groups are of one size).
         dtype: of the result.
+        packing: see ``cmsad_jax.kernels.packing``.
     """
-
-    kind: Norm = "instance"
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
-        """Normalise each channel (or group) of each example, then scale and shift."""
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        return _normalize(x, scale, bias, kind=self.kind, dtype=self.dtype)
-
-
-# Jitted, so that layers of one shape are traced and differentiated once; XLA inlines the calls.
-@functools.partial(jax.jit, static_argnames=("kind", "dtype"))
-def _normalize(
-    x: Float[Array, "b *space c"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
-    *,
-    kind: Norm,
-    dtype: DTypeLike,
-) -> Float[Array, "b *space c"]:
     space = tuple(range(1, x.ndim - 1))
     values = x.astype(jnp.float32)
     mean = values.mean(space, keepdims=True)
     square = jnp.square(values).mean(space, keepdims=True)
+    if packing > 1:
+        mean, square = (
+            moment.reshape(*moment.shape[:-1], packing, -1).mean(-2) for moment in (mean, square)
+        )
     if kind == "group":
         mean, square = (_mean_of_groups(moment) for moment in (mean, square))
     variance = jnp.maximum(square - jnp.square(mean), 0)
     varies = variance > _CONSTANT * square
     inverse = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, variance, 1.0) + 1e-6), 0.0)
-    return ((values - mean) * (inverse * scale) + bias).astype(dtype)
+    factor = inverse * scale
+    if packing > 1:
+        mean, factor, bias = (_repeated(each, packing) for each in (mean, factor, bias))
+    return ((values - mean) * factor + bias).astype(dtype)
 
 
 def _mean_of_groups(moment: Float[Array, "b *ones c"]) -> Float[Array, "b *ones c"]:
@@ -121,43 +123,144 @@ def _mean_of_groups(moment: Float[Array, "b *ones c"]) -> Float[Array, "b *ones 
     return mean.reshape(moment.shape)
 
 
-class ResidualBlock(nn.Module):
-    """Two convolutions with a shortcut: ``act(norm(conv(act(norm(conv(x))))) + shortcut(x))``."""
+def _repeated(each: Float[Array, "*ones c"], packing: int) -> Float[Array, "*ones pc"]:
+    """What belongs to the channels of a column, for all columns of a pack."""
+    return jnp.tile(each, (*(1,) * (each.ndim - 1), packing))
+
+
+class _Kernel(nn.Module):
+    """Weights of a convolution, float32."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "..."]:
+        return self.param("kernel", he_normal, self.shape)
+
+
+class _ScaleAndBias(nn.Module):
+    """What follows a normalisation, float32."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        return (
+            self.param("scale", nn.initializers.ones, (self.channels,), jnp.float32),
+            self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32),
+        )
+
+
+class _ConvolutionBlock(nn.Module):
+    """What blocks have in common: convolutions, each with its normalisation.
+
+    The weights are float32; convolutions run in ``dtype`` and the statistics of the normalisation
+    in float32. On TPUs, features of few channels are packed within a block, see
+    ``cmsad_jax.kernels.packing``.
+
+    Attributes:
+        channels: number of output channels.
+        kernel: size along each axis of space, odd.
+        strides: step along each axis of space; 1 by default.
+        norm: kind of normalisation.
+        dtype: in which the convolutions compute.
+    """
 
     channels: int
     kernel: tuple[int, ...]
     strides: tuple[int, ...] | None = None
     norm: Norm = "instance"
     dtype: DTypeLike = jnp.float32
+
+    def _layer(self, index: int, kernel: tuple[int, ...], inputs: int) -> _Layer:
+        """Weights of a convolution and its normalisation."""
+        shape = (*kernel, inputs, self.channels)
+        weights = _Kernel(shape, name=f"Conv_{index}")()
+        return weights, *_ScaleAndBias(self.channels, name=f"Normalization_{index}")()
+
+    def _apply(self, x: Float[Array, "b *space c"], layers: tuple[_Layer, ...]):
+        strides = self.strides or (1,) * len(self.kernel)
+        return _block(x, layers, strides=strides, norm=self.norm, dtype=jnp.dtype(self.dtype).name)
+
+
+class ResidualBlock(_ConvolutionBlock):
+    """Two convolutions with a shortcut: ``act(norm(conv(act(norm(conv(x))))) + shortcut(x))``."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *out_space o"]:
         """Apply the block; the shortcut is a strided pointwise convolution where shapes change."""
-        y = Conv(self.channels, self.kernel, self.strides, self.dtype, bias=None)(x)
-        y = nn.leaky_relu(Normalization(self.norm, self.dtype)(y))
-        y = Conv(self.channels, self.kernel, None, self.dtype, bias=None)(y)
-        y = Normalization(self.norm, self.dtype)(y)
-        if x.shape != y.shape:
-            pointwise = (1,) * len(self.kernel)
-            x = Conv(self.channels, pointwise, self.strides, self.dtype, bias=None)(x)
-            x = Normalization(self.norm, self.dtype)(x)
-        return nn.leaky_relu(x.astype(self.dtype) + y)
+        layers = [
+            self._layer(0, self.kernel, x.shape[-1]),
+            self._layer(1, self.kernel, self.channels),
+        ]
+        strides = self.strides or (1,) * len(self.kernel)
+        space = tuple(-(-n // step) for n, step in zip(x.shape[1:-1], strides, strict=True))
+        if x.shape[1:] != (*space, self.channels):
+            layers.append(self._layer(2, (1,) * len(self.kernel), x.shape[-1]))
+        return self._apply(x, tuple(layers))
 
 
-class PlainBlock(nn.Module):
+class PlainBlock(_ConvolutionBlock):
     """One convolution without shortcut, as in a plain U-Net: ``act(norm(conv(x)))``."""
-
-    channels: int
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...] | None = None
-    norm: Norm = "instance"
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *out_space o"]:
         """Apply the block."""
-        y = Conv(self.channels, self.kernel, self.strides, self.dtype, bias=None)(x)
-        return nn.leaky_relu(Normalization(self.norm, self.dtype)(y))
+        return self._apply(x, (self._layer(0, self.kernel, x.shape[-1]),))
+
+
+# Inlined: on a CPU, a train step in whose program convolutions stand in functions of their own
+# takes six times as long.
+@functools.partial(jax.jit, static_argnames=("strides", "norm", "dtype"), inline=True)
+def _block(
+    x: Float[Array, "b *space c"],
+    layers: tuple[_Layer, ...],
+    *,
+    strides: tuple[int, ...],
+    norm: Norm,
+    dtype: str,
+) -> Float[Array, "b *out_space o"]:
+    """A block as it is, or packed where it is lowered for a TPU and its channels are few."""
+    plain = functools.partial(_layers, strides=strides, norm=norm, dtype=dtype, packing=None)
+    packing = packing_of(x.shape, layers[0][0].shape[-1], strides)
+    if packing is None:
+        return plain(x, layers)
+
+    def packed(x, layers):
+        y = _layers(
+            pack(x, packing[0]), layers, strides=strides, norm=norm, dtype=dtype, packing=packing
+        )
+        return unpack(y, packing[1])
+
+    return jax.lax.platform_dependent(x, layers, tpu=packed, default=plain)
+
+
+def _layers(
+    x: Float[Array, "b *space c"],
+    layers: tuple[_Layer, ...],
+    *,
+    strides: tuple[int, ...],
+    norm: Norm,
+    dtype: str,
+    packing: tuple[int, int] | None,
+) -> Float[Array, "b *out_space o"]:
+    """The layers of a block: the first, a second one with a shortcut, and a third in that."""
+    x = x.astype(dtype)
+    inputs, outputs = packing or (1, 1)
+
+    def layer(x, weights, steps, inputs):
+        kernel, scale, bias = weights
+        if inputs == outputs == 1:
+            y = kernels.convolution(x, kernel.astype(dtype), strides=steps)
+        else:
+            y = packed_convolution(x, kernel, strides=steps, packing=(inputs, outputs))
+        return normalize(y, scale, bias, kind=norm, dtype=dtype, packing=outputs)
+
+    y = nn.leaky_relu(layer(x, layers[0], strides, inputs))
+    if len(layers) == 1:
+        return y
+    y = layer(y, layers[1], (1,) * len(strides), outputs)
+    return nn.leaky_relu((layer(x, layers[2], strides, inputs) if len(layers) > 2 else x) + y)
 
 
 BLOCKS = {"residual": ResidualBlock, "plain": PlainBlock}
