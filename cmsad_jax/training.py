@@ -661,7 +661,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update: augment, differentiate, clip, step, average.
 
-    Weights, their gradients, moments and average are float32 whatever the network computes in.
+    Weights, their gradients, moments and average are float32 whatever the network computes in, and
+    so is the one sum of the gradients over devices.
     Where the loss or the norm of its gradient is not finite, the state stays as it was.
 
     Args:
@@ -681,7 +682,8 @@ def train_step(
             for an overlap over the batch, which is then taken over each part.
         rolled: loop over the parts inside the program. Compiles once for any number of them, but
             XLA's convolutions are 14 to 34 times slower in a rolled loop on CPUs.
-        axis_name: the mapped axis over which gradients are averaged (under ``pmap``).
+        axis_name: the mapped axis over which gradients are averaged (as in
+            ``cmsad_jax.parallel``).
 
     Returns:
         The next state, and the mean of the loss and of each term, with ``gradient_norm`` and
@@ -719,8 +721,11 @@ def train_step(
     gradient, metrics = _mean_over_parts(
         lambda part: differentiate(state.params, part, state.step), batch, accumulation, rolled
     )
+    # As the optimizer has it: one sum over devices, and one over weights for the norm.
+    flat, unravel = ravel_pytree(gradient)
     if axis_name is not None:
-        gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
+        flat, metrics = jax.lax.pmean((flat, metrics), axis_name)
+        gradient = unravel(flat)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = params
@@ -729,7 +734,6 @@ def train_step(
         decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
     updated = TrainState(state.step + 1, params, average, opt_state)
-    flat, _ = ravel_pytree(gradient)  # as the optimizer has it: a sum for each weight costs more
     metrics["gradient_norm"] = jnp.linalg.norm(flat)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
     metrics["skipped"] = 1.0 - finite

@@ -38,8 +38,9 @@ CROSS_MODAL = LossConfig(self_weight=0.0, warmup_steps=0)
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
 
 
-def small_step(**options):
-    return make_step(SMALL, CROSS_MODAL, average_decay=0.9, modality_dropout=0.3, **options)
+def small_step(dtype="float32", **options):
+    config = dataclasses.replace(SMALL, dtype=dtype)
+    return make_step(config, CROSS_MODAL, average_decay=0.9, modality_dropout=0.3, **options)
 
 
 def batches(count=3, batch=4):
@@ -138,6 +139,7 @@ def test_one_device_takes_several_folds_stacked(alone):
 
 
 EIGHT_DEVICES = """
+import re
 import jax, numpy as np
 from cmsad_jax import parallel
 from tests.test_parallel import TOLERANCE, batches, losses_of, small_step
@@ -151,6 +153,18 @@ for mode in ("jit", "pmap"):
     placed = map(program.place_batch, given)
     losses, _ = losses_of(program.step, program.place_state(small_step()[0]), placed)
     np.testing.assert_allclose(losses, one, **TOLERANCE)
+
+# The gradients are summed once, and in float32 whatever the network computes in.
+state, step = small_step(dtype="bfloat16")
+program = parallel.parallelize(step)
+text = program.step.lower(program.place_state(state), program.place_batch(given[0])).as_text()
+sums = re.findall(r"stablehlo.all_reduce.*?}\\) : \\(tensor<(.*?)>\\)", text, re.DOTALL)
+num_weights = sum(x.size for x in jax.tree.leaves(state.params))
+assert "bf16" in text
+assert sorted(set(sums)) == [f"{num_weights}xf32", "f32"], sums
+assert sums.count(f"{num_weights}xf32") == 1, sums
+
+state, step = small_step()
 folds = parallel.parallelize_folds(step, num_folds=2)
 both = [[b, jax.tree.map(lambda x: x[::-1], b)] for b in given]
 placed = map(folds.place_batch, both)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PyTree
@@ -46,6 +47,10 @@ class NetworkConfig:
     """Initial bias of the logit of a single class (log-odds): foreground is rare."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; weights, norms' statistics, attention maps, losses and logits are float32."""
+    matmul_precision: Literal["default", "high", "highest"] = "highest"
+    """Of convolutions and matrix products where dtype is float32: highest is float32 on every
+    platform; default is the platform's fastest, bfloat16 on TPUs and TF32 on NVIDIA GPUs; high lies
+    between on TPUs (three bfloat16 products). A CPU computes in float32 under all three."""
     rematerialize: bool = False
     """Compute the inside of blocks again for the gradient: a third more work, far less memory."""
 
@@ -126,6 +131,12 @@ class CMSAD(nn.Module):
             ConfigError: if the channels are not the configured modalities, ``present`` is no mask
                 of them, or a stage would shrink to one voxel.
         """
+        if self.config.dtype != "float32":
+            return self._segment(image, present)
+        with jax.default_matmul_precision(self.config.matmul_precision):
+            return self._segment(image, present)
+
+    def _segment(self, image: Image, present: Present | None) -> NetworkOutput:
         config = self.config
         dtype = jnp.dtype(config.dtype)
         names = config.modalities
