@@ -12,7 +12,7 @@ import jax
 from jaxtyping import Array, Float
 
 from cmsad_jax.kernels import reference
-from cmsad_jax.kernels.convolution import folded_convolution
+from cmsad_jax.kernels.convolution import folded_convolution, pointwise_convolution
 from cmsad_jax.kernels.correlation import xla_correlation
 from cmsad_jax.types import AttentionMap, ConfigError, Feature
 
@@ -209,6 +209,9 @@ def _convolution_of_platform(
     copies, and NVIDIA's library wants its channels first.
     """
     folded = functools.partial(folded_convolution, strides=strides)
+    if kernel.shape[:3] == (1, 1, 1):
+        pointwise = functools.partial(pointwise_convolution, strides=strides)
+        return jax.lax.platform_dependent(x, kernel, cuda=pointwise, default=folded)
     if kernel.shape[0] == 1:
         return folded(x, kernel)
     native = functools.partial(reference.convolution, strides=strides)

@@ -25,9 +25,6 @@ def folded_convolution(
     steps = [1 if size == 1 else step for size, step in zip(sizes, strides, strict=True)]
     x = x[:, :: skips[0], :: skips[1], :: skips[2]]
     if math.prod(sizes) == 1:
-        if max(skips) > 1:
-            # Selected first: XLA for GPUs finds no tiles for a product that selects as it reads.
-            x = jax.lax.optimization_barrier(x)
         return x @ kernel.reshape(kernel.shape[3:])
     taps = _depth_taps(x, sizes[0], steps[0])
     b, d, *plane, c = taps.shape
@@ -37,6 +34,22 @@ def folded_convolution(
         strides=tuple(steps[1:]),
     )
     return y.reshape(b, d, *y.shape[1:])
+
+
+def pointwise_convolution(
+    x: Float[Array, "b d h w c"],
+    kernel: Float[Array, "1 1 1 c o"],
+    *,
+    strides: tuple[int, ...],
+) -> Float[Array, "b d2 h2 w2 o"]:
+    """``folded_convolution`` of a kernel of one voxel, by NVIDIA's library.
+
+    Of a product, XLA has the operand computed where it is multiplied, and then stops for many
+    sizes, since no tile of it can be read (``Couldn't find output tile sizes``).
+    """
+    x = x[:, :: strides[0]]
+    y = reference.convolution(x.reshape(-1, *x.shape[2:]), kernel[0], strides=strides[1:])
+    return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 def _depth_taps(
