@@ -269,7 +269,8 @@ def _blur(volume: Volume, draws: Draws, config: AugmentationConfig) -> Volume:
         return jax.nn.softmax(-0.5 * (distance / sd) ** 2, axis=-1)
 
     h, w = volume.shape[-2:]
-    return jnp.einsum("mih,mjw,mdhw->mdij", weights(h), weights(w), volume)
+    highest = jax.lax.Precision.HIGHEST  # else intensities are rounded on accelerators
+    return jnp.einsum("mih,mjw,mdhw->mdij", weights(h), weights(w), volume, precision=highest)
 
 
 def _bias(volume: Volume, draws: Draws, config: AugmentationConfig) -> Volume:
