@@ -1,0 +1,130 @@
+"""What the compilers of accelerators make of the train step, on a machine that has none.
+
+In an environment of its own, ``pip install "jax[tpu]"`` and ``pip install --no-deps
+jax-cuda13-plugin jax-cuda13-pjrt``, each in the version of JAX; then ``JAX_PLATFORMS=cpu
+TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 python -m pytest -m compile``. Where a compiler is
+not installed, its tests are skipped.
+"""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from cmsad_jax.modules import CMSAD, EncoderConfig
+from cmsad_jax.training import TrainState
+from experiments.config import PRESETS, window
+from experiments.train import compile_programs
+
+pytestmark = pytest.mark.compile
+
+H100 = Path(__file__).parent / "h100.txtpb"
+CHIPS = {"v5e": 16, "h100": 4}
+
+# Of a step of two examples a chip, beside arguments and results.
+MOST_TEMPORARY_BYTES = {"v5e": 40e6, "h100": 40e6}
+
+
+def devices(chip):
+    """Absent ones, as many as ``CHIPS`` says."""
+    package = {"v5e": "libtpu", "h100": "jax_plugins.xla_cuda13"}[chip]
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        pytest.skip(f"the compiler {package} is not installed")
+    if chip == "v5e":
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
+    else:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology="1x1x4", target_config=H100.read_text("utf-8")
+        )
+    return topology.devices[: CHIPS[chip]]
+
+
+def two_stages(count):
+    """The small preset with two stages and modalities, in bfloat16, two examples a device."""
+    config, names = PRESETS["small"], ("t2w", "adc")
+    encoder = EncoderConfig(
+        channels=(8, 16),
+        kernels=((1, 3, 3), (3, 3, 3)),
+        strides=((1, 1, 1), (2, 2, 2)),
+        blocks=(1, 1),
+    )
+    return dataclasses.replace(
+        config,
+        network=dataclasses.replace(
+            config.network, modalities=names, dtype="bfloat16", encoder=encoder
+        ),
+        data=dataclasses.replace(config.data, modalities=names),
+        train=dataclasses.replace(config.train, crop=(8, 32, 32), batch_size=2 * count),
+    )
+
+
+@pytest.fixture(scope="module", params=list(CHIPS))
+def compiled(request):
+    """The chip, the shapes of the state, and the compiled step."""
+    chip = request.param
+    config = two_stages(CHIPS[chip])
+    network = CMSAD(config.network)
+    optimizer = config.train.optimizer.optimizer(config.train.steps)
+    space, channels = window(config), len(config.data.modalities)
+
+    def fresh(key):
+        params = network.init(key, jnp.zeros((1, *space, channels)))["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+
+    state = jax.eval_shape(fresh, jax.random.key(0))
+    examples = config.train.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((examples, *space, channels), jnp.float32),
+        "label": jax.ShapeDtypeStruct((examples, *space), jnp.int32),
+        "present": jax.ShapeDtypeStruct((examples, channels), jnp.bool_),
+        "key": jax.ShapeDtypeStruct((examples, 2), jnp.uint32),
+    }
+    traced = compile_programs(config, devices(chip)).step.step.trace(state, batch)
+    platform = {"v5e": "tpu", "h100": "cuda"}[chip]
+    return chip, state, traced.lower(lowering_platforms=(platform,)).compile()
+
+
+def test_gradients_are_summed_over_devices_once_and_in_float32(compiled):
+    _, state, step = compiled
+    sums = re.findall(r"= (.*?) all-reduce(?:-start)?\(", step.as_text())
+    assert len(sums) == 1
+    arrays = re.findall(r"\b(\w+)\[(\d*)\]", sums[0])
+    assert {name for name, _ in arrays} == {"f32"}
+    num_weights = sum(x.size for x in jax.tree.leaves(state.params))
+    # Some compilers put the few metrics into the same array.
+    assert num_weights <= max(int(size or 1) for _, size in arrays) < num_weights + 20
+
+
+def test_the_state_is_donated(compiled):
+    _, state, step = compiled
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert step.memory_analysis().alias_size_in_bytes >= size
+
+
+def test_temporaries_stay_below_their_ceiling(compiled):
+    chip, _, step = compiled
+    assert step.memory_analysis().temp_size_in_bytes < MOST_TEMPORARY_BYTES[chip]
+
+
+def test_convolutions_are_bfloat16(compiled):
+    _, _, step = compiled
+    lines = [
+        line
+        for line in step.as_text().splitlines()
+        if re.search(r"= .* (convolution|custom-call)\(", line)
+        and "conv_general_dilated" in line
+        and "/gate/" not in line  # of float32 correlations
+        and "/head" not in line  # of float32 logits
+    ]
+    half = [line for line in lines if "bf16[" in line.split("metadata")[0]]
+    assert len(lines) > 20
+    assert len(half) > 0.8 * len(lines)
