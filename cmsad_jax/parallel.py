@@ -2,10 +2,10 @@
 
 Both split the batch over the devices and keep a copy of the state on each. Every device runs the
 step on its own examples, and the step averages over the devices once: the gradients of all weights,
-in float32 (XLA by itself would sum each where it arises, in the type that the network computes in).
-Losses are means over the batch and normalisation never crosses examples, so the result is that of
-one device up to the order of float32 sums. ``jit`` spans the devices of several processes; each then places its own
-share of the batch. ``parallelize_folds`` trains several folds at once, on parts of the mesh.
+in float32 (XLA by itself would sum each where it arises, in the type of the network). Losses are
+means over the batch and normalisation never crosses examples, so the result is that of one device
+up to the order of float32 sums. ``jit`` spans the devices of several processes; each then places
+its own share of the batch. ``parallelize_folds`` trains several folds at once, on parts of the mesh.
 """
 
 import dataclasses
@@ -96,13 +96,15 @@ def parallelize(
         replicated = NamedSharding(mesh, PartitionSpec())
         split = NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA_AXIS))
         several = jax.process_count() > 1
-        each = jax.shard_map(
-            partial(step, axis_name=DATA_AXIS),
-            mesh=mesh,
-            in_specs=(replicated.spec, split.spec),
-            out_specs=(replicated.spec, replicated.spec),
-            check_vma=False,  # the step itself averages its gradients over the data axis
-        )
+        each = step
+        if len(devices) > 1:
+            each = jax.shard_map(
+                partial(step, axis_name=DATA_AXIS),
+                mesh=mesh,
+                in_specs=(replicated.spec, split.spec),
+                out_specs=(replicated.spec, replicated.spec),
+                check_vma=False,  # the step itself averages its gradients over the data axis
+            )
         return ParallelStep(
             place_state=lambda state: _place(state, replicated),
             place_batch=lambda batch: _place(checked(batch), split),
