@@ -5,7 +5,8 @@ step on its own examples, and the step averages over the devices once: the gradi
 in float32 (XLA by itself would sum each where it arises, in the type of the network). Losses are
 means over the batch and normalisation never crosses examples, so the result is that of one device
 up to the order of float32 sums. ``jit`` spans the devices of several processes; each then places
-its own share of the batch. ``parallelize_folds`` trains several folds at once, on parts of the mesh.
+its own share of the batch. ``parallelize_folds`` trains several folds at once, on parts of the
+mesh.
 """
 
 import dataclasses

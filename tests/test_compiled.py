@@ -18,8 +18,9 @@ from jax.experimental import topologies
 
 from cmsad_jax.modules import CMSAD, EncoderConfig
 from cmsad_jax.training import TrainState
-from experiments.config import PRESETS, window
-from experiments.train import compile_programs
+from experiments.settings.config import window
+from experiments.settings.presets import PRESETS
+from experiments.training.programs import compile_programs
 
 pytestmark = pytest.mark.compile
 
