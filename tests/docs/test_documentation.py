@@ -57,6 +57,7 @@ NOT_OF_THE_METHOD = {
     "folds_at_once",
     "group_by",
     "network.dtype",
+    "network.matmul_precision",
     "network.modalities",  # follow from the data
     "network.num_classes",
     "network.rematerialize",
