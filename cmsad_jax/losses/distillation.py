@@ -333,7 +333,6 @@ def map_distance(
         jax.lax.stop_gradient(dict(features)),
         AttentionConfig(attention.kind, attention.exponent),
         "l2",
-        None,
     )
     total, count = jnp.zeros(()), jnp.zeros(())
     for name, stage in itertools.product(features, stages):
@@ -455,7 +454,7 @@ def _map_of(
     features: Sequence[Float[Array, "b ..."]], attention: AttentionConfig, distance: str
 ) -> Callable[[int, tuple[int, ...]], AttentionMap]:
     """Attention of one feature for each stage, by stage and grid."""
-    attention_of = _attention({_FUSED: features}, attention, distance, None)
+    attention_of = _attention({_FUSED: features}, attention, distance)
     return functools.partial(attention_of, _FUSED)
 
 
@@ -472,7 +471,7 @@ def _taught_by_one(
     """One map for each stage and grid teaches every student, in the examples that are valid."""
 
     def loss(students: Features) -> PerExample:
-        attention_of = _attention(students, attention, distance, None)
+        attention_of = _attention(students, attention, distance)
         terms = []
         for name, stage in itertools.product(students, stages):
             space = students[name][stage].shape[1:-1]
