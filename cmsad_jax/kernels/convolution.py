@@ -48,8 +48,9 @@ def pointwise_convolution(
     sizes, since no tile of it can be read (``Couldn't find output tile sizes``).
     """
     x = x[:, :: strides[0]]
-    y = reference.convolution(x.reshape(-1, *x.shape[2:]), kernel[0], strides=strides[1:])
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+    b, d, *plane, c = x.shape
+    y = reference.convolution(x.reshape(b * d, *plane, c), kernel[0], strides=strides[1:])
+    return y.reshape(b, d, *y.shape[1:])
 
 
 def _depth_taps(

@@ -20,23 +20,25 @@ LANES = 128
 """Channels that a TPU stores and multiplies at a time."""
 
 
-def packing_of(
-    shape: tuple[int, ...], channels: int, strides: tuple[int, ...]
-) -> tuple[int, int] | None:
-    """Columns to pack of an input ``b *space w c`` and of its convolution; None if none gains.
+def packing_of(width: int, channels: int, outputs: int, step: int) -> tuple[int, int] | None:
+    """Columns to pack of an input and of its convolution; None if none gains.
 
     The output is filled up to ``LANES`` channels, as far as its width divides; the input is packed
-    by the stride times as many, so that the groups of both lie on each other.
+    by the stride times as many, so that the packs of both lie on each other.
+
+    Args:
+        width: columns of the input.
+        channels: of the input.
+        outputs: channels of the output.
+        step: stride along the columns.
     """
-    width, step = shape[-2], strides[-1]
     if width % step:
         return None
-    outputs = 1
-    while 2 * outputs * channels <= LANES and width // step % (2 * outputs) == 0:
-        outputs *= 2
-    inputs = outputs * step
-    gains = outputs > 1 or (step > 1 and shape[-1] < LANES)
-    return (inputs, outputs) if gains else None
+    after = 1
+    while 2 * after * outputs <= LANES and width // step % (2 * after) == 0:
+        after *= 2
+    gains = after > 1 or (step > 1 and channels < LANES)
+    return (after * step, after) if gains else None
 
 
 def pack(x: Float[Array, "b *space w c"], size: int) -> Float[Array, "b *space w2 pc"]:
@@ -85,7 +87,8 @@ def packed_convolution(
     padding = [*((k // 2, k // 2) for k in sizes[:-1]), (before, after)]
     lead = x.shape[:2]
     if len(sizes) == 3 and sizes[0] == 1:
-        x, packed, steps, padding = x.reshape(-1, *x.shape[2:]), packed[0], steps[1:], padding[1:]
+        x = x.reshape(lead[0] * lead[1], *x.shape[2:])
+        packed, steps, padding = packed[0], steps[1:], padding[1:]
     y = reference.convolution(x, packed, strides=steps, padding=padding)
     return y if y.ndim == len(sizes) + 2 else y.reshape(*lead, *y.shape[1:])
 
