@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install cv test faults lint benchmark docs
+.PHONY: help install cv test test-versions faults lint benchmark docs
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(VENV)/.dev ## create the environment with everything for running, testing and linting
 
@@ -19,6 +19,9 @@ cv: $(VENV)/.experiments ## five-fold cross-validation, e.g. make cv ARGS="--acc
 
 test: $(VENV)/.dev ## run the tests
 	@$(RUN) pytest -n auto --maxprocesses 4 $(ARGS)
+
+test-versions: $(VENV)/.dev ## a short suite on the oldest and on the newest releases that are accepted
+	@.ci/versions $(BIN)/uv
 
 faults: $(VENV)/.dev ## kill, corrupt, fill the disk, and count what is lost, e.g. make faults ARGS="--share 0.1"
 	@$(RUN) tests.faults $(ARGS)

@@ -1,12 +1,14 @@
 """The dependency rules of the layout, checked on fresh processes and on the source."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,35 @@ PACKAGES = ("cmsad_jax", "data_pipelines", "experiments", "benchmarks")
 SUBMODULES = sorted(
     module.name for module in pkgutil.walk_packages(cmsad_jax.__path__, prefix="cmsad_jax.")
 )
+FLOORS = {
+    "data_pipelines": (
+        ("faults", "config", "case", "files"),
+        ("reading",),
+        ("preparing",),
+        ("building",),
+        ("serving",),
+        ("msd_prostate", "nifti_folder", "phantom", "picai", "prostate158"),
+        ("command_line",),
+        ("build", "validate"),
+    ),
+    "experiments": (
+        ("settings",),
+        ("process",),
+        ("measuring",),
+        ("run_folder",),
+        ("prediction",),
+        ("training",),
+        ("exporting", "reporting"),
+        ("studies",),
+        (
+            *("ablation", "attention", "compare", "cv", "evaluate", "export", "fit", "missing"),
+            *("predict", "report", "reproduce", "voxel_baseline"),
+        ),
+    ),
+}
+"""Files and folders of a package from the lowest to the commands: imports go to lower floors alone,
+and so between no two of one floor, but for the plain files on the lowest."""
+
 HEAVY = ("tensorflow_datasets", "tensorflow", "grain", "nibabel", "SimpleITK", "tyro")
 
 
@@ -39,6 +70,33 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(str(node.module).split(".")[0])
     return names
+
+
+def project_modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = file
+    return found
+
+
+MODULES = project_modules()
+
+
+def imported(module: str) -> Iterator[tuple[str, str]]:
+    """What a module imports of the project, nested imports too: module, and name in it if any."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner, "") if inner in MODULES else (node.module, alias.name)
+
+
+IMPORTS = {module: list(imported(module)) for module in MODULES}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +144,68 @@ def test_no_file_imports_against_the_arrows(package, forbidden):
     assert files
     found = {str(file.relative_to(ROOT)): imports(file) & forbidden for file in files}
     assert {file: names for file, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_file_and_folder_has_its_floor(package):
+    inside = {name.split(".")[1] for name in MODULES if name.startswith(f"{package}.")}
+    assert {name for floor in FLOORS[package] for name in floor} == inside
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_go_to_lower_floors_alone(package):
+    floors = {name: i for i, floor in enumerate(FLOORS[package]) for name in floor}
+    against = set()
+    for module, targets in IMPORTS.items():
+        for target, _ in targets:
+            if not (module.startswith(f"{package}.") and target.startswith(f"{package}.")):
+                continue
+            here, there = module.split(".")[1], target.split(".")[1]
+            lowest_files = floors[here] == floors[there] == 0
+            if here != there and floors[there] >= floors[here] and not lowest_files:
+                against.add(f"{module} imports {target}")
+    assert against == set()
+
+
+def test_nothing_imports_a_command():
+    commands = {f"{package}.{name}" for package in FLOORS for name in FLOORS[package][-1]}
+    commands |= {name for name in MODULES if name.startswith("benchmarks.") and has_main(name)}
+    assert {"experiments.cv", "data_pipelines.build", "benchmarks.kernels"} <= commands
+    found = {
+        f"{module} imports {target}"
+        for module, targets in IMPORTS.items()
+        for target, _ in targets
+        if target in commands
+    }
+    assert found == set()
+
+
+def has_main(module: str) -> bool:
+    """Whether a module is run with ``python -m``."""
+    return '__name__ == "__main__"' in MODULES[module].read_text("utf-8")
+
+
+def test_imports_make_no_circle():
+    graph = {module: {target for target, _ in targets} for module, targets in IMPORTS.items()}
+    assert len([*graphlib.TopologicalSorter(graph).static_order()]) == len(MODULES)
+
+
+def test_no_private_name_is_used_in_another_module():
+    found = set()
+    for module, targets in IMPORTS.items():
+        found |= {f"{module}: {name} of {target}" for target, name in targets if is_private(name)}
+        known = {target.rpartition(".")[2] for target, name in targets if not name}
+        for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and is_private(node.attr):
+                value = node.value
+                if isinstance(value, ast.Name) and value.id in known:
+                    found.add(f"{module}: {value.id}.{node.attr}")
+    assert found == set()
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is for its own module alone."""
+    return name.startswith("_") and not name.endswith("__")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
