@@ -344,7 +344,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class FileCaseBuilder(CaseBuilder, skip_registration=True):
-    """A data set of image files: ``find_cases`` lists ``validation.CaseFiles``."""
+    """A data set of image files: ``find_cases`` lists ``case_files.CaseFiles``."""
 
     entries: list[case_files.CaseFiles]
 

@@ -21,7 +21,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # it prints a request for citat
     from picai_eval.eval import evaluate_case
 
 TARGET = "lesion"
-"""The target of ``data_pipelines.case.DataConfig`` that is detected: a gland is always there,
+"""The target of ``data_pipelines.config.DataConfig`` that is detected: a gland is always there,
 and what this module measures would say nothing of it."""
 
 VOXEL_BINS = 20

@@ -27,7 +27,7 @@ from experiments.settings.stored import flatten, to_json
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [
-        ROOT / "README.md",
+        *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")),
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "data_pipelines").rglob("*.md"),
         *ROOT.glob("*/RESULTS.md"),
