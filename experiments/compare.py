@@ -49,7 +49,7 @@ class Comparison:
         interval: ends of the 95 % bootstrap interval of ``difference`` over patients; None below
             two patients.
         tests: paired tests over patients; None below two patients.
-        corrected_p: ``statistics.permutation_p`` corrected for the number of comparisons.
+        corrected_p: ``tests.permutation_p`` corrected for the number of comparisons.
         same_folds: whether each case was validated in the same fold of both runs.
     """
 

@@ -1,4 +1,4 @@
-"""What documentation and docstrings name is there: modules, attributes, commands, kinds of fusion."""
+"""What pages and docstrings name is there: modules, attributes, files, commands, fusions."""
 
 import ast
 import dataclasses
