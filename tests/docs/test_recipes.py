@@ -103,7 +103,7 @@ def test_data_set(tree):
     (command,) = follow("Recipe: a data set", tree)
     assert "the data set can be built; cases: 2, errors: 0" in run(command, tree)
     (mine / f"{case_id_of(0)}_adc.nii.gz").unlink()
-    with pytest.raises(AssertionError, match="must have every modality +got no 'adc'"):
+    with pytest.raises(AssertionError, match=r"must have every modality +got no 'adc'"):
         run(command, tree)
     assert "nifti_folder or side_by_side" in run("python -m data_pipelines.validate --help", tree)
     lint(tree)
