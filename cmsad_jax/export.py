@@ -88,7 +88,8 @@ class Description:
         classes: names of the foreground classes; one of them means ``k = 1`` (sigmoid), else
             ``k`` counts the background as well, first.
         window: spatial shape the programs take.
-        preprocess: reference grid and intensity scaling (``data_pipelines.config.PreprocessConfig``).
+        preprocess: reference grid and intensity scaling, as
+            ``data_pipelines.config.PreprocessConfig``.
         overlap, batch_size, flip: of the sliding window; ``flip`` averages over left and right.
         threshold: probability above which a voxel belongs to the target.
         allow_missing: whether the model was trained for the absence of modalities.
