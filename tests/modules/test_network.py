@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import typing
 from functools import partial
 
 import jax
@@ -22,6 +23,8 @@ from cmsad_jax.training import LossConfig, OptimizerConfig
 from cmsad_jax.types import ConfigError
 from tests.networks import TINY_2D, TINY_3D, init, random_params, tiny_batch, tiny_config
 
+KINDS = typing.get_args(typing.get_type_hints(FusionConfig)["kind"])
+
 
 @pytest.mark.parametrize(
     ("rank", "names"),
@@ -43,7 +46,7 @@ def test_any_number_of_modalities_on_slices_and_volumes(rank, names):
     assert np.all(np.isfinite(output.correlation_loss))
 
 
-@pytest.mark.parametrize("fusion", ["scff", "concat", "mean", "max", "attention", "early"])
+@pytest.mark.parametrize("fusion", KINDS)
 def test_batch_permutation_permutes_outputs(fusion):
     batch = tiny_batch(batch=3)
     network, params = init(tiny_config(fusion=fusion), batch)
@@ -56,7 +59,7 @@ def test_batch_permutation_permutes_outputs(fusion):
     )
 
 
-@pytest.mark.parametrize("fusion", ["scff", "max", "attention", "early"])
+@pytest.mark.parametrize("fusion", KINDS)
 def test_absent_modality_changes_nothing_and_gets_no_gradient(fusion):
     batch = tiny_batch()
     network, params = init(tiny_config(fusion=fusion), batch)
@@ -341,7 +344,7 @@ def test_bad_settings_are_refused(make, message):
     [
         (EncoderConfig(), "norm", "instance, group"),
         (EncoderConfig(), "block", "residual, plain"),
-        (FusionConfig(), "kind", "scff, concat, mean, max, attention, early"),
+        (FusionConfig(), "kind", ", ".join(KINDS)),
         (FusionConfig(), "expression", "nonlinear, linear"),
         (FusionConfig(), "correlation_direction", "forward, reverse"),
         (OptimizerConfig(), "kind", "adamw, adam, sgd"),
