@@ -49,6 +49,9 @@ FLOORS = {
 """Files and folders of a package from the lowest to the commands: imports go to lower floors alone,
 and so between no two of one floor, but for the plain files on the lowest."""
 
+TIMED_AS_A_WHOLE = {"benchmarks.inference imports experiments.predict"}
+"""The one command that a benchmark runs from its arguments to its files."""
+
 HEAVY = ("tensorflow_datasets", "tensorflow", "grain", "nibabel", "SimpleITK", "tyro")
 
 
@@ -177,7 +180,7 @@ def test_nothing_imports_a_command():
         for target, _ in targets
         if target in commands
     }
-    assert found == set()
+    assert found == TIMED_AS_A_WHOLE
 
 
 def has_main(module: str) -> bool:
