@@ -30,8 +30,8 @@ def run(main: Callable[[T], int], arguments: type[T], *, module: str, descriptio
         status = 2
     except OSError as error:
         print(
-            f"error: {error}. Mend the storage and run the same command again: finished cases are "
-            "kept.",
+            f"error: {error}. Repair the storage and run the same command again: finished cases "
+            "are kept.",
             file=sys.stderr,
         )
         status = 3

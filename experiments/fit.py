@@ -81,7 +81,7 @@ def step_bytes(config: Config, devices: Sequence[Any]) -> int:
     )
     if found is None:
         raise ConfigError(
-            f"memory can be told of one program alone; got --parallel={config.parallel}. "
+            f"memory is known before a run under jit alone; got --parallel={config.parallel}. "
             "Use --parallel=jit."
         )
     return found.bytes

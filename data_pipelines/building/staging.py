@@ -167,8 +167,8 @@ def _in_pool(
             bar.update()
     except BrokenProcessPool:
         raise DataError(
-            f"every worker process must live to the end; got one of {num_workers} killed, mostly "
-            "for want of memory. Run python -m data_pipelines.build --num-workers=1 with the data "
+            f"every worker process must run to its end; got one of {num_workers} killed, usually "
+            "for lack of memory. Run python -m data_pipelines.build --num-workers=1 with the data "
             "options of this run: finished cases are kept. A script of your own must start work "
             "under if __name__ == '__main__'."
         ) from None

@@ -314,7 +314,7 @@ def _read_table(
     odd = [name for name in sorted(named) if modality_of(name, (*wanted, *ALIASES)) is None]
     if odd:
         raise DataError(
-            f"{path} must name modalities in the column available, parted by blanks; got "
+            f"{path} must name modalities in the column available, separated by spaces; got "
             f"{', '.join(odd[:3])}. Use names such as {' '.join(wanted)}."
         )
     return table

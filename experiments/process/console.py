@@ -69,7 +69,7 @@ def run_main(main: Callable[[], Any]) -> None:
             raise
         print(
             f"error: {error.filename}: {error.strerror}. What was finished before is intact. "
-            "Mend the storage and run the same command again to continue.",
+            "Repair the storage and run the same command again to continue.",
             file=sys.stderr,
         )
         raise SystemExit(3) from None

@@ -118,7 +118,7 @@ def first_alone(purpose: str) -> Iterator[None]:
         failed = bool(of_first(np.asarray(failed)))
     if failed:
         raise RunError(
-            f"process 0 must be able to {purpose}; it was not. Mend what it says, and start all "
+            f"process 0 must be able to {purpose}; it was not. Correct what it says, and start all "
             "processes again."
         )
 

@@ -81,7 +81,7 @@ def run_in_processes(configs: Sequence[Config], jobs: int, done: Callable[[Path]
     free = _shares(_cores(), jobs)
     waiting = list(configs)
     running: dict[int, tuple[BaseProcess, Path, Sequence[int]]] = {}
-    log(f"{jobs} at a time; the account of each is in the .log file beside its folder")
+    log(f"{jobs} at a time; the output of each is in the .log file beside its folder")
     with progress((), description="runs", total=len(configs)) as bar:
         try:
             while waiting or running:
@@ -130,5 +130,5 @@ def _failure(folder: Path, status: int) -> str:
     return (
         f"every run must end well; {folder} ended with status {status} and said:\n"
         + "\n".join(f"  {line}" for line in said[-10:])
-        + f"\nMend that (its whole account: {_account(folder)}) and run the same command again."
+        + f"\nCorrect that (its whole output: {_account(folder)}) and run the same command again."
     )

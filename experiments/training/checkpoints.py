@@ -188,7 +188,7 @@ class Checkpoints:
             older = [path for path in _steps(folder) if path.name < final.name]
             kept = [final, *older[: KEEP[name] - 1]]
             for path in _steps(folder):
-                if path not in kept:  # older, or newer and passed over as damaged
+                if path not in kept:  # older, or newer and skipped as damaged
                     shutil.rmtree(path)
 
 
@@ -228,7 +228,7 @@ sys.unraisablehook = _without_late_answers
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Path and record of the newest checkpoint in ``folder`` that is as it was written.
 
-    Damaged ones are passed over and named in the log.
+    Damaged ones are skipped and named in the log.
 
     Returns:
         None if there is no checkpoint at all.
@@ -242,7 +242,7 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             record = read_record(path)
         except CorruptCheckpointError as error:
             faults.append(str(error))
-            log(f"passed over: {error}")
+            log(f"skipped: {error}")
             continue
         if faults:
             log(f"using the newest intact checkpoint instead: {path}")

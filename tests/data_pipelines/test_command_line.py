@@ -14,7 +14,7 @@ from data_pipelines.faults import DataError
     [
         (None, 0, ""),
         (DataError("a must be b; got c. Do d."), 2, "error: a must be b; got c. Do d."),
-        (OSError(28, "No space left on device", "f"), 3, "No space left on device: 'f'. Mend the"),
+        (OSError(28, "No space left on device", "f"), 3, "No space left on device: 'f'. Repair"),
         (KeyboardInterrupt(), 130, "interrupted; finished cases are kept, run again to continue"),
     ],
 )
