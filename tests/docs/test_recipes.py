@@ -30,11 +30,15 @@ STEP = re.compile(
 
 
 def follow(recipe: str, tree: Path) -> list[str]:
-    """Make the files and changes of a recipe in ``tree``; the commands that check it."""
-    file, commands = None, []
+    """Make the files and changes of a recipe in ``tree``; the commands that check it.
+
+    What the recipe leaves behind must pass the linter and the formatter.
+    """
+    file, commands, touched = None, [], set()
     for step in STEP.finditer(RECIPES[recipe]):
         if step["new"] or step["changed"]:
             file = tree / (step["new"] or step["changed"])
+            touched |= {file} if file.suffix == ".py" else set()
         elif step["language"] == "python":
             assert file is not None
             assert not file.exists()
@@ -50,6 +54,8 @@ def follow(recipe: str, tree: Path) -> list[str]:
             file.write_text(text.replace(before, after))
         else:
             commands += step["block"].splitlines()
+    for check in (["check"], ["format", "--check"]):
+        subprocess.run([sys.executable, "-m", "ruff", *check, *sorted(touched)], check=True)
     return commands
 
 
@@ -81,13 +87,6 @@ def run(command: str, tree: Path) -> str:
     return done.stdout
 
 
-def lint(tree: Path) -> None:
-    """What a recipe leaves behind passes the linter and the formatter."""
-    for check in (["check"], ["format", "--check"]):
-        folders = [tree / name for name in ("cmsad_jax", "data_pipelines", "experiments")]
-        subprocess.run([sys.executable, "-m", "ruff", *check, *folders], cwd=tree, check=True)
-
-
 def test_every_recipe_is_followed():
     assert set(RECIPES) == {"Recipe: a data set", "Recipe: a fusion", "Recipe: a metric"}
 
@@ -106,7 +105,6 @@ def test_data_set(tree):
     with pytest.raises(AssertionError, match=r"must have every modality +got no 'adc'"):
         run(command, tree)
     assert "nifti_folder or side_by_side" in run("python -m data_pipelines.validate --help", tree)
-    lint(tree)
 
 
 def test_fusion(tree):
@@ -115,4 +113,17 @@ def test_fusion(tree):
     for test in ("absent_modality", "batch_permutation", "is_explained"):
         assert re.search(rf"{test}\S*\[rms\] PASSED", found), found
     assert train.startswith("python -m experiments.cv --network.fusion.kind=")
-    lint(tree)
+
+
+def test_metric(tree):
+    grid = np.diag([2.0, 1.0, 1.0, 1.0])
+    labels, predictions = (np.zeros((4, 8, 8), np.uint8) for _ in range(2))
+    labels[1:3, 2:4, 2:4] = 1
+    predictions[1:3, 2:4, 2:7] = 1
+    for folder, mask in (("labels", labels), ("predictions", predictions)):
+        volume_io.write_nifti(tree / folder / "case.nii.gz", mask, grid)
+    evaluate, check = follow("Recipe: a metric", tree)
+    assert re.search(r"volume_ratio +2\.500 ", run(evaluate, tree))
+    assert "volume_ratio" in (tree / "measured/metrics.csv").read_text("utf-8").splitlines()[0]
+    found = run(f"{check} -v -p no:cacheprovider", tree)
+    assert "test_every_metric_and_key_of_a_run_is_explained PASSED" in found
