@@ -49,7 +49,7 @@ from experiments.studies.ablation_table import (
     write_table,
 )
 
-_NO_DISTILLATION = {
+_NO_DISTILLATION: Mapping[str, object] = {
     "loss.cross_modal_weight": 0.0,
     "loss.self_weight": 0.0,
     "loss.label_weight": 0.0,
@@ -59,7 +59,7 @@ _NO_DISTILLATION = {
     "loss.correlation_weight": 0.0,
 }
 
-ROWS: dict[str, dict[str, Any]] = {
+ROWS: dict[str, Mapping[str, object]] = {
     FULL: {},
     "scff": _NO_DISTILLATION,
     "cmsad": {"network.fusion.kind": "concat", "loss.correlation_weight": 0.0},
@@ -167,13 +167,13 @@ def _swept(sweep: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _changed(config: Config, changes: Mapping[str, Any]) -> Config:
+def _changed(config: Config, changes: Mapping[str, object]) -> Config:
     for path, value in changes.items():
         config = _with_field(config, path.split("."), value)
     return config
 
 
-def _with_field(config: Any, path: Sequence[str], value: Any) -> Any:
+def _with_field(config: Any, path: Sequence[str], value: object) -> Any:
     old = getattr(config, path[0])
     if len(path) > 1:
         value = _with_field(old, path[1:], value)

@@ -10,14 +10,14 @@ compiled as a check.
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from cmsad_jax.types import ConfigError
+from cmsad_jax.types import ConfigError, Device
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.settings.command_line import parse
@@ -59,7 +59,7 @@ class Fit(NamedTuple):
     bytes: int
 
 
-def step_bytes(config: Config, devices: Sequence[Any]) -> int:
+def step_bytes(config: Config, devices: Sequence[Device]) -> int:
     """Memory of one training step on each device, by XLA's account; compiles it.
 
     Raises:
@@ -87,7 +87,7 @@ def step_bytes(config: Config, devices: Sequence[Any]) -> int:
     return found.bytes
 
 
-def table(config: Config, devices: Sequence[Any], limit: float) -> list[Fit]:
+def table(config: Config, devices: Sequence[Device], limit: float) -> list[Fit]:
     """The largest batch for crops around the one asked for, by a line through two compilations."""
     unit = _unit(config, devices)
     one, two = (step_bytes(_with_batch(config, n * unit), devices) for n in (1, 2))
@@ -117,7 +117,7 @@ def crops(config: Config) -> list[tuple[int, int, int]]:
     return sorted(found)
 
 
-def _unit(config: Config, devices: Sequence[Any]) -> int:
+def _unit(config: Config, devices: Sequence[Device]) -> int:
     """The smallest batch: an example for each device and each part of an accumulated step."""
     return len(devices) * config.train.accumulation
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from tqdm import tqdm
@@ -42,7 +42,7 @@ class RunError(RuntimeError):
     """A run that cannot go on until its cause is removed; the message holds cause and remedy."""
 
 
-def run_main(main: Callable[[], Any]) -> None:
+def run_main(main: Callable[[], object]) -> None:
     """Run a program and end with its status; what a user can mend ends in one message.
 
     0 done; 1 a fault of the program, with a traceback; 2 the request or the data cannot work; 3
@@ -50,7 +50,7 @@ def run_main(main: Callable[[], Any]) -> None:
     run the same command again; 130 and 143 stopped by SIGINT and SIGTERM: run it again to continue.
     """
 
-    def interrupt(number: int, _: Any) -> None:
+    def interrupt(number: int, _: object) -> None:
         Stop.unanswered = number
         raise Interrupted(number)
 

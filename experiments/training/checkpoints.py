@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ import orbax.checkpoint as ocp
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
+from experiments.prediction.windows import Params
 from experiments.process.console import log
 from experiments.process.storage import file_sha256, naming_path
 from experiments.run_folder import RunFolder
@@ -45,7 +46,23 @@ SCHEMA = 2
 """
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict}
+class Record(TypedDict):
+    """What a checkpoint says of itself: ``record.json``.
+
+    ``progress`` is what was given to be found again, ``written_schema`` the schema of a file that
+    was migrated.
+    """
+
+    schema: int
+    step: int
+    fold: int
+    data_fingerprint: str
+    config: dict[str, Any]
+    progress: Mapping[str, object]
+    written_schema: NotRequired[int]
+
+
+MIGRATIONS: dict[int, Callable[[Record], Record]] = {1: lambda record: record}
 """From version ``n`` to ``n + 1``: what turns a record of the one into a record of the other."""
 
 
@@ -75,7 +92,7 @@ class Checkpoints:
     ):
         self._directory = directory.absolute()
         self._config = config
-        self._identity = {"fold": fold, "data_fingerprint": data_fingerprint}
+        self._fold, self._data_fingerprint = fold, data_fingerprint
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: deque[Future[None]] = deque()
 
@@ -85,7 +102,7 @@ class Checkpoints:
         state: TrainState,
         *,
         step: int | None = None,
-        progress: Mapping[str, Any] | None = None,
+        progress: Mapping[str, object] | None = None,
     ) -> None:
         """Begin to write ``state``; older ones of that name go once this one is complete.
 
@@ -102,10 +119,11 @@ class Checkpoints:
             self._writing.popleft().result()
         host = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
         step = int(host.step) if step is None else step
-        record = {
+        record: Record = {
             "schema": SCHEMA,
             "step": step,
-            **self._identity,
+            "fold": self._fold,
+            "data_fingerprint": self._data_fingerprint,
             "config": to_json(self._config),
             "progress": dict(progress or {}),
         }
@@ -126,7 +144,7 @@ class Checkpoints:
             )
         return _restore_state(*found, like)
 
-    def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def resume(self, like: TrainState) -> tuple[TrainState, Record] | None:
         """State, and record, of the newest intact ``last``; None if nothing was saved yet."""
         found = self._newest("last")
         return None if found is None else (_restore_state(*found, like), found[1])
@@ -143,18 +161,19 @@ class Checkpoints:
         finally:
             self._writer.shutdown()
 
-    def _newest(self, name: str) -> tuple[Path, dict[str, Any]] | None:
+    def _newest(self, name: str) -> tuple[Path, Record] | None:
         self.wait()
         found = newest_intact(self._directory / name)
         if found is None:
             return None
         path, record = found
         changed = differences(to_json(from_json(Config, record["config"])), to_json(self._config))
-        changed += [
-            f"{field}: {record[field]} -> {value}"
-            for field, value in self._identity.items()
-            if value != "" and record[field] != value
-        ]
+        if record["fold"] != self._fold:
+            changed.append(f"fold: {record['fold']} -> {self._fold}")
+        if self._data_fingerprint not in ("", record["data_fingerprint"]):
+            changed.append(
+                f"data_fingerprint: {record['data_fingerprint']} -> {self._data_fingerprint}"
+            )
         if changed:
             raise ConfigError(
                 f"a checkpoint must belong to the run that continues it; {path} differs:\n  "
@@ -163,7 +182,7 @@ class Checkpoints:
             )
         return path, record
 
-    def _write(self, name: str, state: TrainState, record: dict[str, Any]) -> None:
+    def _write(self, name: str, state: TrainState, record: Record) -> None:
         folder = self._directory / name
         final = folder / f"{record['step']:08d}"
         partial = folder / f".{final.name}.tmp"
@@ -225,7 +244,7 @@ _report_unraisable = sys.unraisablehook
 sys.unraisablehook = _without_late_answers
 
 
-def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_intact(folder: Path) -> tuple[Path, Record] | None:
     """Path and record of the newest checkpoint in ``folder`` that is as it was written.
 
     Damaged ones are skipped and named in the log.
@@ -255,7 +274,7 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> Record:
     """The record of the checkpoint ``path``, in today's schema, after verifying every file.
 
     Where it was written in an older one, ``written_schema`` says which.
@@ -281,20 +300,21 @@ def read_record(path: Path) -> dict[str, Any]:
             f"a checkpoint's files must be as they were written; {path} differs in "
             f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}. Use another one."
         )
-    record = json.loads((path / _RECORD).read_text("utf-8"))
+    record: Record = json.loads((path / _RECORD).read_text("utf-8"))
     if record["schema"] > SCHEMA:
         raise DataError(
             f"checkpoints of schema {SCHEMA} and before can be read; {path} has "
             f"{record['schema']}. Use the version that wrote it, or a later one."
         )
     while record["schema"] < SCHEMA:
-        written = record.get("written_schema", record["schema"])
-        record = MIGRATIONS[record["schema"]](record)
-        record |= {"schema": record["schema"] + 1, "written_schema": written}
+        schema = record["schema"]
+        written = record.get("written_schema", schema)
+        migrated = MIGRATIONS[schema](record)
+        record = {**migrated, "schema": schema + 1, "written_schema": written}
     return record
 
 
-def load_params(run: Path, fold: int, *, checkpoint: str = "last") -> Any:
+def load_params(run: Path, fold: int, *, checkpoint: str = "last") -> Params:
     """The weights to predict with, of a fold of the run folder ``run``.
 
     They are the moving average where the run kept one, which is what its results were measured
@@ -338,7 +358,7 @@ def load_params(run: Path, fold: int, *, checkpoint: str = "last") -> Any:
         )["average"]
 
 
-def _restore_state(path: Path, record: Mapping[str, Any], like: TrainState) -> TrainState:
+def _restore_state(path: Path, record: Record, like: TrainState) -> TrainState:
     """The state of a verified checkpoint, placed as ``like`` is."""
     separate = record.get("written_schema", SCHEMA) < 2
     stored = _with_separate_moments(like) if separate else like
@@ -400,7 +420,7 @@ def _checkpointer() -> ocp.Checkpointer:
     )
 
 
-def _other_network(path: Path, record: Mapping[str, Any], came: str) -> str:
+def _other_network(path: Path, record: Record, came: str) -> str:
     return (
         f"a checkpoint must hold the weights of the network that asks for them; {path} (step "
         f"{record['step']}): {came}. Use the version and configuration that it was written with."

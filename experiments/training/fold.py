@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class Step(NamedTuple):
 
     number: int
     case_ids: Sequence[str]
-    batch: dict[str, Any]
+    batch: loading.Batch
     metrics: dict[str, float]
 
 
@@ -68,7 +68,7 @@ class Call(NamedTuple):
 
     first: int
     case_ids: list[list[str]]
-    batches: list[dict[str, Any]]
+    batches: list[loading.Batch]
 
     def steps(self, metrics: dict[str, np.ndarray]) -> Iterator[Step]:
         """Its steps, with their metrics, once they are made."""

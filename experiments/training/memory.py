@@ -3,11 +3,12 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from cmsad_jax.types import Device
 from experiments.process.console import RunError, log
 from experiments.settings.config import Config
 
@@ -31,7 +32,7 @@ class Estimate(NamedTuple):
         return self.kept_bytes + self.temporary_bytes
 
 
-def estimate(step: Callable[..., Any], state: Any, batch: Any) -> Estimate | None:
+def estimate(step: Callable[..., object], state: object, batch: object) -> Estimate | None:
     """Memory for a call of ``step``; None where XLA cannot tell. Compiles, or takes what is."""
     lower = getattr(step, "lower", None)  # the pmap adapter is a plain function
     analysis = lower(state, batch).compile().memory_analysis() if lower else None
@@ -45,13 +46,18 @@ def estimate(step: Callable[..., Any], state: Any, batch: Any) -> Estimate | Non
     )
 
 
-def limit_bytes(device: Any) -> int | None:
+def limit_bytes(device: Device) -> int | None:
     """Memory that JAX may use on a device; None where it has no limit of its own, as on CPUs."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def check(
-    config: Config, step: Callable[..., Any], state: Any, batch: Any, *, resident_bytes: int = 0
+    config: Config,
+    step: Callable[..., object],
+    state: object,
+    batch: object,
+    *,
+    resident_bytes: int = 0,
 ) -> Estimate | None:
     """Say before the first step what it will need, and refuse what cannot fit; None on CPUs.
 
