@@ -1,8 +1,9 @@
 """Cross-validation folds: grouped by patient, stratified by lesion presence, kept in a file.
 
-A fold file is JSON, ``{"schema": 2, "sha256": "", "folds": [{"train": [], "val": []}]}``, and
-has a list ``"names"`` where each fold is a group, such as a centre. Files of schema 1 are the
-same without the number. The bare list, in which PI-CAI publishes its folds, can be read as well.
+A fold file is JSON: ``{"schema": 2, "sha256": ..., "folds": [...]}``, each fold ``{"train": [...],
+"val": [...]}``, and has a list ``"names"`` where each fold is a group, such as a centre. Files of
+schema 1 are the same without the number. The bare list of folds, as PI-CAI publishes its own, can
+be read as well.
 """
 
 import dataclasses

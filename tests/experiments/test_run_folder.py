@@ -1,12 +1,15 @@
 """What is read again: runs of every schema, and what is refused with a way out."""
 
+import ast
 import json
+import re
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import experiments
 from data_pipelines.faults import DataError
 from data_pipelines.serving.splits import Folds
 from experiments import compare, reproduce
@@ -218,6 +221,35 @@ def test_a_metric_is_added_in_one_place(tmp_path, monkeypatch, capsys):
     assert text.count("| Tb. (voxels) |") == 2  # fold by fold, case by case
     assert "<small>Mean lesion Tubes (voxels)</small>" in page
     assert artifact.figures(run.read_results())["mean"]["lesion"]["tubes"] == mean
+
+
+NAMES = re.compile(
+    r"fold_(\d*|\*)$|(metrics|folds|config|environment|predictions)\.json$|(metrics|history)\.csv$"
+    r"|report\.(html|md)$|not_finite_$|masks$|probabilities$|checkpoints$|tensorboard$|figures$"
+)
+OWNERS = {"run_folder.py", "prediction/outputs.py"}
+
+
+def strings(file):
+    """Texts in a file that are no documentation, of f-strings the fixed parts."""
+    tree = ast.parse(file.read_text("utf-8"))
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if text and id(node) not in documentation:
+            yield node.value
+
+
+def test_no_other_file_names_what_lies_in_a_run_folder():
+    root = Path(experiments.__file__).parent
+    found = {
+        (str(file.relative_to(root)), text)
+        for file in root.rglob("*.py")
+        if str(file.relative_to(root)) not in OWNERS
+        for text in strings(file)
+        if NAMES.match(text)
+    }
+    assert found == set()
 
 
 def test_folds_are_counted_from_0_as_their_folders_are(tmp_path):
