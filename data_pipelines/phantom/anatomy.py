@@ -6,8 +6,8 @@ README.md of this folder.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from scipy import ndimage
@@ -30,17 +30,44 @@ OUTSIDE, PZ, TZ, AFMS = range(4)
 fibromuscular stroma."""
 
 _GOLDEN = (5**0.5 - 1) / 2
-_VOXEL_ML = float(np.prod(SPACING_MM)) / 1000
-Z, Y, X = (
-    ((np.arange(size) - (size - 1) / 2) * spacing).astype(np.float32)
-    for size, spacing in zip(SHAPE, SPACING_MM, strict=True)
-)
-"""Coordinates of the voxels along each axis."""
-ZZ, YY, XX = Z[:, None, None], Y[None, :, None], X[None, None, :]
-"""The same, to be broadcast over the volume."""
-
 Box = tuple[slice, slice, slice]
-FocusKind = Literal["lesion", "stromal", "glandular", "haemorrhage", "shine", "hot", "dim", "node"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Voxels of a volume and their coordinates, millimetres from its centre.
+
+    Attributes:
+        shape: number of voxels, ``d h w``.
+        spacing_mm: voxel size, ``d h w``.
+    """
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+
+    @functools.cached_property
+    def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Coordinates along each axis, float32."""
+        z, y, x = (
+            ((np.arange(size) - (size - 1) / 2) * spacing).astype(np.float32)
+            for size, spacing in zip(self.shape, self.spacing_mm, strict=True)
+        )
+        return z, y, x
+
+    @property
+    def mesh(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, to be broadcast over the volume."""
+        z, y, x = self.axes
+        return z[:, None, None], y[None, :, None], x[None, None, :]
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel."""
+        return float(np.prod(self.spacing_mm)) / 1000
+
+
+GRID = Grid(SHAPE, SPACING_MM)
+"""Of every T2W volume of this data set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +80,20 @@ class Focus:
         box: where ``soft`` and ``mask`` lie in the volume.
         soft: share of each voxel that belongs to it, float32.
         mask: its voxels.
+        voxel_ml: volume of one of them.
     """
 
-    kind: FocusKind
+    kind: str
     zone: int
     box: Box
     soft: np.ndarray
     mask: np.ndarray
+    voxel_ml: float
 
     @property
     def volume_ml(self) -> float:
         """Volume of the voxels."""
-        return float(self.mask.sum()) * _VOXEL_ML
+        return float(self.mask.sum()) * self.voxel_ml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +107,7 @@ class Anatomy:
         centre: of the gland, ``z y x`` mm.
         radii: semi-axes of the gland, ``z y x`` mm.
         foci: lesions and their mimics, disjoint.
+        grid: of the T2W volume.
     """
 
     zones: np.ndarray
@@ -86,6 +116,7 @@ class Anatomy:
     centre: tuple[float, float, float]
     radii: tuple[float, float, float]
     foci: tuple[Focus, ...]
+    grid: Grid = GRID
 
     @property
     def lesions(self) -> tuple[Focus, ...]:
@@ -95,7 +126,7 @@ class Anatomy:
     @property
     def lesion_mask(self) -> np.ndarray:
         """uint8 ``d h w``: 1 in all lesions."""
-        mask = np.zeros(SHAPE, np.uint8)
+        mask = np.zeros(self.grid.shape, np.uint8)
         for lesion in self.lesions:
             mask[lesion.box] |= lesion.mask
         return mask
@@ -103,7 +134,7 @@ class Anatomy:
     @property
     def gland_ml(self) -> float:
         """Volume of all zones."""
-        return float((self.zones > 0).sum()) * _VOXEL_ML
+        return float((self.zones > 0).sum()) * self.grid.voxel_ml
 
 
 def patient_of(index: int) -> tuple[int, int]:
@@ -129,30 +160,35 @@ def make_anatomy(index: int, *, seed: int = 0) -> Anatomy:
     patient, _ = patient_of(index)
     gland_rng = np.random.default_rng((seed, patient, 0))
     rng = np.random.default_rng((seed, index, 1))
-    anatomy = _make_gland(gland_rng)
-    placer = _FocusPlacer(rng, anatomy)
+    anatomy = make_gland(gland_rng)
+    placer = FocusPlacer(rng, anatomy)
     if is_positive(index, seed=seed):
-        _place_lesions(placer, anatomy.gland_ml)
+        place_lesions(placer, np.abs(GRID.mesh[0]) < 24)
     _place_mimics(placer)
     return dataclasses.replace(anatomy, foci=tuple(placer.foci))
 
 
-def _make_gland(rng: np.random.Generator) -> Anatomy:
-    """A deformed superellipsoid; the transition zone is a second one, further up and forward."""
+def make_gland(rng: np.random.Generator, grid: Grid = GRID, *, spread: float = 1.0) -> Anatomy:
+    """A deformed superellipsoid; the transition zone is a second one, further up and forward.
+
+    ``spread`` stretches the distribution of the gland's place in the image.
+    """
+    zz, yy, xx = grid.mesh
     volume_ml = float(np.clip(rng.lognormal(np.log(52), 0.48), 15, 140))
-    centre = _triple(np.clip(rng.normal((0, -2, 0), (1.5, 2.5, 2)), (-4, -7, -5), (4, 3, 5)))
+    place = np.clip(rng.normal((0, -2, 0), (1.5, 2.5, 2)), (-4, -7, -5), (4, 3, 5))
+    centre = _triple(spread * place)
     radii = volume_ml ** (1 / 3) * np.array([6.1, 5.8, 6.9]) * rng.lognormal(0, 0.07, 3)
     radii = _triple(np.minimum(radii, (30, 40, 40)))
-    warp = [0.09 * smooth_field(rng, (Z, Y, X), 18.0) for _ in range(3)]
-    w = (ZZ - centre[0]) / radii[0] + warp[0]
-    v = (YY - centre[1]) / radii[1] + warp[1]
-    u = (XX - centre[2]) / radii[2] + warp[2]
+    warp = [0.09 * smooth_field(rng, grid.axes, 18.0) for _ in range(3)]
+    w = (zz - centre[0]) / radii[0] + warp[0]
+    v = (yy - centre[1]) / radii[1] + warp[1]
+    u = (xx - centre[2]) / radii[2] + warp[2]
     apex = 1 - 0.18 * np.clip(-w, 0, 1.5)  # narrower towards the apex
     midline = rng.uniform(0.05, 0.25) * np.exp(-((u / 0.45) ** 2))  # the rectum's impression
     behind = np.where(v > 0, (v * 1.12 + midline) / apex, v / apex)
     power = rng.uniform(2.1, 2.6)
     level = sum(np.abs(axis) ** power for axis in (u / apex, behind, w)) ** (1 / power)
-    level /= _level_of_volume(level, volume_ml)
+    level /= _level_of_volume(level, volume_ml, grid.voxel_ml)
     gland = level < 1
 
     pz_share = 0.33 - 0.19 * np.log(volume_ml / 51) + rng.normal(0, 0.08)
@@ -162,33 +198,34 @@ def _make_gland(rng: np.random.Generator) -> Anatomy:
         + ((v + rng.uniform(0.22, 0.4)) / 0.85) ** 2
         + ((w - rng.uniform(0.1, 0.3)) / 0.95) ** 2
     )
-    zone_level *= np.exp(0.08 * smooth_field(rng, (Z, Y, X), 8.0))
+    zone_level *= np.exp(0.08 * smooth_field(rng, grid.axes, 8.0))
     zone_level /= np.quantile(zone_level[gland], 1 - pz_share)
     zones = np.where(gland, np.where(zone_level < 1, TZ, PZ), OUTSIDE).astype(np.uint8)
     depth_mm = (1 - level) * radii[1]
     stroma = (np.abs(u) < 0.4) & (v < -0.3) & (depth_mm < rng.uniform(2, 5)) & gland
     zones[stroma] = AFMS
-    return Anatomy(zones, level, zone_level, centre, radii, ())
+    return Anatomy(zones, level, zone_level, centre, radii, (), grid)
 
 
-class _FocusPlacer:
+class FocusPlacer:
     """Puts foci into a gland, none into another."""
 
     def __init__(self, rng: np.random.Generator, anatomy: Anatomy):
         self.rng = rng
         self.anatomy = anatomy
-        self.free = np.ones(SHAPE, bool)
+        self.free = np.ones(anatomy.grid.shape, bool)
         self.foci: list[Focus] = []
 
     def place(
         self,
-        kind: FocusKind,
+        kind: str,
         zone: int,
         volume_ml: float,
         *,
         where: np.ndarray,
         costs: Sequence[float],
         bumps: float = 0.17,
+        aspect: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
         """Add a focus of a volume around a random voxel of ``where``, if any is free there.
 
@@ -199,86 +236,95 @@ class _FocusPlacer:
             where: mask of the possible centres.
             costs: for each zone code, how much less far the focus reaches there, in radii.
             bumps: how far its surface departs from an ellipsoid, in radii.
+            aspect: how its semi-axes, which lie anyhow, relate to each other in the mean.
         """
         candidates = np.flatnonzero(where & self.free)
         if not candidates.size:
             return
         rng = self.rng
-        middle = np.unravel_index(rng.choice(candidates), SHAPE)
-        centre = [float(axis[i]) for axis, i in zip((Z, Y, X), middle, strict=True)]
+        grid = self.anatomy.grid
+        middle = np.unravel_index(rng.choice(candidates), grid.shape)
+        centre = [float(axis[i]) for axis, i in zip(grid.axes, middle, strict=True)]
         radius = float(np.cbrt(volume_ml * 1000 * 3 / (4 * np.pi)))
-        reach = 2.2 * radius + 3
-        box, axes = _box_around(centre, reach)
+        longest = max(aspect) / np.cbrt(np.prod(aspect))
+        box, axes = _box_around(grid, centre, 2.2 * radius * longest + 3)
         offset = np.stack(
             np.meshgrid(*(a - c for a, c in zip(axes, centre, strict=True)), indexing="ij"), -1
         )
-        scale = rng.lognormal(0, 0.2, 3)
+        scale = rng.lognormal(0, 0.2, 3) * aspect
         scale /= np.cbrt(scale.prod())
         local = offset @ (rotation(rng, 1.0) / (scale * radius)).astype(np.float32)
         level = np.linalg.norm(local, axis=-1)
         level += bumps * smooth_field(rng, axes, max(0.7 * radius, 2.0))
         level += np.asarray(costs, np.float32)[self.anatomy.zones[box]]
         level[~self.free[box]] = np.inf
-        limit = _level_of_volume(level, volume_ml)
+        limit = _level_of_volume(level, volume_ml, grid.voxel_ml)
         mask = _largest_part(level < limit)
         soft = soft_step((limit - level) * radius / 0.8)
         soft[(level < limit) & ~mask] = 0
         self.free[box] &= ~mask
-        self.foci.append(Focus(kind, zone, box, soft, mask))
+        self.foci.append(Focus(kind, zone, box, soft, mask, grid.voxel_ml))
 
 
-_EVERYWHERE = (0.0, 0.0, 0.0, 0.0)
-_WITHIN_PZ = (0.4, 0.0, 0.5, 0.5)
-_WITHIN_TZ = (0.4, 0.4, 0.0, 0.0)
-_WITHIN_GLAND = (0.4, 0.0, 0.0, 0.0)
-_BESIDE_GLAND = (0.0, 0.8, 0.8, 0.8)
+EVERYWHERE = (0.0, 0.0, 0.0, 0.0)
+WITHIN_PZ = (0.4, 0.0, 0.5, 0.5)
+WITHIN_TZ = (0.4, 0.4, 0.0, 0.0)
+WITHIN_GLAND = (0.4, 0.0, 0.0, 0.0)
+BESIDE_GLAND = (0.0, 0.8, 0.8, 0.8)
 
 
-def _place_lesions(placer: _FocusPlacer, gland_ml: float) -> None:
+def place_lesions(placer: FocusPlacer, within: np.ndarray) -> None:
+    """Add the lesions of a positive case, their centres within a mask.
+
+    With the mask within the default reference grid, every lesion reaches into it.
+    """
     rng, zones = placer.rng, placer.anatomy.zones
-    level = placer.anatomy.gland_level
-    central = np.abs(ZZ) < 24  # every lesion reaches into the default reference grid
+    level, gland_ml = placer.anatomy.gland_level, placer.anatomy.gland_ml
     count = 1 + int(rng.choice(3, p=LESION_COUNT_SHARES))
     for _ in range(count):
         volume_ml = float(np.clip(rng.lognormal(0.317, 1.182), 0.08, 0.4 * gland_ml))
         zone = str(rng.choice(list(LESION_ZONE_SHARES), p=list(LESION_ZONE_SHARES.values())))
         if zone == "pz":
-            where, code, costs = zones == PZ, PZ, _WITHIN_PZ
+            where, code, costs = zones == PZ, PZ, WITHIN_PZ
         elif zone == "tz":
-            where, code, costs = zones >= TZ, TZ, _WITHIN_TZ
+            where, code, costs = zones >= TZ, TZ, WITHIN_TZ
         else:
-            where, code, costs = (level > 1.02) & (level < 1.12), OUTSIDE, _BESIDE_GLAND
-        placer.place("lesion", code, volume_ml, where=where & central, costs=costs)
+            where, code, costs = (level > 1.02) & (level < 1.12), OUTSIDE, BESIDE_GLAND
+        placer.place("lesion", code, volume_ml, where=where & within, costs=costs)
 
 
-def _place_mimics(placer: _FocusPlacer) -> None:
+def _place_mimics(placer: FocusPlacer) -> None:
     """What looks like a lesion in some modalities, alike in positive and negative cases."""
     rng, zones, level = placer.rng, placer.anatomy.zones, placer.anatomy.gland_level
     pz, tz, gland = zones == PZ, zones == TZ, zones > OUTSIDE
-    rectal = (np.abs(level - 1) < 0.1) & (placer.anatomy.centre[1] < YY)
-    rectal &= np.abs(XX - placer.anatomy.centre[2]) < 0.6 * placer.anatomy.radii[2]
+    rectal = rectal_border(placer.anatomy)
 
     def volume() -> float:
         return float(np.clip(rng.lognormal(0.1, 0.9), 0.2, 4.0))
 
-    def place(
-        kind: FocusKind, zone: int, count: int, where: np.ndarray, costs: Sequence[float]
-    ) -> None:
+    def place(kind: str, zone: int, count: int, where: np.ndarray, costs: Sequence[float]) -> None:
         for _ in range(count):
             placer.place(kind, zone, volume(), where=where, costs=costs)
 
-    place("stromal", TZ, 1 + rng.poisson(1.2), tz, _WITHIN_TZ)
-    place("glandular", TZ, rng.poisson(2.0), tz, _WITHIN_TZ)
-    place("haemorrhage", PZ, rng.poisson(1.0), pz, _WITHIN_PZ)
-    place("shine", PZ, rng.poisson(1.4), gland, _WITHIN_GLAND)
-    place("hot", OUTSIDE, rng.poisson(0.7), rectal, _EVERYWHERE)
-    place("dim", PZ, rng.poisson(1.2), gland, _WITHIN_GLAND)
-    place("node", OUTSIDE, 2 + rng.poisson(2), level > 1.6, _EVERYWHERE)
+    place("stromal", TZ, 1 + rng.poisson(1.2), tz, WITHIN_TZ)
+    place("glandular", TZ, rng.poisson(2.0), tz, WITHIN_TZ)
+    place("haemorrhage", PZ, rng.poisson(1.0), pz, WITHIN_PZ)
+    place("shine", PZ, rng.poisson(1.4), gland, WITHIN_GLAND)
+    place("hot", OUTSIDE, rng.poisson(0.7), rectal, EVERYWHERE)
+    place("dim", PZ, rng.poisson(1.2), gland, WITHIN_GLAND)
+    place("node", OUTSIDE, 2 + rng.poisson(2), level > 1.6, EVERYWHERE)
 
 
-def _level_of_volume(level: np.ndarray, volume_ml: float) -> float:
+def rectal_border(anatomy: Anatomy) -> np.ndarray:
+    """Mask of the gland's border towards the rectum."""
+    _, yy, xx = anatomy.grid.mesh
+    border = (np.abs(anatomy.gland_level - 1) < 0.1) & (anatomy.centre[1] < yy)
+    return border & (np.abs(xx - anatomy.centre[2]) < 0.6 * anatomy.radii[2])
+
+
+def _level_of_volume(level: np.ndarray, volume_ml: float, voxel_ml: float) -> float:
     """Value below which ``level`` holds a volume."""
-    count = min(max(round(volume_ml / _VOXEL_ML), 1), level.size - 1)
+    count = min(max(round(volume_ml / voxel_ml), 1), level.size - 1)
     return float(np.partition(level, count, axis=None)[count])
 
 
@@ -298,14 +344,16 @@ def _largest_part(mask: np.ndarray) -> np.ndarray:
     return mask & (parts == sizes.argmax())
 
 
-def _box_around(centre: Sequence[float], reach_mm: float) -> tuple[Box, list[np.ndarray]]:
+def _box_around(
+    grid: Grid, centre: Sequence[float], reach_mm: float
+) -> tuple[Box, list[np.ndarray]]:
     """Part of the volume within a distance of a point along each axis, and its coordinates."""
     slices = []
-    for axis, middle in zip((Z, Y, X), centre, strict=True):
+    for axis, middle in zip(grid.axes, centre, strict=True):
         start, stop = np.searchsorted(axis, (middle - reach_mm, middle + reach_mm))
         slices.append(slice(int(start), int(stop)))
     box = (slices[0], slices[1], slices[2])
-    return box, [axis[part] for axis, part in zip((Z, Y, X), box, strict=True)]
+    return box, [axis[part] for axis, part in zip(grid.axes, box, strict=True)]
 
 
 def smooth_field(

@@ -10,7 +10,7 @@ Axes and coordinates are those of `anatomy`.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,18 +20,11 @@ from data_pipelines.case import RawCase, Volume
 from data_pipelines.phantom.anatomy import (
     AFMS,
     OUTSIDE,
-    SHAPE,
-    SPACING_MM,
     TZ,
-    XX,
-    YY,
-    ZZ,
     Anatomy,
     Box,
     Focus,
-    X,
-    Y,
-    Z,
+    Grid,
     bounding_box,
     case_id_of,
     make_anatomy,
@@ -68,17 +61,17 @@ def make_case(
     """
     anatomy = make_anatomy(index, seed=seed)
     rng = np.random.default_rng((seed, index, 2))
-    affine = _oblique_affine(rng)
+    affine = oblique_affine(rng, anatomy.grid)
     mean, sd = _paint(rng, anatomy)
     patient, _ = patient_of(index)
     return RawCase(
         case_id=case_id_of(index),
         patient_id=f"p{patient:05d}",
         images={
-            "t2w": Volume(_t2w_image(rng, mean[0], sd[0]), affine),
-            **_diffusion_images(rng, mean[1:], sd[1:], affine),
+            "t2w": Volume(_t2w_image(rng, mean[0], sd[0], anatomy.grid), affine),
+            **_diffusion_images(rng, mean[1:], sd[1:], affine, anatomy.grid),
         },
-        label=Volume(_label(anatomy, target), affine),
+        label=Volume(label_of(anatomy, target), affine),
         metadata={
             "lesion_ml": " ".join(f"{lesion.volume_ml:.2f}" for lesion in anatomy.lesions),
             "gland_ml": f"{anatomy.gland_ml:.1f}",
@@ -86,7 +79,8 @@ def make_case(
     )
 
 
-def _label(anatomy: Anatomy, target: str) -> np.ndarray:
+def label_of(anatomy: Anatomy, target: str) -> np.ndarray:
+    """The truth of a target, uint8 on the T2W grid."""
     if target == "lesion":
         return anatomy.lesion_mask
     if target == "gland":
@@ -99,6 +93,14 @@ def _label(anatomy: Anatomy, target: str) -> np.ndarray:
 
 def _paint(rng: np.random.Generator, anatomy: Anatomy) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of t2w, adc, hbv (``m d h w`` each) on the T2W grid."""
+    canvas, pz, tz = paint_tissues(rng, anatomy)
+    for focus in anatomy.foci:
+        paint_tissue(canvas, _focus_tissue(rng, focus, pz, tz), focus.soft, focus.box)
+    return canvas[:3], canvas[3:]
+
+
+def paint_tissues(rng: np.random.Generator, anatomy: Anatomy) -> tuple[np.ndarray, Tissue, Tissue]:
+    """All but the foci: means and standard deviations ``6 d h w``, and what the two zones are."""
     t2w = rng.lognormal(np.log(295), 0.15)  # of PZ
     hbv = rng.lognormal(np.log(16), 0.45)
     pz_adc = rng.uniform(1300, 1780)
@@ -106,14 +108,14 @@ def _paint(rng: np.random.Generator, anatomy: Anatomy) -> tuple[np.ndarray, np.n
     tz_t2w = t2w * rng.uniform(0.5, 0.7)
     pz = Tissue(t2w, pz_adc, hbv, 0.27, 0.19, 0.25)
     tz = Tissue(tz_t2w, tz_adc, hbv * rng.uniform(1.0, 1.35), 0.24, 0.13, 0.2)
-    canvas = np.zeros((6, *SHAPE), np.float32)
-    paint = functools.partial(_paint_tissue, canvas)
+    canvas = np.zeros((6, *anatomy.grid.shape), np.float32)
+    paint = functools.partial(paint_tissue, canvas)
     _paint_surroundings(rng, anatomy, paint, t2w, hbv)
     inside = soft_step((1 - anatomy.gland_level) * anatomy.radii[1] / 0.8)
     zone_mm = (1 - anatomy.zone_level) * anatomy.radii[1]
     paint(pz, inside)
     paint(tz, inside * soft_step(zone_mm / 0.8))
-    septa = smooth_field(rng, (Z, Y, X), 9.0)
+    septa = smooth_field(rng, anatomy.grid.axes, 9.0)
     dark = Tissue(0.6 * tz_t2w, 0.93 * tz_adc, np.nan, 0.25, 0.13, np.nan)
     paint(dark, inside * soft_step(zone_mm / 0.8) * soft_step(2 - 9 * np.abs(septa)))
     rim = Tissue(0.35 * t2w, np.nan, np.nan, 0.3, np.nan, np.nan)
@@ -122,12 +124,10 @@ def _paint(rng: np.random.Generator, anatomy: Anatomy) -> tuple[np.ndarray, np.n
     paint(
         stroma, ndimage.uniform_filter((anatomy.zones == AFMS).astype(np.float32), 3, axes=(1, 2))
     )
-    for focus in anatomy.foci:
-        paint(_focus_tissue(rng, focus, pz, tz), focus.soft, focus.box)
-    return canvas[:3], canvas[3:]
+    return canvas, pz, tz
 
 
-def _paint_tissue(
+def paint_tissue(
     canvas: np.ndarray, tissue: Tissue, share: np.ndarray, box: Box | None = None
 ) -> None:
     """Blend a tissue into means and standard deviations, within ``box`` if one is given."""
@@ -175,7 +175,7 @@ def _focus_tissue(rng: np.random.Generator, focus: Focus, pz: Tissue, tz: Tissue
             return Tissue(around.t2w * factor, around.adc * factor, bright, 0.3, 0.2, 0.2)
         case "hot":
             return Tissue(np.nan, np.nan, bright, np.nan, np.nan, 0.2)
-        case "dim":
+        case _:  # dim
             return Tissue(np.nan, restricted, np.nan, np.nan, 0.13, np.nan)
 
 
@@ -188,11 +188,12 @@ def _paint_surroundings(
 ) -> None:
     """Fat, bone, muscle, bladder, rectum and seminal vesicles; units of the gland's intensities."""
     (cz, cy, cx), (rz, ry, rx) = anatomy.centre, anatomy.radii
-    ones = np.ones(SHAPE, np.float32)
+    zz, yy, xx = anatomy.grid.mesh
+    ones = np.ones(anatomy.grid.shape, np.float32)
 
     def ellipsoid(z: float, y: float, x: float, radii: tuple[float, float, float]) -> np.ndarray:
         a, b, c = radii
-        level = np.sqrt(((ZZ - z) / a) ** 2 + ((YY - y) / b) ** 2 + ((XX - x) / c) ** 2)
+        level = np.sqrt(((zz - z) / a) ** 2 + ((yy - y) / b) ** 2 + ((xx - x) / c) ** 2)
         return soft_step((1 - level) * min(b, c))
 
     fat = Tissue(t2w * rng.uniform(0.75, 1.5), 600, 0.45 * hbv, 0.15, 0.65, 0.6)
@@ -201,7 +202,7 @@ def _paint_surroundings(
     paint(fat, ones)
     near_gland = Tissue(np.nan, 1300, 0.7 * hbv, np.nan, 0.35, 0.4)
     paint(near_gland, soft_step((1.15 - anatomy.gland_level) * ry / 2))
-    veins = smooth_field(rng, (Z, Y, X), 4.0) - 0.6
+    veins = smooth_field(rng, anatomy.grid.axes, 4.0) - 0.6
     near = np.exp(-(((anatomy.gland_level - 1.25) / 0.2) ** 2))
     paint(Tissue(t2w * 1.3, 1600, 0.9 * hbv, 0.2, 0.3, 0.3), soft_step(veins) * near)
     paint(Tissue(t2w * 0.3, 900, 0.6 * hbv, 0.3, 0.3, 0.3), soft_step(-veins - 1.2) * near)
@@ -214,23 +215,23 @@ def _paint_surroundings(
     bladder = ellipsoid(cz + rz + 9, cy - 0.5 * ry - 4, cx + side, (17, 24, 30))
     paint(muscle, ellipsoid(cz + rz + 9, cy - 0.5 * ry - 4, cx + side, (20, 27, 33)))
     paint(Tissue(t2w * 1.6, 2500, 0.5 * hbv, 0.08, 0.3, 0.4), bladder)
-    folds = soft_step(1.5 * smooth_field(rng, (Z, Y, X), 4.5) + 0.6)
+    folds = soft_step(1.5 * smooth_field(rng, anatomy.grid.axes, 4.5) + 0.6)
     for sign in (-1, 1):
         vesicle = ellipsoid(cz + 0.95 * rz, cy + 0.8 * ry, cx + sign * 11, (9, 6, 13))
         paint(muscle, vesicle)
         paint(Tissue(t2w * 1.3, 1700, 0.8 * hbv, 0.2, 0.2, 0.3), vesicle * folds)
 
     radius = rng.uniform(10, 17)
-    bend = 0.006 * (ZZ - cz) ** 2 - 0.12 * (ZZ - cz)
+    bend = 0.006 * (zz - cz) ** 2 - 0.12 * (zz - cz)
     y = cy + 0.82 * ry + radius + 1.5 + bend
     x = cx + rng.normal(0, 3)
-    wobble = 1.2 * smooth_field(rng, (Z, Y, X), 14.0)
-    rectum = np.sqrt(((YY - y) * rng.uniform(0.95, 1.2)) ** 2 + (XX - x) ** 2) + wobble
+    wobble = 1.2 * smooth_field(rng, anatomy.grid.axes, 14.0)
+    rectum = np.sqrt(((yy - y) * rng.uniform(0.95, 1.2)) ** 2 + (xx - x) ** 2) + wobble
     sling = np.minimum(rectum - radius - 5, (anatomy.gland_level - 1) * rx - 6)
-    paint(muscle, soft_step(1.3 - np.abs(sling)) * soft_step(np.abs(XX - cx) - 0.5 * rx))
+    paint(muscle, soft_step(1.3 - np.abs(sling)) * soft_step(np.abs(xx - cx) - 0.5 * rx))
     wall = soft_step(radius - rectum)
     paint(Tissue(t2w * 0.45, 1150, 1.0 * hbv, 0.3, 0.25, 0.35), wall)
-    patches = soft_step(2 * smooth_field(rng, (Z, Y, X), 8.0))
+    patches = soft_step(2 * smooth_field(rng, anatomy.grid.axes, 8.0))
     paint(Tissue(t2w * 0.45, 800, 2.8 * hbv, 0.3, 0.15, 0.25), wall * patches)  # mucosa
     lumen = soft_step(radius - rng.uniform(3, 4) - rectum)
     if rng.random() < 0.5:  # gas
@@ -242,18 +243,24 @@ def _paint_surroundings(
 # Images
 
 
-def _t2w_image(rng: np.random.Generator, mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
-    texture = smooth_field(rng, (Z, Y, X), 2.2)
-    noise = rng.standard_normal(SHAPE, np.float32)
+def _t2w_image(
+    rng: np.random.Generator, mean: np.ndarray, sd: np.ndarray, grid: Grid
+) -> np.ndarray:
+    texture = smooth_field(rng, grid.axes, 2.2)
+    noise = rng.standard_normal(grid.shape, np.float32)
     image = mean + sd * (0.8 * texture + 0.6 * noise)
-    image += 8 * noise[::-1]  # of the receiver: in the air as well
-    bias = np.exp(rng.uniform(0.05, 0.2) * smooth_field(rng, (Z, Y, X), 70.0))
+    image += 8 * noise[::-1]  # of the receiver: in the air as well; mirrored in depth (README.md)
+    bias = np.exp(rng.uniform(0.05, 0.2) * smooth_field(rng, grid.axes, 70.0))
     scale = rng.lognormal(0, 0.3)
     return np.abs(image * bias * scale).astype(np.float32)
 
 
 def _diffusion_images(
-    rng: np.random.Generator, mean: np.ndarray, sd: np.ndarray, t2w_affine: np.ndarray
+    rng: np.random.Generator,
+    mean: np.ndarray,
+    sd: np.ndarray,
+    t2w_affine: np.ndarray,
+    t2w_grid: Grid,
 ) -> Mapping[str, Volume]:
     """ADC and HBV on their own grid, the patient displaced by ``displacement_mm``."""
     grid_shift = np.array([0.0, *rng.uniform(-3, 3, 2)])
@@ -264,11 +271,8 @@ def _diffusion_images(
         )
     ]
     tissue = [axis - shift for axis, shift in zip(axes, displacement_mm(rng), strict=True)]
-    weights = [_linear_weights(t, a) for t, a in zip(tissue, (Z, Y, X), strict=True)]
-    affine = t2w_affine.copy()
-    affine[:3, :3] *= np.divide(DIFFUSION_SPACING_MM, SPACING_MM)[::-1]
-    first = [(a[0] - b[0]) / s for a, b, s in zip(axes, (Z, Y, X), SPACING_MM, strict=True)]
-    affine[:3, 3] = (t2w_affine @ np.array([*first[::-1], 1.0]))[:3]
+    weights = [linear_weights(t, a) for t, a in zip(tissue, t2w_grid.axes, strict=True)]
+    affine = affine_of(axes, DIFFUSION_SPACING_MM, t2w_affine, t2w_grid)
     volumes = {}
     for name, m, s in zip(("adc", "hbv"), mean, sd, strict=True):
         low_mean, low_sd = (
@@ -282,6 +286,22 @@ def _diffusion_images(
     return volumes
 
 
+def affine_of(
+    axes: Sequence[np.ndarray],
+    spacing_mm: Sequence[float],
+    t2w_affine: np.ndarray,
+    t2w_grid: Grid,
+) -> np.ndarray:
+    """Affine of a grid along given coordinates, which are those of the T2W grid."""
+    affine = t2w_affine.copy()
+    affine[:3, :3] *= np.divide(spacing_mm, t2w_grid.spacing_mm)[::-1]
+    first = [
+        (a[0] - b[0]) / s for a, b, s in zip(axes, t2w_grid.axes, t2w_grid.spacing_mm, strict=True)
+    ]
+    affine[:3, 3] = (t2w_affine @ np.array([*first[::-1], 1.0]))[:3]
+    return affine
+
+
 def displacement_mm(rng: np.random.Generator) -> np.ndarray:
     """How far (``z y x``) tissue lies from its place on T2W in ADC and HBV: median 2.3, p90 4.8.
 
@@ -292,7 +312,7 @@ def displacement_mm(rng: np.random.Generator) -> np.ndarray:
     return length * direction / np.linalg.norm(direction)
 
 
-def _linear_weights(points: np.ndarray, axis: np.ndarray) -> np.ndarray:
+def linear_weights(points: np.ndarray, axis: np.ndarray) -> np.ndarray:
     """Matrix ``points axis`` that averages over one voxel of the coarser of the two grids."""
     width = max(points[1] - points[0], axis[1] - axis[0])
     clipped = np.clip(points, axis[0], axis[-1])
@@ -300,11 +320,11 @@ def _linear_weights(points: np.ndarray, axis: np.ndarray) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _oblique_affine(rng: np.random.Generator) -> np.ndarray:
+def oblique_affine(rng: np.random.Generator, grid: Grid) -> np.ndarray:
     """Affine of a T2W grid: ``h`` towards posterior, ``w`` towards left, tilted by some degrees."""
     affine = np.eye(4)
     affine[:3, :3] = rotation(rng, np.radians(4)) @ np.diag([-1.0, -1.0, 1.0])
-    affine[:3, :3] *= SPACING_MM[::-1]
-    middle = (np.array(SHAPE[::-1]) - 1) / 2
+    affine[:3, :3] *= grid.spacing_mm[::-1]
+    middle = (np.array(grid.shape[::-1]) - 1) / 2
     affine[:3, 3] = rng.normal(0, (3, 15, 20)) - affine[:3, :3] @ middle
     return affine
