@@ -1,87 +1,192 @@
-"""How far single voxels go: logistic regression on intensities, on the folds of a run.
+"""How far voxels go by themselves: gradient boosting of intensities, blurs and position.
 
-``python -m experiments.voxel_baseline`` takes the options of ``experiments.cv`` and fits, to the
-training voxels of each fold, one regression for each choice of inputs, features and class
-weights. A task that needs shape, place or context leaves this baseline far behind. It is favoured
-on purpose: its threshold is the best one for each validation fold, and its best variant counts.
+``python -m experiments.voxel_baseline`` takes the options of ``experiments.cv`` and fits one
+boosted ensemble of trees to the training voxels of each fold. A voxel is described by its own
+intensities, by the mean around it at a few scales, and by where it lies in the gland. What needs
+shape, texture or a comparison between places cannot be told from that.
+
+It is measured as a network is: probabilities go back into the frame of the original T2W file, mask
+and lesion candidates are made and judged by the same code. Its threshold is that of the highest
+mean Dice on training patients, each predicted by an ensemble that has not seen the patient.
+Which patients train and validate is what ``experiments.cv`` has.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+from scipy import ndimage
+from sklearn.ensemble import HistGradientBoostingClassifier
+from threadpoolctl import threadpool_limits
 
-from data_pipelines.case import STORED_UNIT
-from data_pipelines.serving import loading
-from experiments.process.console import progress, run_main
+from cmsad_jax.types import ConfigError
+from data_pipelines.case import STORED_UNIT, Case, CaseInfo, spacing_of
+from data_pipelines.config import DataConfig
+from data_pipelines.faults import DataError
+from data_pipelines.preparing.preprocessing import to_original
+from data_pipelines.serving import loading, splits
+from experiments.measuring import lesions, summary
+from experiments.measuring.metrics import case_metrics
+from experiments.process.console import log, progress, run_main
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
 from experiments.studies.cross_validation import make_folds
 
+BLURS_MM = (2.0, 4.0, 8.0)
+"""Standard deviations of the isotropic blurs."""
 BACKGROUND_VOXELS = 2000
 """Background voxels drawn from each training case; of the foreground all are used."""
+INNER_FOLDS = 3
+"""Parts of the training patients, each predicted by the others to choose the threshold."""
 NUM_THRESHOLDS = 400
-"""Thresholds tried, at quantiles of the scores of the validation fold's foreground."""
+"""Thresholds tried, at quantiles of the probabilities of the foreground."""
 
 Voxels = tuple[np.ndarray, np.ndarray]
-"""Intensities ``n m`` and foreground ``n`` of one case."""
+"""Features ``n f`` and foreground ``n`` of one case."""
+Classifier = Callable[[np.ndarray], np.ndarray]
+"""Probability of foreground, of features ``n f``."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One form of the baseline.
+def run(config: Config) -> dict[str, Any]:
+    """Train and measure the folds asked for; returns what ``summary.summarise`` says of them.
 
-    Attributes:
-        modalities: its inputs.
-        products: whether squares and pairwise products are features beside the intensities.
-        balanced: whether both classes weigh the same in the fit.
+    Raises:
+        ConfigError: for a target of several classes.
+        DataError: for faults of the data, or training patients of whom none has foreground.
     """
-
-    modalities: tuple[str, ...]
-    products: bool
-    balanced: bool
-
-
-def variants(modalities: Sequence[str]) -> list[Variant]:
-    """All modalities together, then each alone, with each choice of features and weights."""
-    inputs = [tuple(modalities), *((name,) for name in modalities if len(modalities) > 1)]
-    flags = (False, True)
-    return [Variant(names, p, b) for names in inputs for p in flags for b in flags]
-
-
-def run(config: Config) -> dict[Variant, float]:
-    """Mean Dice of every variant over all validation cases with foreground (any class)."""
+    classes = config.data.classes
+    if len(classes) > 1:
+        raise ConfigError(
+            f"the voxel baseline tells one class from background; got {', '.join(classes)}. "
+            "Use --data.target=lesion or --data.target=gland."
+        )
     source = loading.build(config.data)
     folds = make_folds(config, source)
-    names = config.data.modalities
-    dice: dict[Variant, list[float]] = {variant: [] for variant in variants(names)}
-    for fold, validation in enumerate(progress(folds.validation, description="voxel baseline")):
-        rng = np.random.default_rng((config.seed, fold))
-        image, label, weight = training_sample(
-            [voxels(source, case_id) for case_id in folds.training(fold)], rng
+    described = Described(source, gland_masks(config.data))
+    selected = range(len(folds)) if config.folds is None else config.folds
+    rows = []
+    for fold in progress(selected, description="voxel baseline", total=len(selected)):
+        training = [info for info in source.info if info.case_id in set(folds.training(fold))]
+        threshold = choose_threshold(described, training, seed=config.seed)
+        classify = fit_cases(described, training, seed=config.seed)
+        for case_id in folds.validation[fold]:
+            case = source[case_id]
+            probability = classify(described[case_id][0]).reshape(case.label.shape)
+            rows.append(measure(case, probability, threshold, fold=fold, config=config))
+    return summary.summarise(rows, list(selected))
+
+
+def gland_masks(data: DataConfig) -> loading.CaseSource | None:
+    """The same cases with the gland as label, or None where there are none to be had."""
+    if data.target == "gland":
+        return None
+    try:
+        return loading.build(dataclasses.replace(data, target="gland"))
+    except DataError as error:
+        reason = str(error).splitlines()[0]
+        log(f"no masks of the gland ({reason}): position is that on the reference grid")
+        return None
+
+
+class Described:
+    """Features and foreground of each case, kept once they are made."""
+
+    def __init__(self, source: loading.CaseSource, glands: loading.CaseSource | None):
+        self._source = source
+        self._glands = glands
+        self._kept: dict[str, Voxels] = {}
+
+    def __getitem__(self, case_id: str) -> Voxels:
+        if case_id not in self._kept:
+            case = self._source[case_id]
+            gland = None if self._glands is None else self._glands.arrays(case_id).label > 0
+            image = case.image * np.float32(STORED_UNIT)
+            described = features(image, spacing_of(case.affine), gland)
+            self._kept[case_id] = described, case.label.ravel() > 0
+        return self._kept[case_id]
+
+
+def features(
+    image: np.ndarray, spacing_mm: Sequence[float], gland: np.ndarray | None
+) -> np.ndarray:
+    """What a voxel is described by, float32 ``n f``.
+
+    Its scaled intensities ``m``; the same after each blur of ``BLURS_MM``; and its position: with
+    a mask of the gland, from the mask's centre in half extents of the mask, and the distance to its
+    surface in mm (below 0 inside); else from the centre of the grid in mm.
+
+    Args:
+        image: ``d h w m``.
+        spacing_mm: voxel size, ``d h w``.
+        gland: bool ``d h w``; an empty one counts as none.
+    """
+    columns = [image]
+    for sd_mm in BLURS_MM:
+        sd = [*(sd_mm / step for step in spacing_mm), 0]
+        columns.append(ndimage.gaussian_filter(image, sd, mode="nearest"))
+    index = np.moveaxis(np.indices(image.shape[:3]), 0, -1).astype(np.float32)
+    if gland is not None and gland.any():
+        inside = index[gland]
+        low, high = inside.min(axis=0), inside.max(axis=0)
+        columns.append((index - inside.mean(axis=0)) / ((high - low + 1) / 2))
+        outside_mm, inside_mm = (
+            np.asarray(ndimage.distance_transform_edt(mask, sampling=spacing_mm))
+            for mask in (~gland, gland)
         )
-        cases = [case for case in (voxels(source, i) for i in validation) if case[1].any()]
-        for variant, values in dice.items():
-            columns = [names.index(name) for name in variant.modalities]
-            decide = fit(image[:, columns], label, weight, variant)
-            scores = [(decide(case[:, columns]), foreground) for case, foreground in cases]
-            values.extend(best_dice(scores) if scores else [])
-    return {variant: float(np.mean(values)) for variant, values in dice.items()}
+        columns.append((outside_mm - inside_mm)[..., None])
+    else:
+        middle = (np.array(image.shape[:3]) - 1) / 2
+        columns.append((index - middle) * np.asarray(spacing_mm))
+    described = np.concatenate(columns, axis=-1, dtype=np.float32, casting="unsafe")
+    return described.reshape(-1, described.shape[-1])
 
 
-def voxels(source: loading.CaseSource, case_id: str) -> Voxels:
-    """Scaled intensities and foreground of a case on the reference grid."""
-    image, label, _ = source.arrays(case_id)
-    return image.reshape(-1, image.shape[-1]) * np.float32(STORED_UNIT), label.ravel() > 0
+def choose_threshold(
+    described: Described, training: Sequence[CaseInfo], *, seed: int
+) -> float:
+    """The threshold of the highest mean Dice of training patients, each predicted by others.
+
+    Of a single patient with foreground there are no others: it is predicted by itself.
+
+    Raises:
+        DataError: no training patient has foreground.
+    """
+    positive = {info.patient_id for info in training if info.positive}
+    if not positive:
+        raise DataError(
+            f"training patients must hold the target; got {len(training)} cases without any. "
+            "Use more cases or other folds."
+        )
+    parts = [(training, [info.case_id for info in training])]
+    if len(positive) > 1:
+        inner = splits.make_folds(training, num_folds=min(INNER_FOLDS, len(positive)), seed=seed)
+        parts = [
+            ([info for info in training if info.case_id not in held_out], held_out)
+            for held_out in inner.validation
+        ]
+    scores = []
+    for known, held_out in parts:
+        classify = fit_cases(described, known, seed=seed)
+        cases = [described[case_id] for case_id in held_out]
+        scores += [(classify(case), label) for case, label in cases if label.any()]
+    return best_threshold(scores)
+
+
+def fit_cases(
+    described: Described, training: Sequence[CaseInfo], *, seed: int
+) -> Classifier:
+    """Fit one ensemble to a sample of the voxels of these cases."""
+    sample = training_sample(
+        [described[info.case_id] for info in training], np.random.default_rng(seed)
+    )
+    return fit(*sample, seed=seed)
 
 
 def training_sample(
     cases: Sequence[Voxels], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Intensities, foreground and weights; with these the background counts as if all were used."""
+    """Features, foreground and weights; with these the background counts as if all were used."""
     images, labels, weights = [], [], []
     for image, label in cases:
         background = np.flatnonzero(~label)
@@ -93,62 +198,75 @@ def training_sample(
     return np.concatenate(images), np.concatenate(labels), np.concatenate(weights)
 
 
-def fit(
-    image: np.ndarray, label: np.ndarray, weight: np.ndarray, variant: Variant
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Fit one regression; returns its decision function, of voxels ``n m``."""
-    if variant.balanced:
-        weight = np.where(label, weight / weight[label].sum(), weight / weight[~label].sum())
-    model = make_pipeline(
-        PolynomialFeatures(degree=2 if variant.products else 1, include_bias=False),
-        StandardScaler(),
-        LogisticRegression(max_iter=1000),
+def fit(image: np.ndarray, label: np.ndarray, weight: np.ndarray, *, seed: int) -> Classifier:
+    """Fit scikit-learn's histogram gradient boosting: 100 trees of at most 31 leaves.
+
+    In one thread: several wait for each other where the processor is shared with other work, and
+    then take five times as long as one.
+    """
+    model = HistGradientBoostingClassifier(
+        max_iter=100, l2_regularization=1.0, early_stopping=False, random_state=seed
     )
-    weight = weight * (label.size / weight.sum())
-    model.fit(image, label, logisticregression__sample_weight=weight)
-    return model.decision_function
+    with threadpool_limits(1, user_api="openmp"):
+        model.fit(image, label, sample_weight=weight * (label.size / weight.sum()))
+
+    def classify(voxels: np.ndarray) -> np.ndarray:
+        with threadpool_limits(1, user_api="openmp"):
+            return model.predict_proba(voxels)[:, 1]
+
+    return classify
 
 
-def best_dice(scores: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Dice of each case at the one threshold that gives the highest mean.
+def best_threshold(scores: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The threshold above which voxels are marked that gives the highest mean Dice.
 
     Args:
-        scores: of each case, decision values and foreground, ``n`` each; every case has foreground.
+        scores: of each case, probabilities and foreground, ``n`` each; every case has foreground.
     """
     found = np.concatenate([values[foreground] for values, foreground in scores])
-    thresholds = np.quantile(found, np.linspace(0, 1, NUM_THRESHOLDS))
+    thresholds = np.quantile(found, np.linspace(0, 1, NUM_THRESHOLDS, endpoint=False))
     dice = []
     for values, foreground in scores:
-        hits = _num_at_least(values[foreground], thresholds)
-        marked = hits + _num_at_least(values[~foreground], thresholds)
+        hits = _num_above(values[foreground], thresholds)
+        marked = hits + _num_above(values[~foreground], thresholds)
         dice.append(2 * hits / (marked + foreground.sum()))
-    table = np.array(dice)
-    return table[:, table.mean(axis=0).argmax()]
+    return float(thresholds[np.mean(dice, axis=0).argmax()])
 
 
-def _num_at_least(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    return values.size - np.searchsorted(np.sort(values), thresholds)
+def _num_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    return values.size - np.searchsorted(np.sort(values), thresholds, side="right")
 
 
-def format_table(dice: dict[Variant, float]) -> str:
-    """One line for each variant, and the best of them."""
-    lines = [f"{'inputs':<14}{'features':<20}{'weights':<12}{'Dice':>6}"]
-    for variant, value in dice.items():
-        features = "squares, products" if variant.products else "intensities"
-        weights = "balanced" if variant.balanced else "as found"
-        lines.append(f"{'+'.join(variant.modalities):<14}{features:<20}{weights:<12}{value:6.3f}")
-    best = max(dice.values())
-    lines.append(f"best of {len(dice)} voxel-wise logistic regressions: Dice {best:.3f}")
-    return "\n".join(lines)
+def measure(
+    case: Case, probability: np.ndarray, threshold: float, *, fold: int, config: Config
+) -> dict[str, Any]:
+    """The row of a case, like those of ``experiments.cv``, of probabilities on its grid."""
+    restored = to_original(probability, case)
+    truth = case.original_truth
+    (name,) = config.data.classes
+    row: dict[str, Any] = {
+        "case_id": case.case_id,
+        "patient_id": case.patient_id,
+        "fold": fold,
+        "class": name,
+    }
+    if config.data.target == lesions.TARGET:
+        row |= {"detection": lesions.detect(restored, truth)}
+    spacing_mm = spacing_of(case.original_affine)
+    mask = (restored > threshold).astype(np.uint8)
+    return row | case_metrics(mask, truth, spacing_mm, (name,))[name]
 
 
 def main() -> None:
     """Command line."""
     config = parse(
         prog="python -m experiments.voxel_baseline",
-        description="What single voxels can tell; of a run's options, data, folds and seed count.",
+        description="What voxels tell by intensity, blurs and position; of a run's options, data, "
+        "folds and seed count.",
     )
-    print(format_table(run(config)))
+    found = run(config)
+    print(f"gradient boosting of voxels on {config.data.name}, {config.data.target}:")
+    print(summary.format_summary(found))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_commands_run_with_a_tiny_network(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         importlib.import_module(module).main()
     printed = capsys.readouterr().out
-    assert "voxel-wise logistic regression" in printed
+    assert "gradient boosting of voxels on phantom, lesion:" in printed
     assert "| runs/dropout - runs/no-dropout | adc | lesion |" in printed
     t2w = nib.load(tmp_path / f"patients/{case_id_of(0)}/t2w.nii.gz")
     for folder in ("predictions/masks", "predictions/fold_0/entropy"):

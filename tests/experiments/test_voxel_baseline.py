@@ -1,43 +1,49 @@
-"""The voxel-wise baseline, on voxels small enough to solve by hand."""
+"""The voxel baseline, on voxels small enough to solve by hand and on a tiny data set."""
+
+import dataclasses
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
+from cmsad_jax.types import ConfigError
+from data_pipelines.case import Case, CaseInfo
+from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.faults import DataError
+from experiments import voxel_baseline
+from experiments.settings.config import Config
 from experiments.voxel_baseline import (
     BACKGROUND_VOXELS,
-    Variant,
-    best_dice,
+    BLURS_MM,
+    best_threshold,
+    choose_threshold,
+    features,
     fit,
-    format_table,
+    gland_masks,
+    measure,
     training_sample,
-    variants,
 )
 
 
 def test_best_threshold_is_that_of_the_highest_mean_dice():
     first = (np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, False, False, False]))
     second = (np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, True, False, False]))
-    # threshold 3: Dice 1 and 2/3; threshold 2: 2/3 and 1. Both means are 5/6; the second case
-    # alone is best at 2.
-    assert best_dice([first, second]).mean() == pytest.approx(5 / 6)
-    np.testing.assert_allclose(best_dice([second]), [1.0])
+    # above 2: Dice 1 and 2/3; above 1: 2/3 and 1; the second case alone is best above 1.
+    assert 2 <= best_threshold([first]) < 3
+    assert 1 <= best_threshold([second]) < 2
+    assert 1 <= best_threshold([first, second, second]) < 2
 
 
-def ring(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    image = rng.normal(size=(4000, 2)).astype(np.float32)
-    return image, (image**2).sum(axis=1) < 0.5
-
-
-@pytest.mark.parametrize("balanced", [False, True])
-def test_products_are_needed_where_the_foreground_is_enclosed(balanced):
-    image, label = ring(np.random.default_rng(0))
-    dice = {}
-    for products in (False, True):
-        variant = Variant(("t2w", "adc"), products=products, balanced=balanced)
-        decide = fit(image, label, np.ones(label.size), variant)
-        dice[products] = best_dice([(decide(image), label)])[0]
-    assert dice[True] > 0.98
-    assert dice[False] < 0.6
+def test_an_enclosed_foreground_is_told_by_its_intensities():
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(8000, 2)).astype(np.float32)
+    label = (image**2).sum(axis=1) < 0.5
+    classify = fit(image[:4000], label[:4000], np.ones(4000), seed=0)
+    found = classify(image[4000:])
+    assert found.min() >= 0
+    assert found.max() <= 1
+    marked, truth = found > 0.5, label[4000:]
+    assert 2 * (marked & truth).sum() / (marked.sum() + truth.sum()) > 0.95
 
 
 def test_weights_make_the_sample_stand_for_all_voxels():
@@ -51,9 +57,135 @@ def test_weights_make_the_sample_stand_for_all_voxels():
     assert weight[~drawn].sum() == pytest.approx(label.size - 50)
 
 
-def test_all_inputs_come_first_and_the_best_of_all_is_named():
-    found = variants(("t2w", "adc"))
-    assert [v.modalities for v in found[::4]] == [("t2w", "adc"), ("t2w",), ("adc",)]
-    assert len(variants(("t2w",))) == 4
-    table = format_table({v: 0.1 * i for i, v in enumerate(found)})
-    assert table.splitlines()[-1] == "best of 12 voxel-wise logistic regressions: Dice 1.100"
+def test_features_are_intensities_blurs_in_mm_and_position():
+    spacing, shape = (3.0, 2.0, 2.0), (6, 8, 10)
+    image = np.random.default_rng(0).normal(size=(*shape, 2)).astype(np.float32)
+    gland = np.zeros(shape, bool)
+    gland[1:4, 2:7, 3:8] = True
+    found = features(image, spacing, gland).reshape(*shape, -1)
+    assert found.shape[-1] == 2 * (1 + len(BLURS_MM)) + 4
+    np.testing.assert_array_equal(found[..., :2], image)
+    for i, sd_mm in enumerate(BLURS_MM):
+        sd = [sd_mm / step for step in spacing]
+        for m in range(2):
+            blurred = ndimage.gaussian_filter(image[..., m], sd, mode="nearest")
+            np.testing.assert_allclose(found[..., 2 * (i + 1) + m], blurred, atol=1e-5)
+    np.testing.assert_allclose(found[2, 4, 5, -4:], [0, 0, 0, -6])  # two slices from outside
+    np.testing.assert_allclose(found[3, 6, 7, -4:-1], [1 / 1.5, 2 / 2.5, 2 / 2.5], rtol=1e-6)
+    assert found[2, 7, 5, -1] == pytest.approx(2.0)  # a row beyond the last of the gland
+    for without in (None, np.zeros(shape, bool)):
+        placed = features(image, spacing, without).reshape(*shape, -1)[..., -3:]
+        np.testing.assert_allclose(placed[0, 0, 0], [-7.5, -7, -9])
+        np.testing.assert_allclose(placed[-1, -1, -1], [7.5, 7, 9])
+
+
+class Memory(dict):
+    """Cases of voxels, standing in for ``Described``."""
+
+
+def cases_of(num: int, rng: np.random.Generator) -> tuple[Memory, list[CaseInfo]]:
+    """Cases with two kinds of foreground voxels, of which training shows which one counts."""
+    described = Memory()
+    for i in range(num):
+        image = rng.normal(size=(500, 2)).astype(np.float32)
+        described[f"c{i}"] = image, image[:, 0] > 1
+    return described, [CaseInfo(f"c{i}", f"p{i}", True) for i in range(num)]
+
+
+def test_threshold_is_chosen_on_patients_that_the_ensemble_has_not_seen(monkeypatch):
+    described, infos = cases_of(6, np.random.default_rng(0))
+    fitted, scored = [], []
+
+    def fit_cases(described, training, *, seed):
+        known = {info.case_id for info in training}
+        fitted.append(known)
+
+        def classify(image):
+            (case_id,) = (k for k, (other, _) in described.items() if other is image)
+            scored.append(case_id)
+            assert case_id not in known
+            return np.where(described[case_id][1], 0.7, 0.3)
+
+        return classify
+
+    monkeypatch.setattr(voxel_baseline, "fit_cases", fit_cases)
+    assert 0.3 <= choose_threshold(described, infos, seed=0) < 0.7
+    assert sorted(scored) == sorted(described)
+    assert [len(known) for known in fitted] == [4, 4, 4]
+
+
+def test_one_positive_patient_is_predicted_by_itself():
+    described, infos = cases_of(1, np.random.default_rng(0))
+    assert 0 < choose_threshold(described, infos, seed=0) < 1
+
+
+def test_training_patients_without_foreground_are_refused():
+    infos = [CaseInfo("c0", "p0", False), CaseInfo("c1", "p1", False)]
+    with pytest.raises(DataError, match=r"must hold the target; got 2 cases.*Use more cases"):
+        choose_threshold(Memory(), infos, seed=0)
+
+
+def test_several_classes_are_refused():
+    config = Config(data=DataConfig(target="zones"))
+    with pytest.raises(ConfigError, match=r"one class.*got pz, tz\. Use --data\.target=lesion"):
+        voxel_baseline.run(config)
+
+
+def test_without_masks_of_the_gland_position_is_that_on_the_grid(tmp_path, monkeypatch, capsys):
+    def refuse(config):
+        assert config.target == "gland"
+        raise DataError("a case must have a label; got none.")
+
+    monkeypatch.setattr(voxel_baseline.loading, "build", refuse)
+    assert gland_masks(DataConfig(cache=tmp_path)) is None
+    printed = capsys.readouterr().out
+    assert "no masks of the gland (a case must have a label; got none.)" in printed
+    assert gland_masks(DataConfig(target="gland")) is None  # it would be the answer
+    assert not capsys.readouterr().out
+
+
+def test_a_case_is_measured_as_a_prediction_is():
+    label = np.zeros((6, 8, 8), np.uint8)
+    label[1:5, 2:6, 2:6] = 1
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    case = Case(
+        case_id="c0",
+        patient_id="p0",
+        image=np.zeros((6, 8, 8, 1), np.int16),
+        label=label,
+        present=np.array([True]),
+        affine=affine,
+        original_shape=label.shape,
+        original_affine=affine,
+        truth=label,
+        truth_offset=(0, 0, 0),
+    )
+    probability = np.where(label, 0.4, 0.1).astype(np.float32)
+    probability[0] = 0.4 * label[1]  # one slice too many
+    for threshold, dice in (
+        (0.3, 2 * 64 / (80 + 64)),
+        (0.05, 2 * 64 / (64 + 6 * 64 - 48)),
+        (0.5, 0),
+    ):
+        row = measure(case, probability, threshold, fold=1, config=Config())
+        assert row["dice"] == pytest.approx(dice)
+        assert (row["case_id"], row["fold"], row["class"]) == ("c0", 1, "lesion")
+        assert row["detection"]["confidence"] == pytest.approx(0.4)
+    gland = dataclasses.replace(Config(), data=DataConfig(target="gland"))
+    assert "detection" not in measure(case, probability, 0.3, fold=1, config=gland)
+
+
+def test_a_run_measures_each_case_of_the_folds_asked_for_once(tmp_path):
+    coarse = PreprocessConfig(spacing_mm=(6.0, 6.0, 6.0), size=(8, 16, 16))
+    config = Config(
+        num_folds=2,
+        folds=(1,),
+        data=DataConfig(num_cases=5, cache=tmp_path, preprocess=coarse),
+    )
+    summary = voxel_baseline.run(config)
+    (fold,) = summary["per_fold"]
+    assert fold["fold"] == 1
+    assert summary["num_cases"] == fold["num_cases"] == len(summary["metric_per_case"])
+    assert summary["num_positive"]["lesion"] >= 1
+    assert {"average_precision", "auroc"} <= summary["detection"].keys()
+    assert voxel_baseline.run(config) == summary
