@@ -37,9 +37,9 @@ class DataConfig:
     """Which data are read, and how they are stored."""
 
     name: str = "phantom"
-    """Builder: phantom, picai, prostate158, msd_prostate or nifti_folder."""
+    """Builder: phantom, phantom2, picai, prostate158, msd_prostate or nifti_folder."""
     path: Path | None = None
-    """Where the user's files lie (not needed by the phantom)."""
+    """Where the user's files lie (not needed by the phantoms)."""
     target: Literal["lesion", "gland", "zones"] = "lesion"
     """What is segmented."""
     modalities: tuple[str, ...] = MODALITIES
@@ -47,11 +47,11 @@ class DataConfig:
     allow_missing: bool = False
     """Accept cases that lack a modality (they are marked absent) instead of refusing them."""
     reader: Literal[1, 2] = 1
-    """Prostate158 only: whose labels are used."""
+    """Prostate158 and phantom2 only: whose labels are used."""
     num_cases: int = 100
-    """Phantom only: number of patients to make."""
+    """Phantoms only: number of cases to make."""
     seed: int = 0
-    """Phantom only: which population to draw."""
+    """Phantoms only: which population to draw."""
     cache: Path = Path("~/.cache/cmsad_jax")
     """Where built data sets are kept; one folder per configuration."""
     preprocess: PreprocessConfig = PreprocessConfig()
