@@ -142,9 +142,7 @@ def features(
     return described.reshape(-1, described.shape[-1])
 
 
-def choose_threshold(
-    described: Described, training: Sequence[CaseInfo], *, seed: int
-) -> float:
+def choose_threshold(described: Described, training: Sequence[CaseInfo], *, seed: int) -> float:
     """The threshold of the highest mean Dice of training patients, each predicted by others.
 
     Of a single patient with foreground there are no others: it is predicted by itself.
@@ -173,9 +171,7 @@ def choose_threshold(
     return best_threshold(scores)
 
 
-def fit_cases(
-    described: Described, training: Sequence[CaseInfo], *, seed: int
-) -> Classifier:
+def fit_cases(described: Described, training: Sequence[CaseInfo], *, seed: int) -> Classifier:
     """Fit one ensemble to a sample of the voxels of these cases."""
     sample = training_sample(
         [described[info.case_id] for info in training], np.random.default_rng(seed)
@@ -205,7 +201,10 @@ def fit(image: np.ndarray, label: np.ndarray, weight: np.ndarray, *, seed: int) 
     then take five times as long as one.
     """
     model = HistGradientBoostingClassifier(
-        max_iter=100, l2_regularization=1.0, early_stopping=False, random_state=seed
+        max_iter=100,
+        l2_regularization=1.0,
+        early_stopping=False,  # pyright: ignore[reportArgumentType]
+        random_state=seed,
     )
     with threadpool_limits(1, user_api="openmp"):
         model.fit(image, label, sample_weight=weight * (label.size / weight.sum()))
