@@ -32,7 +32,7 @@ FAINT_SHARE = 0.12
 """Of lesions and of what resembles them in all contrasts, the share that shows weakly in all."""
 DIFFUSE_SHARE = 0.1
 """Share without a sharp border."""
-UNSEEN_SHARES = {"t2w": 0.1, "adc": 0.02, "hbv": 0.1}
+UNSEEN_SHARES = {"t2w": 0.1, "adc": 0.02, "hbv": 0.14}
 """Share that does not show in one contrast."""
 
 Texture = Literal["none", "grain", "bands"]
@@ -144,8 +144,8 @@ def _place_mimics(placer: FocusPlacer) -> None:
     place("nodule", TZ, rng.poisson(0.8), tz, WITHIN_TZ, like_lesions=True)
     place("stromal", TZ, rng.poisson(0.7), tz, WITHIN_TZ)
     place("haemorrhage", PZ, rng.poisson(0.5), pz, WITHIN_PZ)
-    place("shine", PZ, rng.poisson(0.6), gland, WITHIN_GLAND)
-    place("hot", OUTSIDE, rng.poisson(0.5), rectal_border(placer.anatomy), EVERYWHERE)
+    place("shine", PZ, rng.poisson(1.0), gland, WITHIN_GLAND)
+    place("hot", OUTSIDE, rng.poisson(0.8), rectal_border(placer.anatomy), EVERYWHERE)
     place("dim", PZ, rng.poisson(0.5), gland, WITHIN_GLAND)
     place("glandular", TZ, rng.poisson(1.5), tz, WITHIN_TZ)
     place("node", OUTSIDE, 2 + rng.poisson(2), level > 1.6, EVERYWHERE)
