@@ -13,7 +13,6 @@ Which patients train and validate is what ``experiments.cv`` has.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -26,8 +25,9 @@ from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.preparing.preprocessing import to_original
 from data_pipelines.serving import loading, splits
-from experiments.measuring import lesions, summary
-from experiments.measuring.metrics import case_metrics
+from experiments.measuring.cases import Rule, measure_case
+from experiments.measuring.rows import Row
+from experiments.measuring.summary import Summary, format_summary, summarise
 from experiments.process.console import log, progress, run_main
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
@@ -48,8 +48,8 @@ Classifier = Callable[[np.ndarray], np.ndarray]
 """Probability of foreground, of features ``n f``."""
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Train and measure the folds asked for; returns what ``summary.summarise`` says of them.
+def run(config: Config) -> Summary:
+    """Train and measure the folds asked for; returns their summary.
 
     Raises:
         ConfigError: for a target of several classes.
@@ -73,8 +73,8 @@ def run(config: Config) -> dict[str, Any]:
         for case_id in folds.validation[fold]:
             case = source[case_id]
             probability = classify(described[case_id][0]).reshape(case.label.shape)
-            rows.append(measure(case, probability, threshold, fold=fold, config=config))
-    return summary.summarise(rows, list(selected))
+            rows += measure(case, probability, threshold, fold=fold, target=config.data.target)
+    return summarise(rows, list(selected))
 
 
 def gland_masks(data: DataConfig) -> loading.CaseSource | None:
@@ -237,23 +237,18 @@ def _num_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    case: Case, probability: np.ndarray, threshold: float, *, fold: int, config: Config
-) -> dict[str, Any]:
-    """The row of a case, like those of ``experiments.cv``, of probabilities on its grid."""
-    restored = to_original(probability, case)
-    truth = case.original_truth
-    (name,) = config.data.classes
-    row: dict[str, Any] = {
-        "case_id": case.case_id,
-        "patient_id": case.patient_id,
-        "fold": fold,
-        "class": name,
-    }
-    if config.data.target == lesions.TARGET:
-        row |= {"detection": lesions.detect(restored, truth)}
-    spacing_mm = spacing_of(case.original_affine)
-    mask = (restored > threshold).astype(np.uint8)
-    return row | case_metrics(mask, truth, spacing_mm, (name,))[name]
+    case: Case, probability: np.ndarray, threshold: float, *, fold: int, target: str
+) -> list[Row]:
+    """The row of a case, as of ``experiments.cv``, of probabilities ``d h w`` on its grid."""
+    return measure_case(
+        case.case_id,
+        case.patient_id,
+        fold,
+        to_original(probability, case)[..., None],
+        case.original_truth,
+        spacing_of(case.original_affine),
+        Rule(target, threshold),
+    )
 
 
 def main() -> None:
@@ -265,7 +260,7 @@ def main() -> None:
     )
     found = run(config)
     print(f"gradient boosting of voxels on {config.data.name}, {config.data.target}:")
-    print(summary.format_summary(found))
+    print(format_summary(found))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The voxel baseline, on voxels small enough to solve by hand and on a tiny data set."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -167,12 +165,13 @@ def test_a_case_is_measured_as_a_prediction_is():
         (0.05, 2 * 64 / (64 + 6 * 64 - 48)),
         (0.5, 0),
     ):
-        row = measure(case, probability, threshold, fold=1, config=Config())
-        assert row["dice"] == pytest.approx(dice)
-        assert (row["case_id"], row["fold"], row["class"]) == ("c0", 1, "lesion")
-        assert row["detection"]["confidence"] == pytest.approx(0.4)
-    gland = dataclasses.replace(Config(), data=DataConfig(target="gland"))
-    assert "detection" not in measure(case, probability, 0.3, fold=1, config=gland)
+        (row,) = measure(case, probability, threshold, fold=1, target="lesion")
+        assert row.metrics["dice"] == pytest.approx(dice)
+        assert (row.case_id, row.fold, row.name) == ("c0", 1, "lesion")
+        assert row.detection is not None
+        assert row.detection.confidence == pytest.approx(0.4)
+    (row,) = measure(case, probability, 0.3, fold=1, target="gland")
+    assert row.detection is None
 
 
 def test_a_run_measures_each_case_of_the_folds_asked_for_once(tmp_path):
@@ -183,9 +182,9 @@ def test_a_run_measures_each_case_of_the_folds_asked_for_once(tmp_path):
         data=DataConfig(num_cases=5, cache=tmp_path, preprocess=coarse),
     )
     summary = voxel_baseline.run(config)
-    (fold,) = summary["per_fold"]
-    assert fold["fold"] == 1
-    assert summary["num_cases"] == fold["num_cases"] == len(summary["metric_per_case"])
-    assert summary["num_positive"]["lesion"] >= 1
-    assert {"average_precision", "auroc"} <= summary["detection"].keys()
+    (fold,) = summary.per_fold
+    assert fold.fold == 1
+    assert summary.num_cases == fold.num_cases == len(summary.metric_per_case)
+    assert summary.num_positive["lesion"] >= 1
+    assert summary.detection is not None
     assert voxel_baseline.run(config) == summary
