@@ -20,13 +20,12 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import STORED_UNIT, Case, CaseInfo, spacing_of
+from data_pipelines.case import STORED_UNIT, CaseInfo, spacing_of
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.preparing.preprocessing import to_original
 from data_pipelines.serving import loading, splits
 from experiments.measuring.cases import Rule, measure_case
-from experiments.measuring.rows import Row
 from experiments.measuring.summary import Summary, format_summary, summarise
 from experiments.process.console import log, progress, run_main
 from experiments.settings.command_line import parse
@@ -40,7 +39,7 @@ BACKGROUND_VOXELS = 2000
 INNER_FOLDS = 3
 """Parts of the training patients, each predicted by the others to choose the threshold."""
 NUM_THRESHOLDS = 400
-"""Thresholds tried, at quantiles of the probabilities of the foreground."""
+"""Thresholds tried, just below quantiles of the probabilities of the foreground."""
 
 Voxels = tuple[np.ndarray, np.ndarray]
 """Features ``n f`` and foreground ``n`` of one case."""
@@ -49,7 +48,7 @@ Classifier = Callable[[np.ndarray], np.ndarray]
 
 
 def run(config: Config) -> Summary:
-    """Train and measure the folds asked for; returns their summary.
+    """Train and measure the folds asked for.
 
     Raises:
         ConfigError: for a target of several classes.
@@ -72,8 +71,18 @@ def run(config: Config) -> Summary:
         classify = fit_cases(described, training, seed=config.seed)
         for case_id in folds.validation[fold]:
             case = source[case_id]
-            probability = classify(described[case_id][0]).reshape(case.label.shape)
-            rows += measure(case, probability, threshold, fold=fold, target=config.data.target)
+            probability = (
+                classify(described[case_id][0]).astype(np.float32).reshape(case.label.shape)
+            )
+            rows += measure_case(
+                case.case_id,
+                case.patient_id,
+                fold,
+                to_original(probability[..., None], case),
+                case.original_truth,
+                spacing_of(case.original_affine),
+                Rule(config.data.target, threshold),
+            )
     return summarise(rows, list(selected))
 
 
@@ -223,7 +232,7 @@ def best_threshold(scores: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
         scores: of each case, probabilities and foreground, ``n`` each; every case has foreground.
     """
     found = np.concatenate([values[foreground] for values, foreground in scores])
-    thresholds = np.quantile(found, np.linspace(0, 1, NUM_THRESHOLDS, endpoint=False))
+    thresholds = np.nextafter(np.quantile(found, np.linspace(0, 1, NUM_THRESHOLDS)), -np.inf)
     dice = []
     for values, foreground in scores:
         hits = _num_above(values[foreground], thresholds)
@@ -234,21 +243,6 @@ def best_threshold(scores: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 
 def _num_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return values.size - np.searchsorted(np.sort(values), thresholds, side="right")
-
-
-def measure(
-    case: Case, probability: np.ndarray, threshold: float, *, fold: int, target: str
-) -> list[Row]:
-    """The row of a case, as of ``experiments.cv``, of probabilities ``d h w`` on its grid."""
-    return measure_case(
-        case.case_id,
-        case.patient_id,
-        fold,
-        to_original(probability, case)[..., None],
-        case.original_truth,
-        spacing_of(case.original_affine),
-        Rule(target, threshold),
-    )
 
 
 def main() -> None:
