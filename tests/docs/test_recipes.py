@@ -107,7 +107,7 @@ def test_data_set(tree):
     shown = re.sub(r"[\s│]+", " ", run("python -m data_pipelines.validate --help", tree))
     assert "nifti_folder or flat" in shown
     floors = run(
-        "python -m pytest -q -p no:cacheprovider tests/test_architecture.py -k floor", tree
+        "python -m pytest -q -p no:cacheprovider tests/test_architecture.py -k has_its_floor", tree
     )
     assert " passed" in floors
 
