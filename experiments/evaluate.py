@@ -21,7 +21,6 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.config import TARGET_CLASSES
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.reading.tables import read_table
-from data_pipelines.reading.volume_io import SUFFIXES, read_volume
 from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.rows import Row
 from experiments.measuring.summary import Summary, format_summary, summarise
@@ -106,6 +105,8 @@ def _paired_names(predictions: Path, labels: Path) -> list[str]:
 
 def _images(folder: Path) -> set[str]:
     """Names of the files to evaluate; other kinds of image are refused rather than left out."""
+    from data_pipelines.reading.volume_io import SUFFIXES  # slow to load, and not needed for --help
+
     images = {path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES)}
     if others := sorted(name for name in images if not name.endswith((".nii.gz", ".nii"))):
         raise DataError(
@@ -120,6 +121,10 @@ def _images(folder: Path) -> set[str]:
 
 
 def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str]) -> list[Row]:
+    from data_pipelines.reading.volume_io import (
+        read_volume,  # slow to load, and not needed for --help
+    )
+
     prediction, label = read_volume(config.predictions / name), read_volume(config.labels / name)
     if not np.allclose(prediction.affine, label.affine, atol=1e-3):
         raise DataError(

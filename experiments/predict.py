@@ -29,7 +29,6 @@ from data_pipelines.faults import DataError
 from data_pipelines.reading import case_files
 from data_pipelines.reading.case_files import CaseFiles
 from experiments.exporting.artifact import write_artifact
-from experiments.prediction.inputs import find_inputs, read_case
 from experiments.prediction.outputs import (
     Computed,
     Extras,
@@ -201,6 +200,8 @@ def run(command: PredictCommand) -> int:
         ConfigError: a model or options that cannot work.
         DataError: no case at all, or an output folder of another model.
     """
+    from experiments.prediction import inputs  # slow to load, and not needed for --help
+
     select_accelerator(command.accelerator)
     model = open_model(command)
     description = model.description
@@ -210,7 +211,7 @@ def run(command: PredictCommand) -> int:
             "Export the run again, or leave out --attention."
         )
     data = data_config(description)
-    entries = find_inputs(
+    entries = inputs.find_inputs(
         command.input, description.modalities, with_gland=data.preprocess.centre == "gland"
     )
     folder = PredictionFolder(command.output)
@@ -253,6 +254,8 @@ def predict_cases(
 
     When it is interrupted the account holds the cases whose files are all written.
     """
+    from experiments.prediction import inputs  # slow to load, and not needed for --help
+
     extras = account.facts.extras
     repeated = {
         problem.case_id: problem
@@ -264,7 +267,7 @@ def predict_cases(
         try:
             if entry.case_id in repeated:
                 raise DataError(repeated[entry.case_id].text)
-            case = read_case(entry, data)
+            case = inputs.read_case(entry, data)
         except DataError as error:
             case = error
         return case, time.thread_time() - before

@@ -15,8 +15,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import ndimage
-from sklearn.ensemble import HistGradientBoostingClassifier
+import scipy
 from threadpoolctl import threadpool_limits
 
 from cmsad_jax.types import ConfigError
@@ -30,7 +29,6 @@ from experiments.measuring.summary import Summary, format_summary, summarise
 from experiments.process.console import log, progress, run_main
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
-from experiments.studies.cross_validation import make_folds
 
 BLURS_MM = (2.0, 4.0, 8.0)
 """Standard deviations of the isotropic blurs."""
@@ -60,6 +58,10 @@ def run(config: Config) -> Summary:
             f"the voxel baseline tells one class from background; got {', '.join(classes)}. "
             "Use --data.target=lesion or --data.target=gland."
         )
+    from experiments.studies.cross_validation import (
+        make_folds,  # slow to load, and not needed for --help
+    )
+
     source = loading.build(config.data)
     folds = make_folds(config, source)
     described = Described(source, gland_masks(config.data))
@@ -133,14 +135,14 @@ def features(
     columns = [image]
     for sd_mm in BLURS_MM:
         sd = [*(sd_mm / step for step in spacing_mm), 0]
-        columns.append(ndimage.gaussian_filter(image, sd, mode="nearest"))
+        columns.append(scipy.ndimage.gaussian_filter(image, sd, mode="nearest"))
     index = np.moveaxis(np.indices(image.shape[:3]), 0, -1).astype(np.float32)
     if gland is not None and gland.any():
         inside = index[gland]
         low, high = inside.min(axis=0), inside.max(axis=0)
         columns.append((index - inside.mean(axis=0)) / ((high - low + 1) / 2))
         outside_mm, inside_mm = (
-            np.asarray(ndimage.distance_transform_edt(mask, sampling=spacing_mm))
+            np.asarray(scipy.ndimage.distance_transform_edt(mask, sampling=spacing_mm))
             for mask in (~gland, gland)
         )
         columns.append((outside_mm - inside_mm)[..., None])
@@ -209,6 +211,10 @@ def fit(image: np.ndarray, label: np.ndarray, weight: np.ndarray, *, seed: int) 
     In one thread: several wait for each other where the processor is shared with other work, and
     then take five times as long as one.
     """
+    from sklearn.ensemble import (
+        HistGradientBoostingClassifier,  # slow to load, and not needed for --help
+    )
+
     model = HistGradientBoostingClassifier(
         max_iter=100,
         l2_regularization=1.0,

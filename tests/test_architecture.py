@@ -59,6 +59,20 @@ TIMED_AS_A_WHOLE = {"benchmarks.inference imports experiments.predict"}
 HEAVY = ("tensorflow_datasets", "tensorflow", "grain", "nibabel", "SimpleITK", "tyro")
 
 
+COMMANDS = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for package in ("experiments", "data_pipelines")
+    for file in (ROOT / package).glob("*.py")
+    if "__main__" in file.read_text("utf-8")
+)
+SLOW = (
+    *("tensorflow_datasets", "grain", "orbax.checkpoint", "nibabel", "SimpleITK", "PIL"),
+    *("scipy.ndimage", "scipy.stats", "sklearn", "picai_eval", "surface_distance"),
+    *("matplotlib", "jinja2", "tensorboardX", "apache_beam"),
+)
+"""Packages that take long to load together; none is needed to read a command line."""
+
+
 def loaded_after(statement: str) -> set[str]:
     """Names in sys.modules of a fresh process that ran one statement."""
     code = f"{statement}\nimport json, sys; print(json.dumps(list(sys.modules)))"
@@ -77,6 +91,30 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(str(node.module).split(".")[0])
     return names
+
+
+READ_A_COMMAND_LINE = """
+import contextlib, io, json, runpy, sys
+loaded = {}
+for command in COMMANDS:
+    for option in ("--help", "--no-such-option"):
+        sys.argv, said = [command, option], io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with contextlib.suppress(SystemExit):
+                runpy.run_module(command, run_name="__main__")
+        assert "--help" in said.getvalue(), (command, option, said.getvalue())
+    loaded[command] = sorted({*SLOW, "jax"} & {*sys.modules})
+print(json.dumps(loaded))
+"""
+
+
+def test_help_and_refused_options_load_nothing_slow():
+    assert len(COMMANDS) > 12, "commands are found"
+    code = f"COMMANDS, SLOW = {COMMANDS}, {SLOW}\n{READ_A_COMMAND_LINE}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert not done.returncode, done.stderr
+    expected = {name: ["jax"] if name.startswith("experiments") else [] for name in COMMANDS}
+    assert json.loads(done.stdout) == expected
 
 
 def project_modules() -> dict[str, Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from data_pipelines.case import Case, RawCase, Volume
 from data_pipelines.config import DataConfig
@@ -154,7 +154,7 @@ def _facts(raw: RawCase, config: DataConfig) -> Facts:
     volumes: tuple[float, ...] = ()
     if raw.label is not None and np.isfinite(raw.label.array).all():
         parts = np.zeros(raw.label.shape, np.int32)
-        ndimage.label(raw.label.array > 0, np.ones((3, 3, 3)), output=parts)
+        scipy.ndimage.label(raw.label.array > 0, np.ones((3, 3, 3)), output=parts)
         voxel_ml = float(abs(np.linalg.det(raw.label.affine[:3, :3]))) / 1000
         sizes = np.bincount(parts.ravel())[1:]
         volumes = tuple(round(float(n * voxel_ml), 4) for n in sizes)

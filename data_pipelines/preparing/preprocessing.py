@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from data_pipelines.case import STORED_UNIT, Case, RawCase, Volume, spacing_of
 from data_pipelines.config import DataConfig, PreprocessConfig
@@ -263,7 +263,7 @@ def _smoothed(volume: Volume, affine: np.ndarray) -> Volume:
     sd = np.where(ratio > 1.01, (ratio - 1) / 2, 0)
     if not sd.any():
         return volume
-    array = ndimage.gaussian_filter(volume.array.astype(np.float32), sd, mode="nearest")
+    array = scipy.ndimage.gaussian_filter(volume.array.astype(np.float32), sd, mode="nearest")
     return Volume(array, volume.affine)
 
 

@@ -358,7 +358,7 @@ def test_no_positive_case_is_refused(tmp_path, cache, monkeypatch):
     config = tiny(tmp_path / "run", cache)
     source = loading.build(config.data)
     source.info = tuple(dataclasses.replace(info, positive=False) for info in source.info)
-    monkeypatch.setattr(loading, "build", lambda data: source)
+    monkeypatch.setattr(loading, "open_source", lambda builder: source)
     with pytest.raises(DataError, match="at least one case must hold the target"):
         cross_validation.run(config)
 
