@@ -222,7 +222,7 @@ def _block(
 ) -> Float[Array, "b *out_space o"]:
     """A block as it is, or packed where it is lowered for a TPU and its channels are few."""
     plain = functools.partial(_layers, strides=strides, norm=norm, dtype=dtype, packing=None)
-    packing = packing_of(*x.shape[-2:], layers[0][0].shape[-1], strides[-1])
+    packing = packing_of(x.shape[-2], x.shape[-1], layers[0][0].shape[-1], strides[-1])
     if packing is None:
         return plain(x, layers)
 
