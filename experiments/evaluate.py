@@ -18,8 +18,10 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
+from data_pipelines.case import corners_apart
 from data_pipelines.config import TARGET_CLASSES
 from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.preparing.geometry import canonical
 from data_pipelines.reading.tables import read_table
 from data_pipelines.reading.volume_io import SUFFIXES, read_volume
 from experiments.measuring.cases import Rule, measure_case
@@ -28,6 +30,10 @@ from experiments.measuring.summary import Summary, format_summary, summarise
 from experiments.process.console import run_main
 from experiments.run_folder import Results, RunFolder
 from experiments.settings.options import REGISTRY
+
+
+_SAME_PLACE = 0.05
+"""Of the smallest voxel side: corners of one grid may lie so far apart in two headers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +127,16 @@ def _images(folder: Path) -> set[str]:
 
 def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str]) -> list[Row]:
     prediction, label = read_volume(config.predictions / name), read_volume(config.labels / name)
-    if not np.allclose(prediction.affine, label.affine, atol=1e-3):
+    prediction, label = canonical(prediction), canonical(label)
+    apart = np.inf
+    if prediction.shape == label.shape:
+        apart = corners_apart(prediction.affine, label.affine, label.shape)
+    if apart > _SAME_PLACE * min(label.spacing_mm):
+        came = f"corners up to {apart:.2f} mm apart" if np.isfinite(apart) else "other sizes"
         raise DataError(
-            f"prediction and label must lie on one grid; got different affines for {name}. "
-            "Resample the prediction onto the label's grid."
+            f"prediction and label must lie on one grid; got {came} for {name}: "
+            f"{prediction.shape} and {label.shape} voxels. Resample the prediction onto the "
+            "label's grid."
         )
     classes = TARGET_CLASSES[config.target]
     predicted, truth = prediction.array, label.array
