@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from data_pipelines.modalities import standard_names
+
 MODALITIES = ("t2w", "adc", "hbv")
 """The field's set: T2-weighted, apparent diffusion coefficient, high-b-value diffusion."""
 
@@ -43,7 +45,7 @@ class DataConfig:
     target: Literal["lesion", "gland", "zones"] = "lesion"
     """What is segmented."""
     modalities: tuple[str, ...] = MODALITIES
-    """Contrasts to use, in channel order."""
+    """Contrasts to use, in channel order; T2W or dwi stand for t2w and hbv."""
     allow_missing: bool = False
     """Accept cases that lack a modality (they are marked absent) instead of refusing them."""
     reader: Literal[1, 2] = 1
@@ -57,6 +59,9 @@ class DataConfig:
     preprocess: PreprocessConfig = PreprocessConfig()
     residency: Literal["auto", "device", "host"] = "auto"
     """Where training cases lie; auto: on an accelerator of which they fill less than a quarter."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "modalities", standard_names(self.modalities))
 
     @property
     def classes(self) -> tuple[str, ...]:

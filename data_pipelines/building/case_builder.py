@@ -31,6 +31,7 @@ from data_pipelines.preparing import examination
 from data_pipelines.preparing.examination import Examination
 from data_pipelines.preparing.preprocessing import check_preprocess
 from data_pipelines.reading import case_files
+from data_pipelines.reading.file_checks import files_of
 from data_pipelines.reading.volume_io import read_volume
 
 SPLIT = "train"
@@ -89,7 +90,8 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def check_list(self) -> list[faults.Problem]:
         """What is wrong with the list of cases; a subclass may add to it."""
-        return self.check_ids()
+        patients = {getattr(entry, "patient_id", entry.case_id) for entry in self.entries}
+        return [*self.check_ids(), *case_files.check_patients(patients)]
 
     def check_ids(self) -> list[faults.Problem]:
         """Case ids that occur twice or cannot become file names."""
@@ -310,23 +312,23 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """What is stored of a case before its files are read, and the state of these."""
         with _storage_faults():
             files = [
-                (name, *self._file_state(file))
+                (name, *self._file_state(file, label=name in ("label", "gland")))
                 for name, path in self.files(entry).items()
-                for file in _files_of(path)
+                for file in files_of(path)
             ]
         metadata = sorted(getattr(entry, "metadata", {}).items())
         problems = getattr(entry, "problems", ())
         errors = [problem.text for problem in problems if problem.level == "error"]
         return entry.case_id, getattr(entry, "patient_id", ""), metadata, errors, sorted(files)
 
-    def _file_state(self, path: Path) -> tuple[str, int, int]:
+    def _file_state(self, path: Path, *, label: bool) -> tuple[str, int, int, str]:
         root = (self.data_config.path or Path()).expanduser()
         name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
         try:
             state = path.stat()
         except FileNotFoundError:
-            return name, -1, -1  # a link to nowhere, named with the other problems of its case
-        return name, state.st_size, state.st_mtime_ns
+            return name, -1, -1, ""  # a link to nowhere, named with the other problems of its case
+        return name, state.st_size, state.st_mtime_ns, identity.head_sha256(path, whole=label)
 
     def _remove_empty_folders(self) -> None:
         """TFDS makes a folder for downloads; of a failed build it leaves the empty parents."""
@@ -356,6 +358,11 @@ class FileCaseBuilder(CaseBuilder, skip_registration=True):
         if not path.expanduser().is_dir():
             raise MissingDataError(f"no folder at {path}. Check --data.path.")
         return path.expanduser()
+
+    def check_list(self) -> list[faults.Problem]:
+        """Also modalities that no case has."""
+        absent = case_files.check_present(self.entries, self.data_config)
+        return [*super().check_list(), *absent]
 
     def files(self, entry: case_files.CaseFiles) -> Mapping[str, Path]:
         """All files of a case, by modality and as ``label`` and ``gland``."""
@@ -397,16 +404,6 @@ class FileCaseBuilder(CaseBuilder, skip_registration=True):
         raise_all(faults)
         assert raw is not None
         return raw
-
-
-def _files_of(path: Path) -> Sequence[Path]:
-    """What holds a volume: a file, those of a folder, or a header and the files of its name."""
-    if path.is_dir():
-        return sorted(path.iterdir())
-    if path.suffix.lower() in (".mhd", ".nrrd"):  # whose voxels may lie in a file beside it
-        beside = [file for file in path.parent.iterdir() if file.name.startswith(f"{path.stem}.")]
-        return sorted({path, *beside})
-    return (path,)
 
 
 def _record(found: Examination) -> dict[str, Any]:

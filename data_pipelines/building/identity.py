@@ -1,4 +1,4 @@
-"""What the stored cases of a data set depend on in code: the modules that its builder imports.
+"""What the stored cases of a data set depend on: files, and the modules that its builder imports.
 
 The digest follows the imports of the builder's file through this package, wherever the code is
 moved to, and reads what the code does: comments, docstrings and layout change nothing.
@@ -12,6 +12,23 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
+HEAD_BYTES = 2**12
+"""So much of every file is read for its identity, besides size and time: its header."""
+MAX_WHOLE_BYTES = 2**22
+"""Labels and masks of up to this size are read whole, as they are the files that are edited."""
+
+
+def head_sha256(path: Path, *, whole: bool) -> str:
+    """sha256 of the beginning of a file or, if it is no larger than that, of all of it.
+
+    Size and time alone do not tell an edit whose time was kept, as ``rsync -t`` and ``tar`` do.
+    Empty for a folder or what cannot be read: reading the case says so.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(MAX_WHOLE_BYTES if whole else HEAD_BYTES)).hexdigest()
+    except OSError:
+        return ""
 
 
 def code_sha256(start: Path, package: Path = PACKAGE) -> str:

@@ -91,7 +91,7 @@ def examine(
     errors = list(faults)
     case = None
     known = list(problems)
-    incomplete = bool(known or faults)
+    incomplete = bool(faults) or any(problem.level == "error" for problem in known)
     if raw is not None and any(name in raw.images for name in config.modalities):
         # What could be read is checked even so, lest its faults show only after the others' repair.
         lenient = dataclasses.replace(config, allow_missing=True) if incomplete else config

@@ -19,12 +19,20 @@ from data_pipelines.files import whole_file
 from data_pipelines.reading import dicom, file_checks, nifti
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd")
-"""File name endings that can be read."""
+SEGMENTATION = ".seg.nrrd"
+"""File name ending of a segmentation of 3D Slicer."""
+SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", SEGMENTATION, ".nrrd")
+"""File name endings that can be read, the longer ones first."""
 
 _ONE_PLACE = 0.1  # of the smallest voxel side; sform and qform of a written file differ by less
 _PLAUSIBLE_MM = (0.01, 200.0)
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def name_without_ending(name: str) -> str | None:
+    """A file name without the ending of a volume; None if it has no such ending."""
+    ending = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
+    return name[: -len(ending)] if ending else None
 
 
 @dataclasses.dataclass(frozen=True)
