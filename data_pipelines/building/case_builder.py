@@ -29,6 +29,7 @@ from data_pipelines.faults import DataError, MissingDataError, raise_all
 from data_pipelines.files import whole_file
 from data_pipelines.preparing import examination
 from data_pipelines.preparing.examination import Examination
+from data_pipelines.preparing.labels import settled
 from data_pipelines.preparing.preprocessing import check_preprocess
 from data_pipelines.reading import case_files
 from data_pipelines.reading.file_checks import files_of
@@ -381,6 +382,8 @@ class FileCaseBuilder(CaseBuilder, skip_registration=True):
                 volumes[name] = read_volume(path, entry.channels.get(name))
             except DataError as error:
                 faults.append(error)
+        for name in {"label", "gland"} & volumes.keys():
+            volumes[name] = settled(volumes[name])
         label = volumes.pop("label", None)
         if label is not None and entry.label_classes:
             array = label.array.copy()

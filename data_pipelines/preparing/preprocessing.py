@@ -32,6 +32,7 @@ from data_pipelines.preparing.geometry import (
     resample,
     resample_label,
 )
+from data_pipelines.preparing.labels import label_classes
 
 REFERENCE = "t2w"
 """The modality that sets the reference grid and into whose frame predictions go."""
@@ -326,7 +327,7 @@ def _resampled_labels(
     """The target on the reference grid, and on the original grid of the reference image."""
     _check_overlap("label", label, reference)
     _check_place("label", label, reference)
-    source = Volume(_classes(label.array, data), label.affine)
+    source = Volume(label_classes(label.array, data.target), label.affine)
     sampling = data.preprocess.label_sampling
     outside = foreground_outside(source.array, source.affine, reference.shape, reference.affine)
     if outside > MOST_OUTSIDE:
@@ -343,22 +344,6 @@ def _resampled_labels(
             f"{data.target} outside. Enlarge --data.preprocess.size."
         )
     return on_grid, truth
-
-
-def _classes(values: np.ndarray, data: DataConfig) -> np.ndarray:
-    """uint8 classes of label values; the dtype of the file does not matter."""
-    found = np.unique(values)
-    num_classes = len(data.classes)
-    highest = 255 if num_classes == 1 else num_classes
-    bad = found[~np.isfinite(found) | (found != np.rint(found)) | (found < 0) | (found > highest)]
-    if bad.size:
-        raise DataError(
-            f"label values must be whole numbers from 0 to {highest} for the target "
-            f"'{data.target}'; got {', '.join(f'{v:g}' for v in bad[:3])}"
-            f"{' and others' if bad.size > 3 else ''}. Correct the label file or choose another "
-            "--data.target."
-        )
-    return (values > 0).astype(np.uint8) if num_classes == 1 else values.astype(np.uint8)
 
 
 def _reaches_into(

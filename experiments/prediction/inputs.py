@@ -16,6 +16,7 @@ from data_pipelines.faults import DataError, MissingDataError, Problem
 from data_pipelines.modalities import by_modality, modality_of
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import GLAND
 from data_pipelines.preparing import preprocessing
+from data_pipelines.preparing.labels import settled
 from data_pipelines.reading import dataset_json, volume_io
 from data_pipelines.reading.case_files import CaseFiles
 from data_pipelines.reading.volume_io import name_without_ending
@@ -230,7 +231,7 @@ def read_raw(files: CaseFiles, data: DataConfig) -> RawCase:
             for name, path in files.images.items()
         },
         label=None,
-        gland=volume_io.read_volume(files.gland) if files.gland else None,
+        gland=settled(volume_io.read_volume(files.gland)) if files.gland else None,
     )
 
 
