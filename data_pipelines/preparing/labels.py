@@ -53,11 +53,17 @@ def whole_numbers(values: np.ndarray) -> np.ndarray:
         return np.where(np.abs(values - whole) <= tolerance, whole, np.nan)
 
 
+def _is_scaled_mask(values: np.ndarray) -> bool:
+    """Whether floating-point values are 0 and 1 alone, which no network's probabilities are."""
+    ones = values[values != 0]
+    return bool(ones.size and (abs(ones - 1) < 1e-6).all())
+
+
 def predicted_values(values: np.ndarray, target: str) -> np.ndarray:
     """What a predicted file holds: probabilities (floating point) or classes (uint8).
 
-    Of a target with one class, floating-point values are probabilities, and whole numbers a mask,
-    which holds 0 and one other value.
+    Of a target with one class, fractions are probabilities, as are floating-point values that are
+    all 0, and whole numbers a mask, which holds 0 and one other value.
 
     Raises:
         DataError: whole numbers of several values for one class, as probabilities in percent are,
@@ -83,6 +89,6 @@ def predicted_values(values: np.ndarray, target: str) -> np.ndarray:
             f"fractions; got {found.size} whole numbers from {found[0]:g} to {found[-1]:g}. Divide "
             "probabilities in percent by 100, or set the whole target to 1."
         )
-    if values.dtype.kind == "f" and largest <= 1:
-        return whole.astype(values.dtype)
+    if values.dtype.kind == "f" and largest <= 1 and not _is_scaled_mask(values):
+        return values
     return (whole > 0).astype(np.uint8)
