@@ -183,18 +183,6 @@ def _files_alone(root: Path, cases: Sequence[CaseFiles]) -> list[Problem]:
     description = dataset_json.read(file)
     known = {case.case_id.lower() for case in cases}
     labels = {case.label for case in cases}
-    problems = []
-    for path in _visible(root / "labelsTr"):
-        if _stem(path) and _stem(path) not in known and path not in labels:
-            problems.append(
-                Problem(
-                    name_without_ending(path.name),
-                    path,
-                    f"{path} should have images; got none for it in {root / 'imagesTr'}, so the "
-                    "case is left out. Add the images, or remove the label.",
-                    "warning",
-                )
-            )
     ending = description.get("file_ending", ".nii.gz")
     count = dataset_json.num_channels(description)
     odd, left_out = [], {}
@@ -204,6 +192,18 @@ def _files_alone(root: Path, cases: Sequence[CaseFiles]) -> list[Problem]:
             odd.append(path)
         elif case_id.lower() not in known:
             left_out[case_id] = path
+    imaged = known | {case_id.lower() for case_id in left_out}
+    problems = [
+        Problem(
+            path.name[: len(_stem(path))],
+            path,
+            f"{path} should have images; got none for it in {root / 'imagesTr'}, so the case is "
+            "left out. Add the images, or remove the label.",
+            "warning",
+        )
+        for path in _visible(root / "labelsTr")
+        if _stem(path) and _stem(path) not in imaged and path not in labels
+    ]
     problems += unused_files("imagesTr", odd, f"<case>_0000{ending} to <case>_{count - 1:04d}")
     problems += [
         Problem(

@@ -1,7 +1,7 @@
 """NIfTI files, checked before anything is allocated for them, and where their voxels lie.
 
 What nibabel refuses or reads in its own way although the format is clear is put right here in a
-copy of the header: lengths in metres or microns, a quaternion a hair above 1, a handedness of 0.
+copy of the header: lengths in metres or microns, a quaternion longer than 1, a handedness of 0.
 """
 
 import gzip
@@ -26,6 +26,7 @@ _MAX_OFFSET = 2**24
 _UNITS = {1: ("metre", 1e3), 3: ("micron", 1e-3)}
 _UNIT_BITS = 0b111
 _QUATERNION_TOLERANCE = 0.01
+_ROUNDING = 3 * np.finfo(np.float32).eps  # of a squared length, as in nibabel
 
 
 def open_image(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
@@ -100,9 +101,13 @@ def _mend(path: Path, header: nib.Nifti1Header) -> None:
     names = ("quatern_b", "quatern_c", "quatern_d")
     vector = np.array([header[name] for name in names], np.float64)
     length = np.linalg.norm(vector)
-    if not length <= 1 + _QUATERNION_TOLERANCE:
+    if length**2 <= 1 + _ROUNDING:
+        return
+    if int(header["sform_code"]) > 0:  # which nibabel and ITK take then
+        header["qform_code"] = 0
+    elif not length <= 1 + _QUATERNION_TOLERANCE:
         raise unreadable(path, f"a qform whose quaternion has the length {length:g}")
-    if length > 1:
+    else:
         for name, value in zip(names, vector / length * (1 - 1e-7), strict=True):
             header[name] = value
 

@@ -202,9 +202,12 @@ def test_a_unit_that_cannot_be_meant_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "came"),
     [
-        ({"quatern_b": 0, "quatern_c": 1.000001, "quatern_d": 0, "qform_code": 1}, None),
+        ({"quatern_b": 0, "quatern_c": 1.000001, "quatern_d": 0}, None),
+        ({"quatern_b": 0, "quatern_c": 0, "quatern_d": 1.000001}, None),  # elsewhere; sform wins
+        ({"quatern_b": 0, "quatern_c": 1.2, "quatern_d": 0}, None),
+        ({"quatern_c": 1.000001, "sform_code": 0}, None),
         ({"pixdim": (0, 1, 1, 3, 0, 0, 0, 0)}, None),
-        ({"quatern_b": 0, "quatern_c": 1.2, "quatern_d": 0}, r"quaternion has the length 1.2"),
+        ({"quatern_c": 1.2, "sform_code": 0}, r"quaternion has the length 1.2"),
     ],
 )
 def test_quaternion_and_handedness_as_other_readers_take_them(tmp_path, fields, came):
