@@ -26,7 +26,7 @@ from data_pipelines.building.records import decode, encode, features, text_of
 from data_pipelines.case import CaseInfo, RawCase
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, MissingDataError, raise_all
-from data_pipelines.files import whole_file
+from data_pipelines.files import expanded, whole_file
 from data_pipelines.preparing import examination
 from data_pipelines.preparing.examination import Examination
 from data_pipelines.preparing.labels import settled
@@ -61,7 +61,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             self.entries = list(self.find_cases())
         with _quiet_tfds():
             super().__init__(
-                data_dir=config.cache.expanduser(),
+                data_dir=expanded(config.cache, "--data.cache"),
                 config=tfds.core.BuilderConfig(name=self._config_name()),
                 file_format="array_record",
             )
@@ -220,7 +220,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @property
     def _staging_folder(self) -> Path:
-        return self.data_config.cache.expanduser() / self.name / ".staging"
+        return expanded(self.data_config.cache, "--data.cache") / self.name / ".staging"
 
     def source(self) -> Sequence[Mapping[str, Any]]:
         """Random-access records of the prepared data set; ``decode`` makes cases of them."""
@@ -323,7 +323,7 @@ class CaseBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return entry.case_id, getattr(entry, "patient_id", ""), metadata, errors, sorted(files)
 
     def _file_state(self, path: Path, *, label: bool) -> tuple[str, int, int, str]:
-        root = (self.data_config.path or Path()).expanduser()
+        root = expanded(self.data_config.path or Path(), "--data.path")
         name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
         try:
             state = path.stat()
@@ -356,9 +356,10 @@ class FileCaseBuilder(CaseBuilder, skip_registration=True):
         path = self.data_config.path
         if path is None:
             raise DataError(f"the data set '{self.name}' needs a folder; pass --data.path FOLDER.")
-        if not path.expanduser().is_dir():
+        path = expanded(path, "--data.path")
+        if not path.is_dir():
             raise MissingDataError(f"no folder at {path}. Check --data.path.")
-        return path.expanduser()
+        return path
 
     def check_list(self) -> list[faults.Problem]:
         """Also modalities that no case has."""

@@ -15,6 +15,7 @@ from cmsad_jax.types import ConfigError, Device
 from data_pipelines import validate
 from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
+from data_pipelines.files import expanded
 from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import volume_io
 from data_pipelines.serving import loading, splits
@@ -98,7 +99,7 @@ def run(config: Config, programs: Programs | None = None) -> Results | None:
 
 def open_source(config: Config) -> loading.CaseSource:
     """The run's data set, checked, and built where it has not been."""
-    with naming_path(config.data.cache.expanduser(), "build the data set"):
+    with naming_path(expanded(config.data.cache, "--data.cache"), "build the data set"):
         validate.check(config.data, log)
         return loading.build(config.data)
 
