@@ -1,4 +1,4 @@
-"""Names of modalities: those of the field, what else they are called, and which file means which."""
+"""Names of modalities: those of the field, their aliases, and which file means which."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -33,7 +33,6 @@ from experiments.process.console import run_main
 from experiments.run_folder import Results, RunFolder
 from experiments.settings.options import REGISTRY
 
-
 _SAME_PLACE = 0.05
 """Of the smallest voxel side: corners of one grid may lie so far apart in two headers."""
 

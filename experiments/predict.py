@@ -295,7 +295,8 @@ def predict_cases(
     """Read, compute and write each case, the three side by side; results go into the account.
 
     Of cases that are ``done`` only the images are read, to see that they are still the same; of
-    those whose name other images have, the results ``before`` are kept. When it is interrupted the account holds the cases whose files are all written.
+    those whose name other images have, the results ``before`` are kept. When it is interrupted
+    the account holds the cases whose files are all written.
     """
     extras = account.facts.extras
     repeated = {

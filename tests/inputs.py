@@ -114,9 +114,7 @@ def prediction(status: int, says: str, source="data", output="out", *options: st
 
 def measured(status: int, says: str, predictions="pred", labels="labels", *options: str) -> Step:
     """A step that compares masks with labels."""
-    return Step(
-        "evaluate", (f"FOLDER/{predictions}", f"FOLDER/{labels}", *options), status, says
-    )
+    return Step("evaluate", (f"FOLDER/{predictions}", f"FOLDER/{labels}", *options), status, says)
 
 
 def case(root: Path, **changed: Volume | None) -> Path:
@@ -460,9 +458,7 @@ INPUTS: tuple[Input, ...] = (
     ),
     Input(
         "a case made of segmentations",
-        lambda r: [
-            save(r / f"data/c0/seg_{m}.nii.gz", lesion()) for m in ("t2w", "adc", "hbv")
-        ],
+        lambda r: [save(r / f"data/c0/seg_{m}.nii.gz", lesion()) for m in ("t2w", "adc", "hbv")],
         (prediction(2, "found none in"),),
     ),
     # Other headers

@@ -51,7 +51,8 @@ def reference_grid(
 
     Its axes are the canonical ones of ``t2w``, its spacing and size those of ``config``. Its
     centre is that of the ``t2w`` image or, with ``config.centre == "gland"``, that of the box
-    around the largest connected part of the mask ``gland``. Along an axis whose spacing is that of ``t2w`` (within 1 %) it is
+    around the largest connected part of the mask ``gland``. Along an axis whose spacing is that of
+    ``t2w`` (within 1 %) it is
     moved by up to half a voxel, so that voxel falls on voxel: between slices 3 mm apart nothing
     then needs to be interpolated, neither for the image nor for a small lesion's label.
 
@@ -250,15 +251,13 @@ def _check_place(name: str, volume: Volume, reference: Volume) -> None:
         apart = corners_apart(volume.affine, reference.affine, volume.shape)
         if apart > min(reference.spacing_mm):
             raise DataError(
-                f"'{name}' must say where its voxels lie; got voxels of 1 mm from the origin on, as "
-                "of an array that was stored without the header of its image, and a reference "
+                f"'{name}' must say where its voxels lie; got voxels of 1 mm from the origin on, "
+                "as of an array that was stored without the header of its image, and a reference "
                 f"image of equal size that lies up to {apart:.0f} mm from there. Store it with the "
                 "header of the image on which it was drawn."
             )
     if name == "gland":
-        outside = foreground_outside(
-            volume.array, volume.affine, reference.shape, reference.affine
-        )
+        outside = foreground_outside(volume.array, volume.affine, reference.shape, reference.affine)
         if outside > MOST_OUTSIDE:
             raise DataError(
                 "the mask of the gland must lie within the reference image, half of it at least; "

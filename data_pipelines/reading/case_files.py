@@ -141,7 +141,8 @@ def check_present(entries: Iterable["CaseFiles"], config: DataConfig) -> list[Pr
             "all cases",
             None,
             f"a modality must be there in some case; got no '{name}' in any of {len(entries)}, "
-            f"looked for {entries[0].looked_for[name]}. {remedy} the names of its files or channels.",
+            f"looked for {entries[0].looked_for[name]}. {remedy} the names "
+            "of its files or channels.",
         )
         for name in absent
     ]

@@ -41,9 +41,7 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} must be JSON; got: {error}. Correct the file.") from None
     if not isinstance(content, dict):
-        raise DataError(
-            f"{path} must hold an object; got {content!r:.40}. Correct the file."
-        )
+        raise DataError(f"{path} must hold an object; got {content!r:.40}. Correct the file.")
     return content
 
 

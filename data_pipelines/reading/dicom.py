@@ -60,8 +60,8 @@ def open_series(
     for file, slice_reader in zip(files, readers, strict=True):
         if slice_reader.GetNumberOfComponents() != 1:
             raise DataError(
-                f"{folder} must hold grey-level images; got "
-                f"{slice_reader.GetNumberOfComponents()} values a voxel in {file.name}. {CONVERTER}."
+                f"{folder} must hold grey-level images; got {slice_reader.GetNumberOfComponents()} "
+                f"values a voxel in {file.name}. {CONVERTER}."
             )
     positions = [_position(e, r) for e, r in zip(elements, readers, strict=True)]
     _check_positions(folder, np.array(positions), elements[0])

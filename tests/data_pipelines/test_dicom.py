@@ -102,7 +102,7 @@ def test_every_slice_is_rescaled_by_its_own_values(tmp_path, stored, slope, inte
 
 
 def test_a_series_as_pydicom_and_scanners_write_it(tmp_path, stored):
-    """With a private sequence of undefined length, an empty item and odd padding before the pixels."""
+    """With a private sequence of undefined length, and files beside the slices."""
     private = struct.pack("<HH2sHI", 0x0029, 0x1010, b"SQ", 0, 0xFFFFFFFF)
     private += struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
     private += element(0x00080104, b"LO", b"inside")
@@ -153,7 +153,9 @@ def test_a_slice_unlike_the_others_is_refused(tmp_path, stored, changed, text_):
 def test_a_whole_slice_of_another_size_is_refused(tmp_path, stored):
     folder = write(tmp_path / "adc", stored)
     (folder / "IM002.dcm").write_bytes(dicom_slice(stored[2, :10], 2, affine()))
-    with pytest.raises(DataError, match=r"another size in IM002.dcm than in IM00\d.dcm: \(10, 10\)"):
+    with pytest.raises(
+        DataError, match=r"another size in IM002.dcm than in IM00\d.dcm: \(10, 10\)"
+    ):
         read_volume(folder)
 
 

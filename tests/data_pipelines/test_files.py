@@ -78,5 +78,7 @@ def test_a_user_without_a_home_is_asked_for_a_path(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "expanduser", nobody)
     assert Builder(config).entries
     config = dataclasses.replace(config, cache=Path("~/.cache/cmsad_jax"))
-    with pytest.raises(DataError, match=r"~ must stand for a home .* Give --data.cache a full path"):
+    with pytest.raises(
+        DataError, match=r"~ must stand for a home .* Give --data.cache a full path"
+    ):
         Builder(config)

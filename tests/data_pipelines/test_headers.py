@@ -183,10 +183,14 @@ def test_zones_of_a_scaled_file_keep_their_numbers_in_prostate158(tmp_path):
     np.testing.assert_array_equal(label.array, np.array([0, 2, 1])[meant])
 
 
-@pytest.mark.parametrize("values", [(0, 0.5, 1), (0, 0.03, 1), (0, 1.5), (0, 0.98), (-1, 0), (0, 256)])
+@pytest.mark.parametrize(
+    "values", [(0, 0.5, 1), (0, 0.03, 1), (0, 1.5), (0, 0.98), (-1, 0), (0, 256)]
+)
 def test_fractions_and_other_values_are_no_labels(values):
     array = np.random.default_rng(0).choice(values, (4, 6, 5))
-    with pytest.raises(DataError, match=r"whole numbers from 0 to 255 for the target 'lesion'; got"):
+    with pytest.raises(
+        DataError, match=r"whole numbers from 0 to 255 for the target 'lesion'; got"
+    ):
         label_classes(array, "lesion")
 
 
@@ -211,7 +215,9 @@ def test_predictions_are_masks_or_probabilities(array, expected):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
 def test_probabilities_in_percent_are_no_mask(dtype):
-    with pytest.raises(DataError, match=r"0 and one other value, .* got 101 whole numbers from 0 to"):
+    with pytest.raises(
+        DataError, match=r"0 and one other value, .* got 101 whole numbers from 0 to"
+    ):
         predicted_values(np.arange(101).astype(dtype), "lesion")
 
 

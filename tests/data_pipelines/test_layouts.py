@@ -188,7 +188,10 @@ def test_nnunet_version_1_and_its_missing_files(tmp_path):
         ({}, r'must hold "channel_names", such as .* got None'),
         ([], r"must hold an object; got \[\]"),
         ({"channel_names": {"0": "CT"}}, r"a wanted channel \(t2w, adc, hbv\); got CT"),
-        ({"channel_names": {"0": "T2", "1": "t2_tse"}}, r"once; got 't2w' again as channel 1 \(t2_t"),
+        (
+            {"channel_names": {"0": "T2", "1": "t2_tse"}},
+            r"once; got 't2w' again as channel 1 \(t2_t",
+        ),
     ],
 )
 def test_faulty_dataset_json_is_refused(tmp_path, description, text):

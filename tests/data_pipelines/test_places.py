@@ -48,7 +48,7 @@ def test_a_label_in_another_orientation_stays_where_its_header_places_it(axes, s
         centre_mm(placed, placed.array > 0), centre_mm(label, label.array > 0), atol=1e-9
     )
     on_grid = resample_label(placed, t2w.shape, t2w.affine)
-    expected = centre_mm(t2w, raw.label.array > 0) + [shift_mm, 0, 0]
+    expected = centre_mm(t2w, raw.label.array > 0) + np.array([shift_mm, 0, 0])
     np.testing.assert_allclose(centre_mm(t2w, on_grid), expected, atol=0.51)
 
 
@@ -73,7 +73,9 @@ def test_an_array_stored_without_its_header_is_refused(header, part):
         label=volumes["label"],
         gland=volumes["gland"],
     )
-    with pytest.raises(DataError, match=rf"'{part}' must say where its voxels lie; got voxels of 1"):
+    with pytest.raises(
+        DataError, match=rf"'{part}' must say where its voxels lie; got voxels of 1"
+    ):
         preprocess_case(raw, CONFIG)
 
 

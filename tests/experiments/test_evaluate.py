@@ -392,7 +392,9 @@ def test_command_refuses_faulty_folders(folders, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(MissingDataError, match=r"must hold .* files; got none in"):
         main([str(tmp_path / "none"), str(labels)])
-    with pytest.raises(DataError, match=r"the label x\.nii\.gz: label values must be .* from 0 to 2"):
+    with pytest.raises(
+        DataError, match=r"the label x\.nii\.gz: label values must be .* from 0 to 2"
+    ):
         main([*arguments, "--target", "zones"])
     write_nifti(predictions / "x.nii.gz", box((6, 8, 10), (0, 0, 0), (1, 1, 1)), np.eye(4))
     with pytest.raises(DataError, match=r"one grid; got corners up to .* mm apart for x\.nii\.gz"):
@@ -450,7 +452,9 @@ def test_labels_are_read_as_for_training(folders):
     predictions, labels = folders
     truth = box((6, 8, 10), (1, 1, 1), (3, 4, 4))
     write_nifti(labels / "x.nii.gz", ndimage.gaussian_filter(truth.astype(np.float32), 1), AFFINE)
-    with pytest.raises(DataError, match=r"the label x\.nii\.gz: label values must be whole numbers"):
+    with pytest.raises(
+        DataError, match=r"the label x\.nii\.gz: label values must be whole numbers"
+    ):
         main([str(predictions), str(labels)])
 
 
