@@ -1,12 +1,16 @@
 """A user's own files: one folder per case, or the raw layout of nnU-Net. See README.md."""
 
 import dataclasses
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from data_pipelines.building.case_builder import FileCaseBuilder
+from data_pipelines.case import RawCase
 from data_pipelines.config import TARGET_CLASSES, DataConfig
 from data_pipelines.faults import DataError, MissingDataError, Problem
 from data_pipelines.modalities import ALIASES, by_modality, modality_of
@@ -30,6 +34,33 @@ class Builder(FileCaseBuilder):
     def find_cases(self) -> Sequence[CaseFiles]:
         """One entry for each case folder, or each case of ``imagesTr``."""
         return find_cases(self.root(), self.data_config)
+
+    def suspicions(self, entry: CaseFiles, raw: RawCase) -> list[Problem]:
+        """Also values of a label that ``dataset.json`` does not name."""
+        if raw.label is None or self._named_values is None:
+            return []
+        odd = sorted({float(v) for v in np.unique(raw.label.array)} - self._named_values)
+        if not odd:
+            return []
+        return [
+            Problem(
+                entry.case_id,
+                entry.label,
+                f"a label must hold the values that {dataset_json.NAME} names; got "
+                f"{', '.join(f'{value:g}' for value in odd[:3])} besides. Correct the label, or "
+                "name the value.",
+            )
+        ]
+
+    @functools.cached_property
+    def _named_values(self) -> set[float] | None:
+        """Values in ``labels`` of ``dataset.json``, if there are some."""
+        if not (self.root() / "imagesTr").is_dir():
+            return None
+        names = dataset_json.labels(dataset_json.read(self.root() / dataset_json.NAME))
+        if names is None or not all(str(value).isdecimal() for value in names.values()):
+            return None
+        return {0.0, *(float(value) for value in names.values())}
 
     def check_list(self) -> list[Problem]:
         """Also files of the nnU-Net layout that belong to no case."""

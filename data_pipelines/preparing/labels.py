@@ -9,6 +9,7 @@ from data_pipelines.faults import DataError
 _STEP = 0.0025  # of the largest value: half the step of 8-bit values that were scaled to it
 _MOST = 0.02
 _LEAST = 1e-4
+_SCALED_ONE = 1e-6
 
 
 def label_classes(values: np.ndarray, target: str) -> np.ndarray:
@@ -56,7 +57,7 @@ def whole_numbers(values: np.ndarray) -> np.ndarray:
 def _is_scaled_mask(values: np.ndarray) -> bool:
     """Whether floating-point values are 0 and 1 alone, which no network's probabilities are."""
     ones = values[values != 0]
-    return bool(ones.size and (abs(ones - 1) < 1e-6).all())
+    return bool(ones.size and (abs(ones - 1) < _SCALED_ONE).all())
 
 
 def predicted_values(values: np.ndarray, target: str) -> np.ndarray:
@@ -80,7 +81,7 @@ def predicted_values(values: np.ndarray, target: str) -> np.ndarray:
             )
         return label_classes(values, target)
     if fractions:
-        return values
+        return np.where((values > 1) & (values < 1 + _SCALED_ONE), 1, values).astype(values.dtype)
     largest = float(whole.max(initial=0))
     if (whole < 0).any() or not np.isin(whole, (0, largest)).all():
         found = np.unique(whole)

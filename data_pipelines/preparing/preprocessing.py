@@ -246,15 +246,16 @@ def overlap_fault(name: str, affine: np.ndarray, reference_affine: np.ndarray) -
 
 def _check_place(name: str, volume: Volume, reference: Volume) -> None:
     """Refuse a header that no scanner made: an array that was stored without its geometry."""
-    unplaced = np.array_equal(abs(volume.affine), np.eye(4))
+    placed = np.asarray(volume.affine)
+    unplaced = np.array_equal(placed, np.diag(np.diag(placed)))
     if unplaced and volume.shape == reference.shape:
-        apart = corners_apart(volume.affine, reference.affine, volume.shape)
+        apart = corners_apart(placed, reference.affine, volume.shape)
         if apart > min(reference.spacing_mm):
             raise DataError(
-                f"'{name}' must say where its voxels lie; got voxels of 1 mm from the origin on, "
-                "as of an array that was stored without the header of its image, and a reference "
-                f"image of equal size that lies up to {apart:.0f} mm from there. Store it with the "
-                "header of the image on which it was drawn."
+                f"'{name}' must say where its voxels lie; got them from the origin on along the "
+                "scanner's axes, as of an array that was stored without the header of its image, "
+                f"and a reference image of equal size that lies up to {apart:.0f} mm from there. "
+                "Store it with the header of the image on which it was drawn."
             )
     if name == "gland":
         outside = foreground_outside(volume.array, volume.affine, reference.shape, reference.affine)

@@ -112,6 +112,11 @@ def _check_single_frame(folder: Path, elements: Elements) -> None:
             f"{elements.path.name} ({frames} frames), as enhanced MR stores several b-values in "
             f"one file. {CONVERTER}."
         )
+    if elements.text(0x00280004) == "MONOCHROME1":
+        raise DataError(
+            f"{folder} must hold images in which larger values are brighter; got MONOCHROME1 in "
+            f"{elements.path.name}, which runs the other way. {CONVERTER}."
+        )
     samples = elements.number(0x00280002) or 1
     if samples != 1:
         raise DataError(

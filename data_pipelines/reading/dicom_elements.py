@@ -155,6 +155,7 @@ NAMES: Mapping[int, str] = {
     0x00200032: "ImagePositionPatient",
     0x00200037: "ImageOrientationPatient",
     0x00280002: "SamplesPerPixel",
+    0x00280004: "PhotometricInterpretation",
     0x00280008: "NumberOfFrames",
     0x00280010: "Rows",
     0x00280011: "Columns",

@@ -139,6 +139,7 @@ def test_files_of_a_series_that_are_no_image_are_named(tmp_path, stored, empty):
         ({"pixels": b"\0" * 238}, r"must hold whole slices; got 238 bytes of pixels in IM002.dcm"),
         ({"spacing": b"2\\2"}, r"another PixelSpacing in IM002.dcm than in IM00\d.dcm: \(2.0, 2"),
         ({"orientation": b"1\\0\\0\\0\\1\\0"}, r"got another ImageOrientationPatient in IM002.dcm"),
+        ({"photometric": b"MONOCHROME1"}, r"larger values are brighter; got MONOCHROME1 in IM002"),
         ({"slope": b"0"}, r"whose rescaling keeps their values; got the slope 0 in IM002.dcm"),
         ({"slope": b"one"}, r"a whole DICOM image; got: 'one' for 1 numbers in RescaleSlope"),
     ],

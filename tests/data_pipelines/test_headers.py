@@ -202,6 +202,7 @@ def test_fractions_and_other_values_are_no_labels(values):
         (np.array([0, 4.0]), np.array([0, 1], np.uint8)),
         (np.array([0, 1.00000006]), np.array([0, 1], np.uint8)),
         (np.array([0, 4e-5, 6e-5]), np.array([0, 4e-5, 6e-5])),  # each ranks its case
+        (np.array([0.5, 1.00000006]), np.array([0.5, 1])),
         (np.array([0.2, 0.7], np.float32), np.array([0.2, 0.7], np.float32)),
         (np.array([0, 0], np.uint8), np.array([0, 0], np.uint8)),
         (np.array([0, 0.0], np.float32), np.array([0, 0], np.float32)),

@@ -157,14 +157,14 @@ def test_a_modality_that_no_case_has_is_refused(tmp_path):
         ({"lesion": [1, 2]}, r"must give each label one value; got the region lesion of \[1, 2\]"),
         ({"lesion": 0, "background": 1}, r"the background the value 0; got it for 'lesion'"),
         ({f"lesion_area{n}": n for n in range(1, 6)}, None),
-        ({"ROI": 1}, None),
-        ({"foreground": 1}, None),
-        ({"1": "PI-RADS 4", "2": "PI-RADS 5"}, None),
+        ({"ROI": 3}, None),
+        ({"foreground": 3}, None),
+        ({"3": "PI-RADS 4", "4": "PI-RADS 5"}, None),
     ],
 )
 def test_labels_that_are_not_the_target_are_refused(tmp_path, labels, text):
     description = {"channel_names": CHANNELS, "labels": {"background": 0, **labels}}
-    if "1" in labels:
+    if "3" in labels:
         description["labels"] = {"0": "background", **labels}
     config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)
     if text is None:
@@ -172,6 +172,16 @@ def test_labels_that_are_not_the_target_are_refused(tmp_path, labels, text):
     else:
         with pytest.raises(DataError, match=text):
             Builder(config)
+
+
+def test_values_without_a_name_are_refused(tmp_path):
+    description = {"channel_names": CHANNELS, "labels": {"background": 0, "lesion": 1}}
+    config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)  # holds a 3
+    with pytest.raises(DataError, match=r"must hold the values that dataset.json names; got 3"):
+        Builder(config).prepare()
+    description["labels"] = {"background": 0, "lesion": 3}
+    config = write_nnunet(tmp_path / "data", raw_case("a"), description=description)
+    assert validate(Builder(config)).num_errors == 0
 
 
 def test_zones_with_voxels_to_ignore_are_refused(tmp_path):
