@@ -161,7 +161,7 @@ def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
         check_label_names(names, config, str(file))
     channels = dataset_json.channels(description, wanted, file)
     if not channels:
-        named = description.get("channel_names", description.get("modality"))
+        named = description.get("channel_names", description.get("modality", {}))
         raise DataError(
             f"{file} must name a wanted channel ({', '.join(wanted)}); got "
             f"{', '.join(map(str, named.values()))}. Rename the channels or change "

@@ -4,8 +4,9 @@ import dataclasses
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import Problem
@@ -94,8 +95,12 @@ def check_patients(patient_ids: Iterable[str]) -> list[Problem]:
     Spreadsheets make 2 of 02 and 3.0 of 3, and people write P01 and p01: that is an error. P1
     beside P01 may be meant, and is a warning.
     """
-    problems = []
-    for spelled, level in ((_spelled_alike, "error"), (_numbered_alike, "warning")):
+    problems: list[Problem] = []
+    kinds: tuple[tuple[Callable[[str], str], Literal["error", "warning"]], ...] = (
+        (_spelled_alike, "error"),
+        (_numbered_alike, "warning"),
+    )
+    for spelled, level in kinds:
         alike: dict[str, set[str]] = defaultdict(set)
         for patient_id in patient_ids:
             alike[spelled(patient_id)].add(patient_id)

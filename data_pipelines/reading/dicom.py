@@ -169,12 +169,13 @@ def _check_alike(folder: Path, elements: Sequence[Elements]) -> None:
             ("PixelSpacing", 0x00280030, 2, _SAME_SPACING),
             ("ImageOrientationPatient", 0x00200037, 6, _SAME_DIRECTION),
         ):
-            pair = first.decimals(tag, count), other.decimals(tag, count)
-            if pair == (None, None):
+            ours, theirs = first.decimals(tag, count), other.decimals(tag, count)
+            if ours is None and theirs is None:
                 continue
-            scale = max(pair[0] or (1.0,)) if name == "PixelSpacing" else 1.0
-            if None in pair or not np.allclose(*pair, rtol=0, atol=tolerance * scale):
-                raise _unlike(folder, name, first, other, pair)
+            scale = max(ours or (1.0,)) if name == "PixelSpacing" else 1.0
+            alike = ours is not None and theirs is not None
+            if not alike or np.abs(np.subtract(ours, theirs)).max() > tolerance * scale:
+                raise _unlike(folder, name, first, other, (ours, theirs))
 
 
 def _unlike(
@@ -204,12 +205,12 @@ def _check_positions(folder: Path, positions: np.ndarray, first: Elements) -> No
             f"{folder} must hold slices at even distances; got distances from {lengths.min():.3f} "
             f"to {longest:.3f} mm. Add the missing slices, or convert the series with dcm2niix."
         )
-    declared = first.decimals(0x00180088, 1)
-    times = lengths.mean() / declared[0] if declared and declared[0] > 0 else 1.0
+    (declared,) = first.decimals(0x00180088, 1) or (0.0,)
+    times = lengths.mean() / declared if declared > 0 else 1.0
     if round(times) > 1 and abs(times - round(times)) < _SPACING_TOLERANCE * round(times):
         raise DataError(
             f"{folder} must hold every slice of its series; got slices {lengths.mean():.3f} mm "
-            f"apart where SpacingBetweenSlices says {declared[0]:g} mm, so that "
+            f"apart where SpacingBetweenSlices says {declared:g} mm, so that "
             f"{round(times) - 1} of {round(times)} seem to be missing. Add the missing slices."
         )
 
