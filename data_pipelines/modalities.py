@@ -73,6 +73,6 @@ def standard_names(names: Sequence[str]) -> tuple[str, ...]:
     if not found or len({*found}) < len(found):
         raise DataError(
             "there must be at least one modality, and each once; got "
-            f"{', '.join(typed) or 'none'}. Use --data.modalities t2w adc hbv."
+            f"{', '.join(typed) or 'none'}. Write --data.modalities t2w adc hbv."
         )
     return found
