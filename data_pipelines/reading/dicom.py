@@ -172,9 +172,10 @@ def _check_alike(folder: Path, elements: Sequence[Elements]) -> None:
             ours, theirs = first.decimals(tag, count), other.decimals(tag, count)
             if ours is None and theirs is None:
                 continue
-            scale = max(ours or (1.0,)) if name == "PixelSpacing" else 1.0
-            alike = ours is not None and theirs is not None
-            if not alike or np.abs(np.subtract(ours, theirs)).max() > tolerance * scale:
+            if ours is None or theirs is None:
+                raise _unlike(folder, name, first, other, (ours, theirs))
+            scale = max(ours) if name == "PixelSpacing" else 1.0
+            if np.abs(np.subtract(ours, theirs)).max() > tolerance * scale:
                 raise _unlike(folder, name, first, other, (ours, theirs))
 
 
