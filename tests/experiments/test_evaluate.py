@@ -468,8 +468,8 @@ def test_masks_and_labels_that_nibabel_scaled_are_what_was_meant(folders, tmp_pa
             nib.save(image, file)
     assert nib.load(labels / "x.nii.gz").header["scl_slope"] != 1
     main([str(predictions), str(labels), "--output", str(tmp_path / "out")])
-    measured = read_metrics(tmp_path / "out")["metric_per_case"]
-    assert [entry["dice"] for entry in measured] == [0.75, 0.0]
+    measured = RunFolder(tmp_path / "out").read_results().summary.metric_per_case
+    assert [entry.dice for entry in measured] == [0.75, 0.0]
 
 
 def test_probabilities_in_percent_are_refused(folders):
@@ -485,7 +485,7 @@ def test_hidden_files_are_passed_over(folders, tmp_path):
     (labels / "._x.nii.gz").write_bytes(b"Mac OS X")
     (predictions / ".x.nii.gz").write_bytes(b"half written")
     main([str(predictions), str(labels), "--output", str(tmp_path / "out")])
-    assert len(read_metrics(tmp_path / "out")["metric_per_case"]) == 2
+    assert len(RunFolder(tmp_path / "out").read_results().summary.metric_per_case) == 2
 
 
 def test_one_grid_stored_in_two_orientations_is_one_grid(folders, tmp_path):
@@ -497,8 +497,8 @@ def test_one_grid_stored_in_two_orientations_is_one_grid(folders, tmp_path):
     )
     nib.save(image.as_reoriented(turn), labels / "x.nii.gz")
     main([str(predictions), str(labels), "--output", str(tmp_path / "out")])
-    measured = read_metrics(tmp_path / "out")["metric_per_case"]
-    assert [entry["dice"] for entry in measured] == [0.75, 0.0]
+    measured = RunFolder(tmp_path / "out").read_results().summary.metric_per_case
+    assert [entry.dice for entry in measured] == [0.75, 0.0]
     moved = image.affine.copy()
     moved[0, 3] += 0.1
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), moved), labels / "x.nii.gz")

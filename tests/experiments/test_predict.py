@@ -591,17 +591,23 @@ def test_a_stray_part_of_the_gland_moves_no_crop_and_is_said(config, tmp_path, c
     gland[2:6, 6:16, 6:16] = 1
     stray = gland.copy()
     stray[0, 0, 0] = 1
-    data = dataclasses.replace(
-        config.data, preprocess=dataclasses.replace(config.data.preprocess, centre="gland")
-    )
-    affines = []
+    grid = dataclasses.replace(config.data.preprocess, centre="gland")
+    around = dataclasses.replace(config, data=dataclasses.replace(config.data, preprocess=grid))
+    make_untrained_run(tmp_path / "run", around, done=1)
     for name, mask in (("clean", gland), ("stray", stray)):
         write_folder(tmp_path / name, raw)
         save(tmp_path / name / "a/gland.nii.gz", Volume(mask, raw.images["t2w"].affine))
-        (files,) = find_inputs(tmp_path / name, MODALITIES, with_gland=True)
-        affines.append(read_case(files, data).affine)
-        record = predict.Record(tmp_path / f"{name}_out", {"extras": {"attention": False}}, [])
-        model = dataclasses.make_dataclass("Model", ["description"])(None)
-        predict.predict_cases(model, [files], data, record, done={"a"})
-        assert record.inputs.keys() == {"a"}
-    np.testing.assert_array_equal(affines[0], affines[1])
+        predict.main(
+            [
+                *("--model", str(tmp_path / "run"), "--folds", "0"),
+                *("--input", str(tmp_path / name), "--output", str(tmp_path / f"{name}_out")),
+            ]
+        )
+    np.testing.assert_array_equal(
+        load(tmp_path / "clean_out/probabilities/a.nii.gz"),
+        load(tmp_path / "stray_out/probabilities/a.nii.gz"),
+    )
+    assert "warning: case a: the mask of the gland should be one" in capsys.readouterr().err
+    (clean,), (said,) = (record_of(tmp_path / f"{n}_out")["cases"] for n in ("clean", "stray"))
+    assert "warnings" not in clean
+    assert "got 2, the largest of 1.2 ml and 0.003 ml in the others" in said["warnings"][0]
