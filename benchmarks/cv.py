@@ -28,6 +28,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import timing
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.serving import loading
 from experiments.prediction import windows
 from experiments.process.accelerator import (
@@ -42,7 +43,7 @@ from experiments.settings.config import Config
 from experiments.settings.presets import PRESETS
 from experiments.studies import cross_validation
 from experiments.training import loop, programs
-from experiments.training.fold import train_batches
+from experiments.training.fold import Fold, train_batches
 
 RESIDENCIES = ("host", "device")
 
@@ -79,7 +80,11 @@ def measured_config(
     """The preset on phantom cases under ``folder``."""
     base = PRESETS[preset]
     data = dataclasses.replace(
-        base.data, name="phantom", num_cases=num_cases, cache=folder, residency=residency
+        base.data,
+        name="phantom",
+        phantom=PhantomOptions(num_cases=num_cases),
+        cache=folder,
+        residency=residency,
     )
     return complete(
         dataclasses.replace(base, data=data, output=folder / "run", folds_at_once=folds_at_once)
@@ -98,7 +103,7 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
     )
     training = [folds.training(fold) for fold in range(count)]
     feeds = [
-        train_batches(config, source, training[fold], fold=fold, num_folds=count)
+        train_batches(config, source, Fold(fold, training[fold], (), Path()), num_folds=count)
         for fold in range(count)
     ]
     place, _ = compiled.of_folds(count)

@@ -23,7 +23,9 @@ import psutil
 
 from benchmarks import timing
 from data_pipelines.config import DataConfig
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.serving import loading
+from data_pipelines.serving.sampling import Sampling
 
 CROP = (12, 48, 48)
 BATCH_SIZE = 2
@@ -50,11 +52,12 @@ def build(config: DataConfig, num_workers: int) -> Row:
     code = (
         "import json, time\n"
         "from pathlib import Path\n"
-        "from data_pipelines import loading\n"
-        "from data_pipelines.case import DataConfig\n"
+        "from data_pipelines.config import DataConfig\n"
+        "from data_pipelines.phantom.options import PhantomOptions\n"
+        "from data_pipelines.serving import loading\n"
         "if __name__ == '__main__':\n"
         f"    config = DataConfig(name={name!r}, path={path and str(path)!r} and "
-        f"Path({str(path)!r}), num_cases={config.num_cases}, cache=Path({str(config.cache)!r}))\n"
+        f"Path({str(path)!r}), phantom={config.phantom}, cache=Path({str(config.cache)!r}))\n"
         "    start = time.perf_counter()\n"
         f"    source = loading.build(config, num_workers={num_workers})\n"
         "    print(json.dumps([len(source), time.perf_counter() - start]))\n"
@@ -102,9 +105,8 @@ def read(config: DataConfig) -> list[Row]:
     for _ in loading.eval_cases(source, source.case_ids):
         pass
     whole = time.perf_counter() - start
-    batches = loading.train_batches(
-        source, source.case_ids, crop=CROP, batch_size=BATCH_SIZE, seed=0, num_steps=NUM_BATCHES
-    )
+    sampling = Sampling(crop=CROP, batch_size=BATCH_SIZE, seed=0, num_steps=NUM_BATCHES)
+    batches = loading.train_batches(source, source.case_ids, sampling)
     next(batches)  # starts the threads
     start = time.perf_counter()
     count = sum(1 for _ in batches) * BATCH_SIZE
@@ -152,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         sets = [DataConfig(name="picai", path=options.picai)] if options.picai else []
-        sets.append(DataConfig(num_cases=options.num_cases))
+        sets.append(DataConfig(phantom=PhantomOptions(num_cases=options.num_cases)))
         for workers in options.num_workers:
             for config in sets:
                 cache = Path(folder) / f"{config.name}_{workers}"

@@ -10,9 +10,8 @@ machines. A run finds what was built by the same ``--data`` options.
 
 import dataclasses
 
-from data_pipelines import command_line, validate
+from data_pipelines import command_line
 from data_pipelines.config import DataConfig
-from data_pipelines.serving import loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +36,14 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Build the data set, unless it is built; the exit status."""
-    builder = loading.open_builder(arguments.data)
+    from data_pipelines.building import (  # slow to load, and not needed for --help
+        builders,
+        validation,
+    )
+
+    builder = builders.open_builder(arguments.data)
     if arguments.beam.runner is None:
-        validate.check(arguments.data, print, num_workers=arguments.num_workers)
+        validation.check(builder, print, num_workers=arguments.num_workers)
     builder.prepare(
         num_workers=arguments.num_workers,
         beam_runner=arguments.beam.runner,

@@ -1,14 +1,35 @@
 """How the programs of this folder read their arguments and end."""
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 import tyro
 
+from data_pipelines.config import MOVED
 from data_pipelines.faults import DataError
 
 T = TypeVar("T")
+
+
+def current_names(arguments: Sequence[str]) -> list[str]:
+    """The arguments with options of data sets under the names that they have today.
+
+    An older name is understood, with a ``FutureWarning``.
+    """
+    renamed = {
+        f"--data.{old}".replace("_", "-"): f"--data.{data_set}.{name}".replace("_", "-")
+        for old, (data_set, name) in MOVED.items()
+    }
+    current = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        new = renamed.get(option.replace("_", "-"))
+        if new is not None:
+            warnings.warn(f"{option} is {new} now; use that name", FutureWarning, stacklevel=2)
+        current.append(argument if new is None else new + equals + value)
+    return current
 
 
 def run(main: Callable[[T], int], arguments: type[T], *, module: str, description: str) -> NoReturn:
@@ -20,6 +41,7 @@ def run(main: Callable[[T], int], arguments: type[T], *, module: str, descriptio
         status = main(
             tyro.cli(
                 arguments,
+                args=current_names(sys.argv[1:]),
                 prog=f"python -m {module}",
                 description=description,
                 config=(tyro.conf.FlagConversionOff, tyro.conf.DisallowNone),

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipelines.modalities import standard_names
+from data_pipelines.phantom.options import PhantomOptions
+from data_pipelines.phantom2.options import Phantom2Options
+from data_pipelines.prostate158.options import Prostate158Options
 
 MODALITIES = ("t2w", "adc", "hbv")
 """The field's set: T2-weighted, apparent diffusion coefficient, high-b-value diffusion."""
@@ -34,9 +37,20 @@ class PreprocessConfig:
     """Intensities are clipped to these percentiles of the crop before they are scaled."""
 
 
+MOVED = {
+    "num_cases": ("phantom", "num_cases"),
+    "seed": ("phantom", "seed"),
+    "reader": ("prostate158", "reader"),
+}
+"""Fields that ``DataConfig`` once had, and those of which data set's options they have become."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which data are read, and how they are stored."""
+    """Which data are read, and how they are stored.
+
+    Options of one data set alone are a field of its name.
+    """
 
     name: str = "phantom"
     """Builder: phantom, phantom2, picai, prostate158, msd_prostate or nifti_folder."""
@@ -48,17 +62,14 @@ class DataConfig:
     """Contrasts to use, in channel order; T2W or dwi stand for t2w and hbv."""
     allow_missing: bool = False
     """Accept cases that lack a modality (they are marked absent) instead of refusing them."""
-    reader: Literal[1, 2] = 1
-    """Prostate158 and phantom2 only: whose labels are used."""
-    num_cases: int = 100
-    """Phantoms only: number of cases to make."""
-    seed: int = 0
-    """Phantoms only: which population to draw."""
     cache: Path = Path("~/.cache/cmsad_jax")
     """Where built data sets are kept; one folder per configuration."""
     preprocess: PreprocessConfig = PreprocessConfig()
     residency: Literal["auto", "device", "host"] = "auto"
     """Where training cases lie; auto: on an accelerator of which they fill less than a quarter."""
+    phantom: PhantomOptions = PhantomOptions()
+    phantom2: Phantom2Options = Phantom2Options()
+    prostate158: Prostate158Options = Prostate158Options()
 
     def __post_init__(self):
         object.__setattr__(self, "modalities", standard_names(self.modalities))

@@ -25,19 +25,17 @@ from cmsad_jax.modules import baselines
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import spacing_of
 from data_pipelines.faults import DataError
-from data_pipelines.reading.volume_io import read_volume
 from data_pipelines.serving import loading, splits
 from experiments.measuring.cases import measure_case
 from experiments.measuring.summary import summarise
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
-from experiments.reporting import page
-from experiments.run_folder import RunFolder
+from experiments.run_folder import RunFolder, folder_of
 from experiments.settings.command_line import complete, parse
 from experiments.settings.config import Config, DistributedConfig, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
-from experiments.studies import cross_validation, jobs
+from experiments.studies import jobs
 from experiments.studies.ablation_table import (
     FULL,
     LATE,
@@ -187,6 +185,8 @@ def run(command: AblationConfig, options: Sequence[str]) -> AblationTable:
     base, seeds = base_of(command, options)
     devices = select_accelerator(base.accelerator)
     rows = variants(base, _cv_options(command, options), command)
+    from experiments.studies import cross_validation  # slow to load, and not needed for --help
+
     source = loading.build(base.data)
     refuse_lacking_modalities(rows, source)
     folds_file = keep_folds(command.output, cross_validation.make_folds(base, source))
@@ -286,7 +286,7 @@ def is_done(config: Config) -> bool:
     Raises:
         ConfigError: it holds another one.
     """
-    folder = cross_validation.folder_of(config)
+    folder = folder_of(config)
     folder.refuse_other(config)
     asked = {*(range(config.num_folds) if config.folds is None else config.folds)}
     return folder.metrics.exists() and asked <= {*(folder.read_results().folds_done or ())}
@@ -294,6 +294,12 @@ def is_done(config: Config) -> bool:
 
 def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: int) -> None:
     """Average the probabilities of the single-modality rows, and evaluate that as a run."""
+    from data_pipelines.reading.volume_io import (
+        read_volume,  # slow to load, and not needed for --help
+    )
+    from experiments.reporting import page
+    from experiments.studies import cross_validation
+
     singles = [
         RunFolder(folder_of_row(output, f"{name}-alone", seed)) for name in base.data.modalities
     ]

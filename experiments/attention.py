@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.stats
+import scipy
 import tyro
 
 from cmsad_jax.losses.distillation import COLLAPSED

@@ -7,14 +7,15 @@ their own T2W files, measures, and writes the report. Folds that are done are no
 from experiments.process import hosts
 from experiments.process.console import run_main
 from experiments.settings.command_line import parse
-from experiments.studies.cross_validation import run
 
 
 def main() -> None:
     """Command line."""
     config = parse(prog="python -m experiments.cv")
     hosts.join(config.distributed)
-    run(config)
+    from experiments.studies import cross_validation  # slow to load, and not needed for --help
+
+    cross_validation.run(config)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,8 @@ import tyro
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import corners_apart
 from data_pipelines.faults import DataError, MissingDataError
-from data_pipelines.preparing.geometry import canonical
-from data_pipelines.preparing.labels import label_classes, predicted_values
 from data_pipelines.reading.case_files import check_patients
 from data_pipelines.reading.tables import read_table
-from data_pipelines.reading.volume_io import SUFFIXES, read_volume
 from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.rows import Row
 from experiments.measuring.summary import Summary, format_summary, summarise
@@ -127,6 +124,8 @@ def _paired_names(predictions: Path, labels: Path) -> list[str]:
 
 def _images(folder: Path) -> set[str]:
     """Names of the files to evaluate; other kinds of image are refused rather than left out."""
+    from data_pipelines.reading.volume_io import SUFFIXES  # slow to load, and not needed for --help
+
     images = {
         path.name
         for path in folder.iterdir()
@@ -145,6 +144,11 @@ def _images(folder: Path) -> set[str]:
 
 
 def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str]) -> list[Row]:
+    # slow to load, and not needed for --help
+    from data_pipelines.preparing.geometry import canonical
+    from data_pipelines.preparing.labels import label_classes, predicted_values
+    from data_pipelines.reading.volume_io import read_volume
+
     prediction, label = read_volume(config.predictions / name), read_volume(config.labels / name)
     prediction, label = canonical(prediction), canonical(label)
     apart = np.inf

@@ -17,7 +17,6 @@ import tyro
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
-from data_pipelines.preparing import preprocessing
 from experiments.measuring import statistics
 from experiments.measuring.cases import Rule, measure_case
 from experiments.prediction.windows import predict_case
@@ -97,6 +96,10 @@ def measure(
         ConfigError: no run, a fold that is not done, or a single modality.
         DataError: no positive case, or the data are others than those of the run.
     """
+    from data_pipelines.preparing.preprocessing import (
+        to_original,  # slow to load, and not needed for --help
+    )
+
     names = RunFolder(run).read_config().data.modalities
     if len(names) < 2:
         raise ConfigError(
@@ -110,7 +113,7 @@ def measure(
     dice: dict[Key, dict[str, float]] = {}
     for params, case in finished.cases():
         for without, poorer in withheld(case, names):
-            probability = preprocessing.to_original(
+            probability = to_original(
                 predict_case(program, params, poorer, config, config.network.num_classes), case
             )
             rows = measure_case(

@@ -26,12 +26,9 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT, Case
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
-from data_pipelines.preparing import preprocessing
-from data_pipelines.preparing.examination import gland_suspicions
 from data_pipelines.reading import case_files
 from data_pipelines.reading.case_files import CaseFiles
 from experiments.exporting.artifact import write_artifact
-from experiments.prediction.inputs import find_inputs, images_sha256, read_raw
 from experiments.prediction.outputs import (
     Computed,
     Extras,
@@ -238,6 +235,8 @@ def run(command: PredictCommand) -> int:
         ConfigError: a model or options that cannot work.
         DataError: no case at all, or an output folder of another model.
     """
+    from experiments.prediction import inputs  # slow to load, and not needed for --help
+
     select_accelerator(command.accelerator)
     model = open_model(command)
     description = model.description
@@ -247,7 +246,7 @@ def run(command: PredictCommand) -> int:
             "Export the run again, or leave out --attention."
         )
     data = data_config(description)
-    entries = find_inputs(
+    entries = inputs.find_inputs(
         command.input, description.modalities, with_gland=data.preprocess.centre == "gland"
     )
     folder = PredictionFolder(command.output)
@@ -298,6 +297,11 @@ def predict_cases(
     those whose name other images have, the results ``before`` are kept. When it is interrupted
     the account holds the cases whose files are all written.
     """
+    # slow to load, and not needed for --help
+    from data_pipelines.preparing import preprocessing
+    from data_pipelines.preparing.examination import gland_suspicions
+    from experiments.prediction import inputs
+
     extras = account.facts.extras
     repeated = {
         problem.case_id: problem
@@ -309,8 +313,8 @@ def predict_cases(
         try:
             if entry.case_id in repeated:
                 raise DataError(repeated[entry.case_id].text)
-            raw = read_raw(entry, data)
-            account.claim(entry.case_id, images_sha256(raw))
+            raw = inputs.read_raw(entry, data)
+            account.claim(entry.case_id, inputs.images_sha256(raw))
             case = None
             if entry.case_id not in done:
                 case = preprocessing.preprocess_case(raw, data, require_label=False)

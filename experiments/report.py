@@ -13,7 +13,6 @@ from typing import Annotated
 import tyro
 
 from experiments.process.console import run_main
-from experiments.reporting.page import write_report
 from experiments.run_folder import RunFolder
 
 
@@ -28,7 +27,9 @@ class ReportConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     config = tyro.cli(ReportConfig, prog="python -m experiments.report", args=argv)
-    print(write_report(RunFolder(config.run)))
+    from experiments.reporting import page  # slow to load, and not needed for --help
+
+    print(page.write_report(RunFolder(config.run)))
 
 
 if __name__ == "__main__":

@@ -455,3 +455,9 @@ def _csv(rows: Sequence[Row]) -> str:
         values = [row.metrics[name] for name in METRICS]
         writer.writerow([row.case_id, row.patient_id, row.fold, row.name, *values])
     return table.getvalue()
+
+
+def folder_of(config: Config) -> RunFolder:
+    """The run folder, which ``complete`` has named."""
+    assert config.output is not None, "complete() names the run folder"
+    return RunFolder(config.output)

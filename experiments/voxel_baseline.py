@@ -15,23 +15,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import ndimage
-from sklearn.ensemble import HistGradientBoostingClassifier
+import scipy
 from threadpoolctl import threadpool_limits
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import STORED_UNIT, Case, CaseInfo, spacing_of
+from data_pipelines.case import STORED_UNIT, CaseInfo, spacing_of
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.preparing.preprocessing import to_original
 from data_pipelines.serving import loading, splits
 from experiments.measuring.cases import Rule, measure_case
-from experiments.measuring.rows import Row
 from experiments.measuring.summary import Summary, format_summary, summarise
 from experiments.process.console import log, progress, run_main
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
-from experiments.studies.cross_validation import make_folds
 
 BLURS_MM = (2.0, 4.0, 8.0)
 """Standard deviations of the isotropic blurs."""
@@ -40,7 +37,7 @@ BACKGROUND_VOXELS = 2000
 INNER_FOLDS = 3
 """Parts of the training patients, each predicted by the others to choose the threshold."""
 NUM_THRESHOLDS = 400
-"""Thresholds tried, at quantiles of the probabilities of the foreground."""
+"""Thresholds tried, just below quantiles of the probabilities of the foreground."""
 
 Voxels = tuple[np.ndarray, np.ndarray]
 """Features ``n f`` and foreground ``n`` of one case."""
@@ -49,7 +46,7 @@ Classifier = Callable[[np.ndarray], np.ndarray]
 
 
 def run(config: Config) -> Summary:
-    """Train and measure the folds asked for; returns their summary.
+    """Train and measure the folds asked for.
 
     Raises:
         ConfigError: for a target of several classes.
@@ -61,6 +58,10 @@ def run(config: Config) -> Summary:
             f"the voxel baseline tells one class from background; got {', '.join(classes)}. "
             "Use --data.target=lesion or --data.target=gland."
         )
+    from experiments.studies.cross_validation import (
+        make_folds,  # slow to load, and not needed for --help
+    )
+
     source = loading.build(config.data)
     folds = make_folds(config, source)
     described = Described(source, gland_masks(config.data))
@@ -72,8 +73,18 @@ def run(config: Config) -> Summary:
         classify = fit_cases(described, training, seed=config.seed)
         for case_id in folds.validation[fold]:
             case = source[case_id]
-            probability = classify(described[case_id][0]).reshape(case.label.shape)
-            rows += measure(case, probability, threshold, fold=fold, target=config.data.target)
+            probability = (
+                classify(described[case_id][0]).astype(np.float32).reshape(case.label.shape)
+            )
+            rows += measure_case(
+                case.case_id,
+                case.patient_id,
+                fold,
+                to_original(probability[..., None], case),
+                case.original_truth,
+                spacing_of(case.original_affine),
+                Rule(config.data.target, threshold),
+            )
     return summarise(rows, list(selected))
 
 
@@ -124,14 +135,14 @@ def features(
     columns = [image]
     for sd_mm in BLURS_MM:
         sd = [*(sd_mm / step for step in spacing_mm), 0]
-        columns.append(ndimage.gaussian_filter(image, sd, mode="nearest"))
+        columns.append(scipy.ndimage.gaussian_filter(image, sd, mode="nearest"))
     index = np.moveaxis(np.indices(image.shape[:3]), 0, -1).astype(np.float32)
     if gland is not None and gland.any():
         inside = index[gland]
         low, high = inside.min(axis=0), inside.max(axis=0)
         columns.append((index - inside.mean(axis=0)) / ((high - low + 1) / 2))
         outside_mm, inside_mm = (
-            np.asarray(ndimage.distance_transform_edt(mask, sampling=spacing_mm))
+            np.asarray(scipy.ndimage.distance_transform_edt(mask, sampling=spacing_mm))
             for mask in (~gland, gland)
         )
         columns.append((outside_mm - inside_mm)[..., None])
@@ -200,6 +211,10 @@ def fit(image: np.ndarray, label: np.ndarray, weight: np.ndarray, *, seed: int) 
     In one thread: several wait for each other where the processor is shared with other work, and
     then take five times as long as one.
     """
+    from sklearn.ensemble import (
+        HistGradientBoostingClassifier,  # slow to load, and not needed for --help
+    )
+
     model = HistGradientBoostingClassifier(
         max_iter=100,
         l2_regularization=1.0,
@@ -223,7 +238,7 @@ def best_threshold(scores: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
         scores: of each case, probabilities and foreground, ``n`` each; every case has foreground.
     """
     found = np.concatenate([values[foreground] for values, foreground in scores])
-    thresholds = np.quantile(found, np.linspace(0, 1, NUM_THRESHOLDS, endpoint=False))
+    thresholds = np.nextafter(np.quantile(found, np.linspace(0, 1, NUM_THRESHOLDS)), -np.inf)
     dice = []
     for values, foreground in scores:
         hits = _num_above(values[foreground], thresholds)
@@ -234,21 +249,6 @@ def best_threshold(scores: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 
 def _num_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return values.size - np.searchsorted(np.sort(values), thresholds, side="right")
-
-
-def measure(
-    case: Case, probability: np.ndarray, threshold: float, *, fold: int, target: str
-) -> list[Row]:
-    """The row of a case, as of ``experiments.cv``, of probabilities ``d h w`` on its grid."""
-    return measure_case(
-        case.case_id,
-        case.patient_id,
-        fold,
-        to_original(probability, case)[..., None],
-        case.original_truth,
-        spacing_of(case.original_affine),
-        Rule(target, threshold),
-    )
 
 
 def main() -> None:

@@ -20,6 +20,9 @@ PACKAGES = ("cmsad_jax", "data_pipelines", "experiments", "benchmarks")
 SUBMODULES = sorted(
     module.name for module in pkgutil.walk_packages(cmsad_jax.__path__, prefix="cmsad_jax.")
 )
+DATA_SETS = tuple(
+    sorted(file.parent.name for file in ROOT.glob("data_pipelines/*/*_dataset_builder.py"))
+)
 FLOORS = {
     "data_pipelines": (
         ("faults", "config", "case", "files"),
@@ -27,7 +30,7 @@ FLOORS = {
         ("preparing",),
         ("building",),
         ("serving",),
-        ("msd_prostate", "nifti_folder", "phantom", "picai", "prostate158"),
+        DATA_SETS,
         ("command_line",),
         ("build", "validate"),
     ),
@@ -47,12 +50,27 @@ FLOORS = {
     ),
 }
 """Files and folders of a package from the lowest to the commands: imports go to lower floors alone,
-and so between no two of one floor, but for the plain files on the lowest."""
+and so between no two of one floor, but for the plain files on the lowest, and for a data set that
+draws on another one."""
 
 TIMED_AS_A_WHOLE = {"benchmarks.inference imports experiments.predict"}
 """The one command that a benchmark runs from its arguments to its files."""
 
 HEAVY = ("tensorflow_datasets", "tensorflow", "grain", "nibabel", "SimpleITK", "tyro")
+
+
+COMMANDS = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for package in ("experiments", "data_pipelines")
+    for file in (ROOT / package).glob("*.py")
+    if "__main__" in file.read_text("utf-8")
+)
+SLOW = (
+    *("tensorflow_datasets", "grain", "orbax.checkpoint", "nibabel", "SimpleITK", "PIL"),
+    *("scipy.ndimage", "scipy.stats", "sklearn", "picai_eval", "surface_distance"),
+    *("matplotlib", "jinja2", "tensorboardX", "apache_beam"),
+)
+"""Packages that take long to load together; none is needed to read a command line."""
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -73,6 +91,30 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(str(node.module).split(".")[0])
     return names
+
+
+READ_A_COMMAND_LINE = """
+import contextlib, io, json, runpy, sys
+loaded = {}
+for command in COMMANDS:
+    for option in ("--help", "--no-such-option"):
+        sys.argv, said = [command, option], io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with contextlib.suppress(SystemExit):
+                runpy.run_module(command, run_name="__main__")
+        assert "--help" in said.getvalue(), (command, option, said.getvalue())
+    loaded[command] = sorted({*SLOW, "jax"} & {*sys.modules})
+print(json.dumps(loaded))
+"""
+
+
+def test_help_and_refused_options_load_nothing_slow():
+    assert len(COMMANDS) > 12, "commands are found"
+    code = f"COMMANDS, SLOW = {COMMANDS}, {SLOW}\n{READ_A_COMMAND_LINE}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert not done.returncode, done.stderr
+    expected = {name: ["jax"] if name.startswith("experiments") else [] for name in COMMANDS}
+    assert json.loads(done.stdout) == expected
 
 
 def project_modules() -> dict[str, Path]:
@@ -171,9 +213,10 @@ def test_imports_go_to_lower_floors_alone(package):
             if not (module.startswith(f"{package}.") and target.startswith(f"{package}.")):
                 continue
             lower = floor_of(target) < floor_of(module)
-            lowest_files = floor_of(target) == floor_of(module) == 0
+            beside = floor_of(target) == floor_of(module)
+            beside &= floor_of(module) == 0 or module.split(".")[1] in DATA_SETS
             same_folder = module.split(".")[1] == target.split(".")[1]
-            if not (lower or lowest_files or same_folder):
+            if not (lower or beside or same_folder):
                 against.add(f"{module} imports {target}")
     assert against == set()
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from cmsad_jax import kernels
 from cmsad_jax.modules.blocks import Conv
@@ -86,6 +86,33 @@ class FusionOutput:
     correlation_loss: Float[Array, " b"]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Projected:
+    """What every kind of fusion joins: features of equal width, those of absent modalities 0."""
+
+    features: Sequence[Feature]
+    present: Present
+    count: Int[Array, "b *ones"]
+    """How many modalities are there; 1 where there is none."""
+    mean: Feature
+    """Over the modalities that are there."""
+
+    @property
+    def rank(self) -> int:
+        """Axes of space."""
+        return self.features[0].ndim - 2
+
+    def expanded(
+        self, flags: Bool[Array | np.ndarray, " b"]
+    ) -> Bool[Array | np.ndarray, "b *ones"]:
+        """One flag for each example, to be broadcast over a feature."""
+        return flags.reshape(-1, *(1,) * (self.rank + 1))
+
+
+def _no_loss(given: _Projected) -> Float[Array, " b"]:
+    return jnp.zeros(given.present.shape[0], jnp.float32)
+
+
 class Fusion(nn.Module):
     """Fuse one feature for each modality into one of ``channels`` channels.
 
@@ -121,59 +148,87 @@ class Fusion(nn.Module):
         if present is None:
             present = jnp.ones((batch, num_modalities), bool)
         check_present(present, batch, self.modalities)
-        rank = ordered[0].ndim - 2
-        pointwise = (1,) * rank
-        space = (1,) * (rank + 1)
-        masks = [present[:, m].reshape(batch, *space) for m in range(num_modalities)]
-        count = jnp.maximum(present.sum(-1), 1).reshape(batch, *space)
+        kinds = {
+            "scff": self._scff,
+            "concat": self._concat,
+            "mean": self._mean,
+            "max": self._max,
+            "attention": self._attention,
+        }
+        return kinds[self.config.kind](self._project(ordered, present))
 
+    def _project(self, features: Sequence[Feature], present: Present) -> _Projected:
+        """Each feature in ``channels`` channels, without those that are absent."""
+        batch, rank = features[0].shape[0], features[0].ndim - 2
         projected = []
-        for m, feature in enumerate(ordered):
+        for m, feature in enumerate(features):
+            there = present[:, m].reshape(batch, *(1,) * (rank + 1))
             # Before the product with the weights, whose gradient NaN or inf would reach.
-            feature = jnp.where(masks[m], feature, 0)
-            g = Conv(self.channels, pointwise, dtype=self.dtype, name=f"project{m}")(feature)
-            projected.append(jnp.where(masks[m], g, 0))
+            feature = jnp.where(there, feature, 0)
+            g = Conv(self.channels, (1,) * rank, dtype=self.dtype, name=f"project{m}")(feature)
+            projected.append(jnp.where(there, g, 0))
+        count = jnp.maximum(present.sum(-1), 1).reshape(batch, *(1,) * (rank + 1))
         mean = sum(projected[1:], projected[0]) / count.astype(self.dtype)
-        no_loss = jnp.zeros(batch, jnp.float32)
+        return _Projected(projected, present, count, mean)
 
-        if self.config.kind == "mean":
-            return FusionOutput(mean, None, no_loss)
-        if self.config.kind == "max":
-            lowest = jnp.finfo(self.dtype).min
-            stacked = [jnp.where(mask, g, lowest) for mask, g in zip(masks, projected, strict=True)]
-            largest = jnp.stack(stacked).max(0)
-            return FusionOutput(
-                jnp.where(present.any(-1).reshape(batch, *space), largest, 0), None, no_loss
-            )
+    def _mean(self, given: _Projected) -> FusionOutput:
+        """Mean over the modalities present."""
+        return FusionOutput(given.mean, None, _no_loss(given))
 
-        if self.config.kind == "attention":
-            scores = Conv(num_modalities, self._gate_kernel(rank), name="gate")(
-                jnp.concatenate(projected, -1).astype(jnp.float32)
-            )
-            absent = ~present.reshape(batch, *space[1:], num_modalities)
-            gates = jax.nn.softmax(jnp.where(absent, jnp.finfo(jnp.float32).min, scores))
-            weighed = [
-                g * gates[..., m : m + 1].astype(self.dtype) for m, g in enumerate(projected)
-            ]
-            fused = Conv(self.channels, pointwise, dtype=self.dtype, name="join")(
-                sum(weighed[1:], weighed[0])
-            )
-            return FusionOutput(fused + mean if self.config.residual else fused, gates, no_loss)
+    def _max(self, given: _Projected) -> FusionOutput:
+        """Largest over the modalities present."""
+        lowest = jnp.finfo(self.dtype).min
+        stacked = [
+            jnp.where(given.expanded(given.present[:, m]), g, lowest)
+            for m, g in enumerate(given.features)
+        ]
+        largest = jnp.stack(stacked).max(0)
+        somewhere = given.expanded(jnp.any(given.present, -1))
+        return FusionOutput(jnp.where(somewhere, largest, 0), None, _no_loss(given))
 
-        gates, loss = None, no_loss
-        gated = projected
-        if self.config.kind == "scff" and num_modalities > 1:
-            gates, loss = self._correlate(projected, present)
-            least = 1 if self.config.gate_identity else 0
-            gated = [
-                g * (least + gates[..., m : m + 1].astype(self.dtype))
-                for m, g in enumerate(projected)
-            ]
+    def _attention(self, given: _Projected) -> FusionOutput:
+        """Joint convolution of what a softmax over the modalities weighs at each voxel."""
+        num_modalities = len(given.features)
+        scores = Conv(num_modalities, self._gate_kernel(given.rank), name="gate")(
+            jnp.concatenate(given.features, -1).astype(jnp.float32)
+        )
+        absent = ~given.present.reshape(-1, *(1,) * given.rank, num_modalities)
+        gates = jax.nn.softmax(jnp.where(absent, jnp.finfo(jnp.float32).min, scores))
+        weighed = [
+            g * gates[..., m : m + 1].astype(self.dtype) for m, g in enumerate(given.features)
+        ]
+        fused = self._join(sum(weighed[1:], weighed[0]))
+        return FusionOutput(self._with_mean(fused, given), gates, _no_loss(given))
+
+    def _concat(self, given: _Projected) -> FusionOutput:
+        """Joint convolution of all modalities."""
+        fused = self._join_all(given.features, given)
+        return FusionOutput(self._with_mean(fused, given), None, _no_loss(given))
+
+    def _scff(self, given: _Projected) -> FusionOutput:
+        """Joint convolution of all modalities, each raised where it correlates with the others."""
+        if len(given.features) == 1:
+            return self._concat(given)
+        gates, loss = self._correlate(given.features, given.present)
+        least = 1 if self.config.gate_identity else 0
+        gated = [
+            g * (least + gates[..., m : m + 1].astype(self.dtype))
+            for m, g in enumerate(given.features)
+        ]
+        fused = self._join_all(gated, given)
+        return FusionOutput(self._with_mean(fused, given), gates, loss)
+
+    def _with_mean(self, fused: Feature, given: _Projected) -> Feature:
+        return fused + given.mean if self.config.residual else fused
+
+    def _join(self, feature: Float[Array, "b *space i"]) -> Feature:
+        pointwise = (1,) * (feature.ndim - 2)
+        return Conv(self.channels, pointwise, dtype=self.dtype, name="join")(feature)
+
+    def _join_all(self, features: Sequence[Feature], given: _Projected) -> Feature:
         # Like dropout: what is there is scaled up for what is not.
-        rescale = (num_modalities / count).astype(self.dtype)
-        joint = jnp.concatenate(gated, -1) * rescale
-        fused = Conv(self.channels, pointwise, dtype=self.dtype, name="join")(joint)
-        return FusionOutput(fused + mean if self.config.residual else fused, gates, loss)
+        rescale = (len(features) / given.count).astype(self.dtype)
+        return self._join(jnp.concatenate(features, -1) * rescale)
 
     def _check(self, features: Any) -> None:
         check_names("modalities", self.modalities)

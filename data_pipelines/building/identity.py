@@ -1,21 +1,76 @@
-"""What the stored cases of a data set depend on: files, and the modules that its builder imports.
+"""What the stored cases of a data set depend on: settings, the user's files, and code.
 
-The digest follows the imports of the builder's file through this package, wherever the code is
-moved to, and reads what the code does: comments, docstrings and layout change nothing.
+The digest of the code follows the imports of the builder's file through this package, wherever the
+code is moved to, and reads what it does: comments, docstrings and layout change nothing.
 """
 
 import ast
+import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from data_pipelines.building.protocol import DataSet, listing_files
+from data_pipelines.files import expanded
+from data_pipelines.reading.file_checks import files_of
 
 PACKAGE = Path(__file__).parents[1]
 HEAD_BYTES = 2**12
 """So much of every file is read for its identity, besides size and time: its header."""
 MAX_WHOLE_BYTES = 2**22
 """Labels and masks of up to this size are read whole, as they are the files that are edited."""
+
+_HASHED_FIELDS = ("target", "modalities", "allow_missing", "preprocess")
+
+
+class Identity:
+    """By what the stored cases of a data set are known: equal digests mean equal cases."""
+
+    def __init__(self, data_set: DataSet):
+        self.data_set = data_set
+        config = dataclasses.asdict(data_set.data_config)
+        own = {name: config[data_set.name][name] for name in data_set.hashed_options}
+        self._everywhere = {
+            "settings": {name: config[name] for name in _HASHED_FIELDS} | own,
+            "code": code_sha256(Path(inspect.getfile(type(data_set)))),
+        }
+
+    def of_all(self) -> str:
+        """sha256 of all that the stored cases depend on."""
+        return self._sha256({"cases": [self._state(entry) for entry in self.data_set.entries]})
+
+    def of_case(self, entry: Any) -> str:
+        """sha256 of all that one stored case depends on."""
+        return self._sha256({"name": self.data_set.name, "case": self._state(entry)})
+
+    def _sha256(self, facts: dict[str, Any]) -> str:
+        text = json.dumps({**facts, **self._everywhere}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _state(self, entry: Any) -> tuple[Any, ...]:
+        """What is stored of a case before its files are read, and the state of these."""
+        with listing_files():
+            files = [
+                (name, *self._file_state(file, label=name in ("label", "gland")))
+                for name, path in self.data_set.files(entry).items()
+                for file in files_of(path)
+            ]
+        metadata = sorted(getattr(entry, "metadata", {}).items())
+        problems = getattr(entry, "problems", ())
+        errors = [problem.text for problem in problems if problem.level == "error"]
+        return entry.case_id, getattr(entry, "patient_id", ""), metadata, errors, sorted(files)
+
+    def _file_state(self, path: Path, *, label: bool) -> tuple[str, int, int, str]:
+        root = expanded(self.data_set.data_config.path or Path(), "--data.path")
+        name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+        try:
+            state = path.stat()
+        except FileNotFoundError:
+            return name, -1, -1, ""  # a link to nowhere, named with the other problems of its case
+        return name, state.st_size, state.st_mtime_ns, head_sha256(path, whole=label)
 
 
 def head_sha256(path: Path, *, whole: bool) -> str:

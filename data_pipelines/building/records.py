@@ -1,12 +1,14 @@
 """How a case lies in the built data set: one TFDS record."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from data_pipelines.case import Case
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 
 def encode(case: Case) -> dict[str, Any]:
@@ -42,8 +44,9 @@ def decode(record: Mapping[str, Any]) -> Case:
     )
 
 
-def features() -> tfds.features.FeaturesDict:
+def features() -> "tfds.features.FeaturesDict":
     """Names, shapes and types of a record's entries."""
+    import tensorflow_datasets as tfds
 
     def tensor(shape: tuple[int | None, ...], dtype: type) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")

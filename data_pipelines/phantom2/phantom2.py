@@ -139,7 +139,8 @@ def _paint(
     """Mean and standard deviation of t2w, adc, hbv (``m d h w`` each) on the T2W grid."""
     canvas, pz, tz = paint_tissues(rng, anatomy)
     canvas[3:] *= 0.8
-    canvas[4] *= np.where(anatomy.gland_level < 1.1, 0.8, 0.45)
+    canvas[4] *= np.where(anatomy.gland_level < 1.1, 0.9, 0.45)
+    canvas[1] *= 1 + 0.13 * smooth_field(rng, anatomy.grid.axes, 12.0)  # glands are uneven
     for finding in findings:
         focus = finding.focus
         tissue = _tissue(rng, focus, pz, tz, centre)

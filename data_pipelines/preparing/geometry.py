@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from scipy import ndimage
+import scipy
 
 from data_pipelines.case import Volume
 
@@ -19,6 +18,8 @@ def canonical(volume: Volume) -> Volume:
     ``d`` then grows towards superior, ``h`` anterior and ``w`` right; obliqueness stays. No value
     is interpolated, so the same image stored in another orientation gives the same result.
     """
+    from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+
     shape = volume.array.shape[::-1]
     transform = ornt_transform(io_orientation(volume.affine), axcodes2ornt("RAS"))
     array = volume.array.T
@@ -59,7 +60,7 @@ def resample(
     array = volume.array if order == 0 else volume.array.astype(np.float32)
     if volume.shape == shape and np.allclose(np.c_[matrix, offset], np.eye(3, 4), atol=TIE):
         return array.copy(), np.ones(shape, bool)
-    sampled = ndimage.affine_transform(
+    sampled = scipy.ndimage.affine_transform(
         array,
         matrix,
         (offset + (TIE if order == 0 else 0.0)).tolist(),
@@ -176,7 +177,7 @@ def parts_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def foreground_box(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
     """``mask`` cut to its foreground, and the index of the first voxel kept."""
-    boxes = ndimage.find_objects((mask > 0).astype(np.uint8))
+    boxes = scipy.ndimage.find_objects((mask > 0).astype(np.uint8))
     if not boxes:
         return np.zeros((0, 0, 0), np.uint8), (0, 0, 0)
     d, h, w = boxes[0]

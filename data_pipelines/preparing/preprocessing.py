@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from data_pipelines.case import (
     STORED_UNIT,
@@ -313,7 +313,7 @@ def _smoothed(volume: Volume, affine: np.ndarray) -> Volume:
     sd = np.where(ratio > 1.01, (ratio - 1) / 2, 0)
     if not sd.any():
         return volume
-    array = ndimage.gaussian_filter(volume.array.astype(np.float32), sd, mode="nearest")
+    array = scipy.ndimage.gaussian_filter(volume.array.astype(np.float32), sd, mode="nearest")
     return Volume(array, volume.affine)
 
 

@@ -28,7 +28,7 @@ _DEPTHS = ("*", "*/*", "*/*/*")
 class Builder(FileCaseBuilder):
     """The published training set, or the test set, or both in one folder."""
 
-    hashed_fields = ("reader",)
+    hashed_options = ("reader",)
 
     def find_cases(self) -> Sequence[CaseFiles]:
         """One entry for each folder whose name is a three-digit number."""
@@ -62,9 +62,14 @@ def _case_files(folder: Path, config: DataConfig) -> CaseFiles:
         for name, stem in FILES.items()
         if name in wanted and os.path.lexists(folder / f"{stem}.nii.gz")
     }
-    anatomy = f"t2_anatomy_reader{config.reader}"
+    reader = f"reader{config.prostate158.reader}"
+    anatomy = f"t2_anatomy_{reader}"
     if config.target == "lesion":
-        stems = (f"t2_tumor_reader{config.reader}", f"adc_tumor_reader{config.reader}", EMPTY)
+        stems = (
+            f"t2_tumor_reader{config.prostate158.reader}",
+            f"adc_tumor_reader{config.prostate158.reader}",
+            EMPTY,
+        )
     else:
         stems = (anatomy,)
     source = next((stem for stem in stems if os.path.lexists(folder / f"{stem}.nii.gz")), None)

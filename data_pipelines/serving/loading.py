@@ -5,22 +5,23 @@ more than they give. Decoded training arrays stay in memory up to a stated bound
 """
 
 import contextlib
-import importlib
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 
-from data_pipelines.building.case_builder import CaseBuilder
+from data_pipelines.building.builders import open_builder
 from data_pipelines.building.records import decode
 from data_pipelines.case import STORED_UNIT, Case, CaseInfo
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
-from data_pipelines.serving.sampling import SamplingPlan
+from data_pipelines.serving.sampling import Sampling, SamplingPlan
+
+if TYPE_CHECKING:
+    from data_pipelines.building.case_builder import CaseBuilder
 
 Batch = dict[str, np.ndarray]
 """``image``: float32 ``b d h w m``; ``label``: int32 ``b d h w``; ``present``: bool ``b m``;
@@ -127,22 +128,6 @@ class CaseSource:
         return self._foreground[case_id]
 
 
-def open_builder(config: DataConfig) -> CaseBuilder:
-    """The builder of a data set, which has listed its cases and built nothing.
-
-    Raises:
-        DataError: no builder has that name, or the folder is not of its layout.
-    """
-    names = builder_names()
-    if config.name not in names:
-        raise DataError(
-            f"data set must be one of {', '.join(names)}; got {config.name!r}. "
-            "Use one of these with --data.name; nifti_folder reads your own files."
-        )
-    module = importlib.import_module(f"data_pipelines.{config.name}.{config.name}_dataset_builder")
-    return module.Builder(config)
-
-
 def build(config: DataConfig, *, num_workers: int | None = None) -> CaseSource:
     """Open a data set, building it first where it has not been.
 
@@ -154,7 +139,11 @@ def build(config: DataConfig, *, num_workers: int | None = None) -> CaseSource:
         DataError: no builder has that name, the data have faults, or what was built before is
             damaged.
     """
-    builder = open_builder(config)
+    return open_source(open_builder(config), num_workers=num_workers)
+
+
+def open_source(builder: "CaseBuilder", *, num_workers: int | None = None) -> CaseSource:
+    """``build`` with a builder that has listed its cases already."""
     builder.prepare(num_workers=num_workers)
     folder = Path(builder.data_dir)
     with _whole(folder, "its files"):
@@ -177,28 +166,7 @@ def _whole(folder: Path | None, what: str) -> Iterator[None]:
         ) from error
 
 
-def builder_names() -> tuple[str, ...]:
-    """Data sets that can be built: folders of this package with a builder of their name."""
-    package = Path(__file__).parents[1]
-    return tuple(
-        sorted(
-            file.parent.name
-            for file in package.glob("*/*_dataset_builder.py")
-            if file.name == f"{file.parent.name}_dataset_builder.py"
-        )
-    )
-
-
-def sampling_plan(
-    source: CaseSource,
-    case_ids: Sequence[str],
-    *,
-    crop: tuple[int, int, int],
-    seed: int,
-    foreground_share: float = 1 / 3,
-    num_threads: int = 2,
-    unlabelled: Collection[str] = (),
-) -> SamplingPlan:
+def sampling_plan(source: CaseSource, case_ids: Sequence[str], sampling: Sampling) -> SamplingPlan:
     """The plan by which crops of these cases are drawn; reads every case once.
 
     Of those that are ``unlabelled`` no foreground is known.
@@ -206,33 +174,20 @@ def sampling_plan(
     Raises:
         DataError: a case is unknown; or see ``SamplingPlan``.
     """
-    with ThreadPoolExecutor(max(1, num_threads)) as threads:
+    with ThreadPoolExecutor(max(1, sampling.num_threads)) as threads:
         foreground = list(threads.map(source.foreground, case_ids))
     nothing = np.empty(0, np.int32)
     foreground = [
-        nothing if case_id in unlabelled else voxels
+        nothing if case_id in sampling.unlabelled else voxels
         for case_id, voxels in zip(case_ids, foreground, strict=True)
     ]
-    return SamplingPlan(
-        foreground, source.shape, crop=crop, seed=seed, foreground_share=foreground_share
-    )
+    return SamplingPlan(foreground, source.shape, sampling)
 
 
 def train_batches(
-    source: CaseSource,
-    case_ids: Sequence[str],
-    *,
-    crop: tuple[int, int, int],
-    batch_size: int,
-    seed: int,
-    num_steps: int,
-    foreground_share: float = 1 / 3,
-    start_step: int = 0,
-    num_threads: int = 2,
-    part: tuple[int, int] = (0, 1),
-    unlabelled: Collection[str] = (),
+    source: CaseSource, case_ids: Sequence[str], sampling: Sampling
 ) -> Iterator[Batch]:
-    """Batches of crops for the steps from ``start_step`` up to ``num_steps``.
+    """Batches of crops for the steps that are left.
 
     Example ``i`` of batch ``s`` is crop ``s * batch_size + i`` of the plan: the same whatever the
     number of threads and wherever a run is resumed, and another batch size cuts the same sequence
@@ -241,38 +196,21 @@ def train_batches(
     Args:
         source: where the cases lie.
         case_ids: those to train on; their order is part of what is drawn.
-        crop: size of the crops, ``d h w``.
-        batch_size: examples in a batch.
-        seed: at least 0; other seeds give other crops.
-        num_steps: of the whole run.
-        foreground_share: of the crops, drawn to hold foreground, balanced over positive cases.
-        start_step: steps that were made before.
-        num_threads: that read; 0 reads in the calling thread.
-        part: ``(i, n)`` reads part ``i`` of the ``n`` equal ones of each batch: that of one of
-            several processes.
-        unlabelled: cases whose labels are not to be used: no crop is drawn by them, and a batch
-            has ``labelled``, bool ``b``, by which the train step leaves them out.
+        sampling: what is drawn of them.
 
     Raises:
-        DataError: at once, not at the first batch: an unknown case, or a batch that has no such
-            parts; or see ``SamplingPlan``.
+        DataError: at once, not at the first batch: an unknown case; or see ``SamplingPlan``.
     """
-    rows = _rows(batch_size, part)
-    plan = sampling_plan(
-        source,
-        case_ids,
-        crop=crop,
-        seed=seed,
-        foreground_share=foreground_share,
-        num_threads=num_threads,
-        unlabelled=unlabelled,
-    )
+    size = len(sampling.rows)
+    plan = sampling_plan(source, case_ids, sampling)
 
-    def example(index: int) -> dict[str, Any]:
-        drawn = plan[index]
+    def example(number: int) -> dict[str, Any]:
+        step, row = divmod(number, size)
+        drawn = plan[sampling.crops(step)[row]]
         arrays = source.arrays(case_ids[drawn.case_index])
         window = tuple(
-            slice(start, start + size) for start, size in zip(drawn.offset, crop, strict=True)
+            slice(start, start + length)
+            for start, length in zip(drawn.offset, sampling.crop, strict=True)
         )
         found = {
             "image": arrays.image[window].astype(np.float32) * np.float32(STORED_UNIT),
@@ -281,74 +219,32 @@ def train_batches(
             "key": drawn.key,
             "case_index": np.int32(drawn.case_index),
         }
-        if unlabelled:
-            found["labelled"] = np.bool_(case_ids[drawn.case_index] not in unlabelled)
+        if sampling.unlabelled:
+            found["labelled"] = np.bool_(case_ids[drawn.case_index] not in sampling.unlabelled)
         return found
 
-    def of_part(number: int) -> dict[str, Any]:
-        step, row = divmod(number, len(rows))
-        return example(step * batch_size + rows[row])
-
-    examples = grain.MapDataset.range(start_step * len(rows), num_steps * len(rows)).map(of_part)
-    return iter(examples.batch(len(rows)).to_iter_dataset(_read_options(num_threads)))
+    numbers = range(sampling.start_step * size, sampling.num_steps * size)
+    return _read_ahead(example, numbers, num_threads=sampling.num_threads, batch_size=size)
 
 
-def _rows(batch_size: int, part: tuple[int, int]) -> range:
-    """Examples of each batch that belong to part ``i`` of ``n``."""
-    index, count = part
-    if batch_size < 1:
-        raise DataError(
-            f"batch size must be 1 or more; got {batch_size}. Use --train.batch-size 2."
-        )
-    if batch_size % count:
-        raise DataError(
-            "batch size must be divisible by the number of processes that read it; "
-            f"got {batch_size} and {count}. Use --train.batch-size {2 * count}."
-        )
-    size = batch_size // count
-    return range(index * size, (index + 1) * size)
-
-
-def train_plans(
-    source: CaseSource,
-    case_ids: Sequence[str],
-    *,
-    crop: tuple[int, int, int],
-    batch_size: int,
-    seed: int,
-    num_steps: int,
-    foreground_share: float = 1 / 3,
-    start_step: int = 0,
-    num_threads: int = 2,
-    part: tuple[int, int] = (0, 1),
-    unlabelled: Collection[str] = (),
-) -> Iterator[Batch]:
+def train_plans(source: CaseSource, case_ids: Sequence[str], sampling: Sampling) -> Iterator[Batch]:
     """Where the crops of ``train_batches`` lie, instead of the crops: for cases on the device.
 
     ``case_index``: int32 ``b``; ``offset``: int32 ``b 3``; others as in a batch. Arguments and
     errors are those of ``train_batches``.
     """
-    rows = _rows(batch_size, part)
-    plan = sampling_plan(
-        source,
-        case_ids,
-        crop=crop,
-        seed=seed,
-        foreground_share=foreground_share,
-        num_threads=num_threads,
-        unlabelled=unlabelled,
-    )
+    plan = sampling_plan(source, case_ids, sampling)
 
     def batches():
-        for step in range(start_step, num_steps):
-            drawn = [plan[step * batch_size + i] for i in rows]
+        for step in range(sampling.start_step, sampling.num_steps):
+            drawn = [plan[number] for number in sampling.crops(step)]
             found = {
                 "case_index": np.array([one.case_index for one in drawn], np.int32),
                 "offset": np.array([one.offset for one in drawn], np.int32),
                 "key": np.stack([one.key for one in drawn]),
             }
-            if unlabelled:
-                labelled = [case_ids[one.case_index] not in unlabelled for one in drawn]
+            if sampling.unlabelled:
+                labelled = [case_ids[one.case_index] not in sampling.unlabelled for one in drawn]
                 found["labelled"] = np.array(labelled)
             yield found
 
@@ -377,10 +273,20 @@ def eval_cases(
     source: CaseSource, case_ids: Sequence[str], *, num_threads: int = 1
 ) -> Iterator[Case]:
     """Whole cases in the given order, the next ones being read meanwhile."""
-    cases = grain.MapDataset.source(list(case_ids)).map(source.__getitem__)
-    return iter(cases.to_iter_dataset(_read_options(num_threads)))
+    return _read_ahead(source.__getitem__, list(case_ids), num_threads=num_threads)
 
 
-def _read_options(num_threads: int) -> grain.ReadOptions:
-    """Twice as many elements ahead as threads: more would only hold memory."""
-    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+def _read_ahead(
+    read: Callable[[Any], Any], items: Sequence[Any], *, num_threads: int, batch_size: int = 0
+) -> Iterator[Any]:
+    """``read`` of each item in order, made in threads, and stacked to batches if asked for.
+
+    Twice as many elements are made ahead as there are threads: more would only hold memory.
+    """
+    import grain  # slow to load, and not needed for --help
+
+    dataset = grain.MapDataset.source(items).map(read)
+    if batch_size:
+        dataset = dataset.batch(batch_size)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    return iter(dataset.to_iter_dataset(options))

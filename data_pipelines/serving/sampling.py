@@ -19,6 +19,62 @@ _RANDOM, _FOREGROUND, _CROP = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What is drawn for the steps of a run, and which part of it is read here.
+
+    Attributes:
+        crop: size of the crops, ``d h w``.
+        batch_size: examples in a batch.
+        num_steps: of the whole run.
+        seed: at least 0; other seeds give other crops.
+        foreground_share: of the crops, drawn to hold foreground, balanced over positive cases;
+            taken as the nearest fraction with a denominator of at most 1000.
+        unlabelled: cases whose labels are not to be used: no crop is drawn by them, and a batch has
+            ``labelled``, bool ``b``, by which the train step leaves them out.
+        start_step: steps that were made before.
+        part: ``(i, n)`` is part ``i`` of the ``n`` equal ones of each batch: that of one of several
+            processes.
+        num_threads: that read; 0 reads in the calling thread. Changes nothing of what is drawn.
+
+    Raises:
+        DataError: a batch has no such parts.
+    """
+
+    crop: tuple[int, int, int]
+    batch_size: int
+    num_steps: int
+    seed: int
+    foreground_share: float = 1 / 3
+    unlabelled: frozenset[str] = frozenset()
+    start_step: int = 0
+    part: tuple[int, int] = (0, 1)
+    num_threads: int = 2
+
+    def __post_init__(self):
+        count = self.part[1]
+        if self.batch_size < 1:
+            raise DataError(
+                f"batch size must be 1 or more; got {self.batch_size}. Use --train.batch-size 2."
+            )
+        if self.batch_size % count:
+            raise DataError(
+                "batch size must be divisible by the number of processes that read it; "
+                f"got {self.batch_size} and {count}. Use --train.batch-size {2 * count}."
+            )
+
+    @property
+    def rows(self) -> range:
+        """Examples of each batch that belong to ``part``."""
+        index, count = self.part
+        size = self.batch_size // count
+        return range(index * size, (index + 1) * size)
+
+    def crops(self, step: int) -> list[int]:
+        """Numbers of the plan's crops that ``part`` reads for a step, from 0."""
+        return [step * self.batch_size + row for row in self.rows]
+
+
+@dataclasses.dataclass(frozen=True)
 class Crop:
     """One example of the plan.
 
@@ -49,32 +105,27 @@ class SamplingPlan:
         self,
         foreground: Sequence[np.ndarray],
         shape: tuple[int, int, int],
-        *,
-        crop: tuple[int, int, int],
-        seed: int,
-        foreground_share: float = 1 / 3,
+        sampling: Sampling,
     ):
         """Check the settings.
 
         Args:
             foreground: for each case, the flat indices of its foreground voxels.
             shape: size of all cases' volumes, ``d h w``.
-            crop: size of the crops, ``d h w``.
-            seed: at least 0; other seeds give other crops.
-            foreground_share: of the crops; taken as the nearest fraction with a denominator of at
-                most 1000.
+            sampling: of which crop, seed and share of foreground count: the plan is that of all
+                steps and processes.
 
         Raises:
             DataError: the crop does not fit, a setting is out of range, there is no case, or
                 foreground is asked for and no case has any.
         """
-        _check(foreground, shape, crop=crop, seed=seed, foreground_share=foreground_share)
+        _check(foreground, shape, sampling)
         self._foreground = foreground
         self._positive = [i for i, voxels in enumerate(foreground) if voxels.size]
         self._shape = shape
-        self._crop = crop
-        self._seed = seed
-        self._share = Fraction(foreground_share).limit_denominator(1000)
+        self._crop = sampling.crop
+        self._seed = sampling.seed
+        self._share = Fraction(sampling.foreground_share).limit_denominator(1000)
 
     def __getitem__(self, index: int) -> Crop:
         before = self._share.numerator * index // self._share.denominator
@@ -114,13 +165,9 @@ def _below(bound: int, word: int) -> int:
 
 
 def _check(
-    foreground: Sequence[np.ndarray],
-    shape: tuple[int, int, int],
-    *,
-    crop: tuple[int, int, int],
-    seed: int,
-    foreground_share: float,
+    foreground: Sequence[np.ndarray], shape: tuple[int, int, int], sampling: Sampling
 ) -> None:
+    crop, seed, foreground_share = sampling.crop, sampling.seed, sampling.foreground_share
     if not foreground:
         raise DataError("there must be a case to train on; got none. Use fewer folds.")
     if any(not 1 <= c <= s for c, s in zip(crop, shape, strict=True)):

@@ -4,19 +4,17 @@ Detection goes through ``picai_eval``; what it counts are the candidates of
 ``experiments.measuring.lesions``.
 """
 
-import contextlib
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from experiments.measuring import statistics
-from experiments.measuring.lesions import bins
+from experiments.measuring.lesions import bins, picai_eval
 from experiments.measuring.rows import Detection, Ends
 
-with contextlib.redirect_stdout(io.StringIO()):  # it prints a request for citation
+if TYPE_CHECKING:
     from picai_eval.metrics import Metrics
 
 FALSE_POSITIVE_RATES = (0.5, 1.0, 2.0)
@@ -34,10 +32,10 @@ class DetectedCase(NamedTuple):
     detection: Detection
 
 
-def picai_metrics(cases: Sequence[DetectedCase]) -> Metrics:
+def picai_metrics(cases: Sequence[DetectedCase]) -> "Metrics":
     """The cases as ``picai_eval`` summarises them."""
     confidences = {m.confidence for case in cases for m in case.detection.lesions}
-    return Metrics(
+    return picai_eval().Metrics(
         lesion_results={case.case_id: [*case.detection.lesions] for case in cases},
         case_target={case.case_id: int(case.detection.positive) for case in cases},
         case_pred={case.case_id: case.detection.confidence for case in cases},
@@ -179,18 +177,18 @@ def summarise(cases: Sequence[DetectedCase], *, num_resamples: int = 2_000) -> D
     )
 
 
-def _froc(metrics: Metrics) -> Froc:
+def _froc(metrics: "Metrics") -> Froc:
     rate, sensitivity = metrics.lesion_FPR, metrics.lesion_TPR
     inside = np.isfinite(rate)
     return Froc((0.0, *rate[inside].tolist()), (0.0, *sensitivity[inside].tolist()))
 
 
-def _roc(metrics: Metrics) -> Roc:
+def _roc(metrics: "Metrics") -> Roc:
     curve = metrics.calculate_ROC()
     return Roc(tuple(curve["FPR"].tolist()), tuple(curve["TPR"].tolist()))
 
 
-def _precision_recall(metrics: Metrics) -> PrecisionRecall:
+def _precision_recall(metrics: "Metrics") -> PrecisionRecall:
     curve = metrics.calculate_precision_recall()
     return PrecisionRecall(tuple(curve["precision"].tolist()), tuple(curve["recall"].tolist()))
 

@@ -11,14 +11,12 @@ a lesion from an overlap (IoU) of 0.1 on. A case's confidence is that of its str
 import contextlib
 import dataclasses
 import io
+from types import ModuleType
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from experiments.measuring.rows import Bin, Detection, Match
-
-with contextlib.redirect_stdout(io.StringIO()):  # it prints a request for citation
-    from picai_eval.eval import evaluate_case
 
 TARGET = "lesion"
 """The target of ``data_pipelines.config.DataConfig`` that is detected: a gland is always there,
@@ -58,10 +56,10 @@ def candidates(probability: np.ndarray, affine: np.ndarray) -> tuple[Candidate, 
     """
     confidence = detection_map(probability)
     labels = np.zeros(confidence.shape, np.int32)
-    ndimage.label(confidence > 0, _NEIGHBOURS, output=labels)  # no candidate touches another
+    scipy.ndimage.label(confidence > 0, _NEIGHBOURS, output=labels)  # no candidate touches another
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     found = []
-    for number, box in enumerate(ndimage.find_objects(labels), 1):
+    for number, box in enumerate(scipy.ndimage.find_objects(labels), 1):
         inside = labels[box] == number
         index = np.argwhere(inside) + [axis.start for axis in box]
         x, y, z = affine[:3, :3] @ index.mean(0)[::-1] + affine[:3, 3]
@@ -91,7 +89,7 @@ def detection_map(probability: np.ndarray) -> np.ndarray:
     while count < _MOST_CANDIDATES and (peak := working.max()) >= _LEAST_PEAK:
         edge = peak / _PEAK_TO_EDGE
         labels = np.empty(working.shape, np.int32)
-        ndimage.label(working >= edge, _NEIGHBOURS, output=labels)
+        scipy.ndimage.label(working >= edge, _NEIGHBOURS, output=labels)
         large = np.bincount(labels.ravel()) > _TOO_SMALL
         large[0] = False
         if not large.any():
@@ -104,7 +102,7 @@ def detection_map(probability: np.ndarray) -> np.ndarray:
         inner = _box(region)
         assert inner is not None
         around = tuple(slice(max(axis.start - 1, 0), axis.stop + 1) for axis in inner)
-        grown = np.asarray(ndimage.binary_dilation(region[around], _NEIGHBOURS), bool)
+        grown = np.asarray(scipy.ndimage.binary_dilation(region[around], _NEIGHBOURS), bool)
         if not (grown & (candidates[around] > 0)).any():
             candidates[region] = confidence
             count += 1
@@ -113,7 +111,7 @@ def detection_map(probability: np.ndarray) -> np.ndarray:
 
 def _box(mask: np.ndarray) -> tuple[slice, ...] | None:
     """Smallest box that holds all of ``mask``; None if it is empty."""
-    labels = ndimage.find_objects(mask.astype(np.uint8))
+    labels = scipy.ndimage.find_objects(mask.astype(np.uint8))
     return labels[0] if labels else None
 
 
@@ -129,7 +127,9 @@ def detect(probability: np.ndarray, truth: np.ndarray) -> Detection:
     results, confidence = [], 0.0
     box = _box(truth | (found > 0))  # picai_eval scans all that it gets for each lesion
     if box is not None:
-        results, confidence, *_ = evaluate_case(found[box], truth[box].astype(np.int32))
+        results, confidence, *_ = picai_eval().evaluate_case(
+            found[box], truth[box].astype(np.int32)
+        )
     return Detection(
         confidence=float(confidence),
         lesions=tuple(
@@ -137,6 +137,13 @@ def detect(probability: np.ndarray, truth: np.ndarray) -> Detection:
         ),
         voxels=bins(probability.ravel(), truth.ravel(), VOXEL_BINS),
     )
+
+
+def picai_eval() -> ModuleType:
+    """Its evaluation; the package takes seconds to load, and prints a request for citation."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        from picai_eval import eval
+    return eval
 
 
 def bins(probability: np.ndarray, positive: np.ndarray, num_bins: int) -> tuple[Bin, ...]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
-import surface_distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +64,8 @@ class Masks:
         voxel centres without areas and give other numbers for the same masks. Mirroring the grid
         or permuting its axes with the spacing changes nothing beyond rounding.
         """
+        import surface_distance  # slow to load, and not needed for --help
+
         return surface_distance.compute_surface_distances(
             self.truth, self.prediction, self.spacing_mm
         )

@@ -14,7 +14,6 @@ if nothing is predicted there, these are 0 and 1.
 from collections.abc import Sequence
 
 import numpy as np
-import surface_distance
 
 from data_pipelines.faults import DataError
 from experiments.measuring.masks import Masks, Metric
@@ -161,6 +160,8 @@ def hd95_mm(masks: Masks) -> float | None:
     """The larger of the two directed 95th percentiles of the surface distances."""
     if not masks.num_truth or not masks.num_predicted:
         return None
+    import surface_distance
+
     return float(surface_distance.compute_robust_hausdorff(masks.surface_distances, 95))
 
 
@@ -168,6 +169,8 @@ def assd_mm(masks: Masks) -> float | None:
     """Mean of the two directed average surface distances."""
     if not masks.num_truth or not masks.num_predicted:
         return None
+    import surface_distance
+
     there, back = surface_distance.compute_average_surface_distance(masks.surface_distances)
     return float((there + back) / 2)
 
@@ -196,6 +199,8 @@ def _surface_dice(masks: Masks, tolerance_mm: float) -> float | None:
     """Nikolov et al., arXiv 1809.04430; 0 for a miss."""
     if not masks.num_truth or not masks.num_predicted:
         return 0.0 if _is_missed(masks) else None
+    import surface_distance
+
     return float(
         surface_distance.compute_surface_dice_at_tolerance(masks.surface_distances, tolerance_mm)
     )

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 FEW_PATIENTS = 20
 """Below this number an interval is reported with a warning: see experiments/RESULTS.md."""
@@ -59,15 +59,15 @@ def bca_interval(
         np.abs(replicates - estimate) <= scale
     ).sum(0)
     share = np.clip(below, 0.5, np.maximum(valid - 0.5, 0.5)) / np.maximum(valid, 1)
-    bias = stats.norm.ppf(share)
+    bias = scipy.stats.norm.ppf(share)
     jackknife = np.where(np.isfinite(jackknife), jackknife, estimate)
     influence = jackknife.mean(0) - jackknife
     spread = (influence**2).sum(0)
     acceleration = (influence**3).sum(0) / np.maximum(6 * spread**1.5, 1e-300)
-    tail = stats.norm.ppf((1 - level) / 2)
+    tail = scipy.stats.norm.ppf((1 - level) / 2)
     ends = []
     for z in (bias + tail, bias - tail):
-        place = stats.norm.cdf(bias + z / np.maximum(1 - acceleration * z, 1e-12))
+        place = scipy.stats.norm.cdf(bias + z / np.maximum(1 - acceleration * z, 1e-12))
         index = np.clip(np.nan_to_num(place * valid), 0, np.maximum(valid - 1, 0)).astype(int)
         ends.append(np.take_along_axis(replicates, index[None], axis=0)[0])
     interval = np.stack(ends)
@@ -141,7 +141,7 @@ def paired_tests(differences: np.ndarray, patients: Sequence[str], *, seed: int 
     parts = sums / counts.mean()  # their mean is the mean over cases
     spread = float(parts.std(ddof=1)) if parts.size > 1 else 0.0
     moved = parts[parts != 0]
-    ranks = stats.rankdata(np.abs(moved))
+    ranks = scipy.stats.rankdata(np.abs(moved))
     return PairedTests(
         wilcoxon_p=float(wilcoxon_p(parts)),
         permutation_p=float(permutation_p(parts, seed=seed)),
@@ -156,7 +156,7 @@ def wilcoxon_p(differences: np.ndarray) -> np.ndarray:
     if not differences.any():
         return np.ones(differences.shape[:-1])
     with np.errstate(divide="ignore", invalid="ignore"):
-        result = stats.wilcoxon(differences, axis=-1)
+        result = scipy.stats.wilcoxon(differences, axis=-1)
     p = np.asarray(result.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
     return np.where(np.isfinite(p), p, 1.0)
 

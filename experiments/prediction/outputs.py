@@ -14,7 +14,6 @@ from cmsad_jax.inference import EnsemblePrediction, entropy
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case
 from data_pipelines.preparing import preprocessing
-from data_pipelines.reading import volume_io
 from experiments.measuring import lesions
 from experiments.measuring.lesions import Candidate
 from experiments.measuring.metrics import to_mask
@@ -216,6 +215,8 @@ class PredictionFolder:
 
         One volume at a time is brought there, so that memory stays near one probability map.
         """
+        from data_pipelines.reading import volume_io  # slow to load, and not needed for --help
+
         case, affine, classes = computed.case, computed.case.original_affine, description.classes
 
         def original(values: np.ndarray) -> np.ndarray:

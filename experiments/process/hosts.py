@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 from cmsad_jax.types import ConfigError
 from experiments.process.console import RunError
@@ -88,6 +87,8 @@ def wait() -> None:
     Through JAX's coordinator: a collective operation between CPUs gives up after half a minute.
     """
     if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
         multihost.sync_global_processes(
             f"cmsad-{next(_numbers)}",
             timeout=_LONGEST_WAIT_S,

@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from cmsad_jax.types import ConfigError
+from data_pipelines.command_line import current_names
 from data_pipelines.config import DataConfig
 from experiments.settings.config import Config, window
 from experiments.settings.options import REGISTRY
@@ -67,7 +68,7 @@ def parse(
 
     ``prog`` and ``description`` are what ``--help`` says of the program.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = current_names(sys.argv[1:] if arguments is None else arguments)
     name = "small"
     for i, argument in enumerate(arguments):
         if argument == "--preset" and i + 1 < len(arguments):

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from cmsad_jax.types import ConfigError
+from data_pipelines.config import MOVED, DataConfig
 
 T = TypeVar("T")
 
@@ -44,10 +46,14 @@ def to_json(config: Any) -> Any:
 def from_json(kind: type[T], values: Any) -> T:
     """A configuration from its JSON values; a field that is not there has its default.
 
+    Options of data sets are read where older versions had them, too.
+
     Raises:
         ConfigError: for a field that ``kind`` does not have.
     """
     hints = typing.get_type_hints(kind)
+    if kind is DataConfig:
+        values = _with_options_moved(values)
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
         raise ConfigError(
@@ -55,6 +61,15 @@ def from_json(kind: type[T], values: Any) -> T:
             f"{kind.__name__}. Use the version of cmsad-jax that wrote it."
         )
     return kind(**{name: _from_json(hints[name], value) for name, value in values.items()})
+
+
+def _with_options_moved(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data's settings, with the options of one data set under its name."""
+    moved = {name: value for name, value in data.items() if name not in MOVED}
+    for old, (data_set, name) in MOVED.items():
+        if old in data:
+            moved[data_set] = {name: data[old], **moved.get(data_set, {})}
+    return moved
 
 
 def _from_json(hint: Any, value: Any) -> Any:

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from cmsad_jax.types import ConfigError, Device
-from data_pipelines import validate
+from data_pipelines.building import validation
+from data_pipelines.building.builders import open_builder
 from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.files import expanded
@@ -48,6 +49,7 @@ from experiments.run_folder import (
     Results,
     RunFolder,
     fold_title,
+    folder_of,
 )
 from experiments.settings.config import Config
 from experiments.settings.stored import flatten, to_json
@@ -100,8 +102,9 @@ def run(config: Config, programs: Programs | None = None) -> Results | None:
 def open_source(config: Config) -> loading.CaseSource:
     """The run's data set, checked, and built where it has not been."""
     with naming_path(expanded(config.data.cache, "--data.cache"), "build the data set"):
-        validate.check(config.data, log)
-        return loading.build(config.data)
+        builder = open_builder(config.data)
+        validation.check(builder, log)
+        return loading.open_source(builder)
 
 
 def digest_of(config: Config, source: loading.CaseSource, folds: splits.Folds) -> str:
@@ -153,12 +156,6 @@ def run_folds(
         return None
     done = folder.done(config.num_folds)
     return finish(config, folder, mean_shape.run(config, source, folds, done))
-
-
-def folder_of(config: Config) -> RunFolder:
-    """The run folder, which ``complete`` has named."""
-    assert config.output is not None, "complete() names the run folder"
-    return RunFolder(config.output)
 
 
 def folds_in_words(config: Config, folds: splits.Folds) -> str:

@@ -18,9 +18,8 @@ from typing import cast
 from cmsad_jax.types import ConfigError
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import RunError, log, progress, run_main
+from experiments.run_folder import folder_of
 from experiments.settings.config import Config
-from experiments.studies import cross_validation
-from experiments.studies.cross_validation import folder_of
 from experiments.training.programs import Programs, compile_programs
 
 
@@ -60,6 +59,8 @@ def run_here(configs: Sequence[Config], done: Callable[[Path], str]) -> None:
 
     ``done`` is called with the folder of each run at its end, and gives the line to be printed.
     """
+    from experiments.studies import cross_validation  # slow to load, and not needed for --help
+
     shared: dict[Path, Programs] = {}
     for config in configs:
         row = folder_of(config).path.parent
@@ -107,6 +108,8 @@ def run_in_processes(configs: Sequence[Config], jobs: int, done: Callable[[Path]
 
 def _run_apart(config: Config, cores: Sequence[int]) -> None:
     """Run in a process of its own, which signals reach through its parent alone."""
+    from experiments.studies import cross_validation
+
     os.setsid()
     if sys.platform == "linux":
         os.sched_setaffinity(0, cores)

@@ -23,11 +23,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
@@ -38,6 +37,9 @@ from experiments.process.storage import file_sha256, naming_path
 from experiments.run_folder import RunFolder
 from experiments.settings.config import Config
 from experiments.settings.stored import differences, from_json, to_json
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 SCHEMA = 2
 """Version of the layout above. Raise it with any change of it, and add to ``MIGRATIONS``.
@@ -183,6 +185,8 @@ class Checkpoints:
         return path, record
 
     def _write(self, name: str, state: TrainState, record: Record) -> None:
+        import orbax.checkpoint as ocp
+
         folder = self._directory / name
         final = folder / f"{record['step']:08d}"
         partial = folder / f".{final.name}.tmp"
@@ -352,9 +356,7 @@ def load_params(run: Path, fold: int, *, checkpoint: str = "last") -> Params:
         wanted = jax.tree.map(lambda _: 0, {"average": tree["average"]})
         return checkpointer.restore(
             path / _STATE,
-            args=ocp.args.PyTreeRestore(
-                item=wanted, restore_args=_as_arrays(wanted), partial_restore=True
-            ),
+            args=_as_arrays(wanted, partial_restore=True),
         )["average"]
 
 
@@ -364,10 +366,7 @@ def _restore_state(path: Path, record: Record, like: TrainState) -> TrainState:
     stored = _with_separate_moments(like) if separate else like
     with _checkpointer() as checkpointer:
         try:
-            state = checkpointer.restore(
-                path / _STATE,
-                args=ocp.args.PyTreeRestore(item=stored, restore_args=_as_arrays(stored)),
-            )
+            state = checkpointer.restore(path / _STATE, args=_as_arrays(stored))
         except (KeyError, ValueError) as error:
             raise ConfigError(_other_network(path, record, str(error).splitlines()[0])) from error
 
@@ -408,8 +407,10 @@ def _is_moment(leaf: Any, state: TrainState) -> bool:
     return leaf.shape == (sum(weight.size for weight in jax.tree.leaves(state.params)),)
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer() -> "ocp.Checkpointer":
     """Orbax for this process alone: of several, only one writes and reads, and waits for none."""
+    import orbax.checkpoint as ocp
+
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -427,8 +428,15 @@ def _other_network(path: Path, record: Record, came: str) -> str:
     )
 
 
-def _as_arrays(tree: Any) -> Any:
-    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+def _as_arrays(tree: Any, *, partial_restore: bool = False) -> "ocp.args.PyTreeRestore":
+    """To restore a tree of this structure as host arrays."""
+    import orbax.checkpoint as ocp
+
+    return ocp.args.PyTreeRestore(
+        item=tree,
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree),
+        partial_restore=partial_restore,
+    )
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -1,9 +1,8 @@
 """What a train step is fed with: batches read by the host, or crops cut on the device."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from cmsad_jax.residency import take_crops
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT
 from data_pipelines.serving import loading
+from data_pipelines.serving.sampling import Sampling
 from experiments.settings.config import Config
 from experiments.training import memory
 
@@ -82,47 +82,25 @@ class Feed:
 
 
 def training_feed(
-    config: Config,
     source: loading.CaseSource,
     case_ids: Sequence[str],
+    sampling: Sampling,
     *,
-    seed: int,
-    foreground_share: float,
-    start_step: int = 0,
-    part: tuple[int, int] = (0, 1),
-    num_folds: int = 1,
-    unlabelled: Collection[str] = (),
+    where: str,
 ) -> Feed:
-    """The batches of one fold from ``start_step`` on, the same from the host and on the device.
+    """The batches of one fold for the steps that are left, the same from ``host`` and ``device``.
 
     Args:
-        config: of the run.
         source: all cases.
         case_ids: those to train on.
-        seed: of the sampling plan.
-        foreground_share: of the crops.
-        start_step: steps made before.
-        part: which of how many equal parts of each batch; see ``loading.train_batches``.
-        num_folds: fed at a time.
-        unlabelled: cases whose label is hidden.
+        sampling: what is drawn of them.
+        where: the cases lie; see ``choose_residency``.
     """
-    train = config.train
-    sampling: dict[str, Any] = {
-        "crop": train.crop,
-        "batch_size": train.batch_size,
-        "seed": seed,
-        "foreground_share": foreground_share,
-        "num_steps": train.steps,
-        "start_step": start_step,
-        "num_threads": train.read_threads,
-        "part": part,
-        "unlabelled": unlabelled,
-    }
-    if residency(config, source, num_folds=num_folds)[0] == "host":
-        return Feed(loading.train_batches(source, case_ids, **sampling))
-    plans = loading.train_plans(source, case_ids, **sampling)
+    if where == "host":
+        return Feed(loading.train_batches(source, case_ids, sampling))
+    plans = loading.train_plans(source, case_ids, sampling)
     cases = jax.device_put(loading.resident_arrays(source, case_ids), jax.local_devices()[0])
-    cut = jax.jit(partial(take_crops, crop=train.crop, unit=STORED_UNIT))
+    cut = jax.jit(partial(take_crops, crop=sampling.crop, unit=STORED_UNIT))
     crops = (plan | cut(cases, plan["case_index"], plan.pop("offset")) for plan in plans)
     return Feed(crops, sum(array.nbytes for array in jax.tree.leaves(cases)))
 

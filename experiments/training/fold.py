@@ -17,6 +17,7 @@ import numpy as np
 from cmsad_jax.losses.distillation import COLLAPSED
 from cmsad_jax.training import MAP_DISTANCE, TrainState
 from data_pipelines.serving import loading
+from data_pipelines.serving.sampling import Sampling
 from experiments.process import hosts
 from experiments.process.console import RunError, log
 from experiments.process.records import decode
@@ -25,7 +26,7 @@ from experiments.run_folder import SCHEMA, Best, FoldFolder, FoldSummary, fold_t
 from experiments.settings.config import Config
 from experiments.settings.stored import to_json
 from experiments.training.checkpoints import Checkpoints, newest_intact
-from experiments.training.feed import Feed, hidden_labels, training_feed
+from experiments.training.feed import Feed, hidden_labels, residency, training_feed
 
 LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""
@@ -312,9 +313,8 @@ class FoldInTraining:
 def train_batches(
     config: Config,
     source: loading.CaseSource,
-    training: Sequence[str],
+    fold: Fold,
     *,
-    fold: int,
     start: int = 0,
     num_folds: int = 1,
 ) -> Feed:
@@ -325,29 +325,31 @@ def train_batches(
     train = config.train
     if start == train.steps:
         return Feed(iter(()))
-    share, seed = train.foreground_share, config.seed * 1000 + fold
+    share, seed = train.foreground_share, config.seed * 1000 + fold.number
     unlabelled: frozenset[str] = frozenset()
     if train.unlabelled:
-        unlabelled = hidden_labels(source, training, share=train.unlabelled, seed=seed)
+        unlabelled = hidden_labels(source, fold.training, share=train.unlabelled, seed=seed)
         log(
-            f"fold {fold}: {len(training) - len(unlabelled)} training cases with a label, "
-            f"{len(unlabelled)} without"
+            f"fold {fold.number}: {len(fold.training) - len(unlabelled)} training cases with a "
+            f"label, {len(unlabelled)} without"
         )
-    labelled = [case_id for case_id in training if case_id not in unlabelled]
+    labelled = [case_id for case_id in fold.training if case_id not in unlabelled]
     if share and not any(source.foreground(case_id).size for case_id in labelled):
         share = 0.0
-        log(f"fold {fold}: no training case holds the target; crops are drawn at random")
-    return training_feed(
-        config,
-        source,
-        training,
+        log(f"fold {fold.number}: no training case holds the target; crops are drawn at random")
+    sampling = Sampling(
+        crop=train.crop,
+        batch_size=train.batch_size,
+        num_steps=train.steps,
         seed=seed,
         foreground_share=share,
+        unlabelled=unlabelled,
         start_step=start,
         part=hosts.part(),
-        num_folds=num_folds,
-        unlabelled=unlabelled,
+        num_threads=train.read_threads,
     )
+    where, _ = residency(config, source, num_folds=num_folds)
+    return training_feed(source, fold.training, sampling, where=where)
 
 
 def _mean(values: Sequence[float]) -> float | None:

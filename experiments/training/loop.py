@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -69,108 +69,215 @@ def train_folds(
         RunError: too many updates in a row were not finite, or a step needs too much memory.
         OSError: a checkpoint cannot be written; it names the path.
     """
-    train, check_at = config.train, validation_steps(config)
-    place, _ = programs.of_folds(len(folds))
-
-    def saves(number: int) -> bool:
-        due = number in check_at or number == train.steps
-        return due or number % train.checkpoint_every == 0
-
     with contextlib.ExitStack() as closing, deferred_signals() as stop:
         members = [FoldInTraining(config, fold, source.fingerprint) for fold in folds]
         for member in members:
             closing.callback(member.close)
+        training = Training(config, programs, source, members)
+        while training.number < config.train.steps:
+            training.make()
+            stopping = stop.after_step()
+            saving = stopping or training.saves(training.number)
+            training.count(everything=saving)
+            if training.stuck:
+                training.give_up()
+            if not saving:
+                continue
+            states = training.states()
+            if training.number in training.check_at:
+                training.look(states)
+            training.save(states)
+            if stopping:
+                training.say_saved()
+                break
+    return training.results()
+
+
+class Made(NamedTuple):
+    """A call that was made: what each fold gave, what came of it, and whether it was compiled."""
+
+    calls: list[Call]
+    metrics: dict[str, jax.Array]
+    """Numbers, with an axis of folds if there are several, and then one of steps likewise."""
+    first: bool
+
+    @property
+    def size(self) -> int:
+        """How many steps it made."""
+        return len(self.calls[0].batches)
+
+
+class Training:
+    """Folds in training side by side: their state on the devices, and the calls not counted yet.
+
+    Looking at a call waits for it: one call behind, the device is kept busy.
+
+    Args:
+        config: of the run.
+        programs: of the run.
+        source: all cases.
+        members: the folds, which all go on from the same step.
+
+    Attributes:
+        number: of steps made.
+        check_at: steps after which the validation folds are looked at.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        programs: Programs,
+        source: loading.CaseSource,
+        members: Sequence[FoldInTraining],
+    ):
+        self._config, self._programs, self._source = config, programs, source
+        self._members = members
+        self._place, _ = programs.of_folds(len(members))
+        self.check_at = validation_steps(config)
         seed = jax.random.key(config.seed)
-        state = place.place_state(
+        self._state = self._place.place_state(
             [
                 member.resume(programs.init(jax.random.fold_in(seed, member.fold.number)))
                 for member in members
             ]
         )
-        (start,) = {member.start for member in members}  # see ``groups``
-        shared = {"start": start, "num_folds": len(folds)}
-        feeds = [
-            train_batches(config, source, fold.training, fold=fold.number, **shared)
-            for fold in folds
+        (self.number,) = {member.start for member in members}  # see ``groups``
+        self._feeds = [
+            train_batches(config, source, member.fold, start=self.number, num_folds=len(members))
+            for member in members
         ]
-        opened = time.perf_counter()
+        self._uncounted: list[Made] = []
+        self._compiled: set[int] = set()
+        self._needed: memory.Estimate | None = None
+        self._opened = self._mark = time.perf_counter()
         title = ", ".join(member.title for member in members)
-        bar = progress((), description=f"{title} training", total=train.steps, initial=start)
-        uncounted: list[tuple[list[Call], dict[str, jax.Array]]] = []
-        compiled: set[int] = set()
-        needed: memory.Estimate | None = None
-        mark, number = time.perf_counter(), start
-        while number < train.steps:
-            with memory.explained(config):
-                calls, placed, program = next_call(
-                    config, programs, feeds, number, saves, [fold.training for fold in folds]
+        self._bar = progress(
+            (),
+            description=f"{title} training",
+            total=config.train.steps,
+            initial=self.number,
+        )
+
+    def saves(self, number: int) -> bool:
+        """Whether something is saved after a step."""
+        train = self._config.train
+        due = number in self.check_at or number == train.steps
+        return due or number % train.checkpoint_every == 0
+
+    def make(self) -> None:
+        """Start the next call."""
+        training = [member.fold.training for member in self._members]
+        with memory.explained(self._config):
+            calls, placed, program = next_call(
+                self._config, self._programs, self._feeds, self.number, self.saves, training
+            )
+            step, size = program.step, len(calls[0].batches)
+            first = size not in self._compiled
+            if first:
+                step = uncollected(step)
+                resident = sum(feed.resident_bytes for feed in self._feeds)
+                self._needed = uncollected(memory.check)(
+                    self._config, program.step, self._state, placed, resident_bytes=resident
                 )
-                size = len(calls[0].batches)
-                make = program.step
-                if size not in compiled:
-                    make = uncollected(make)
-                    resident = sum(feed.resident_bytes for feed in feeds)
-                    needed = uncollected(memory.check)(
-                        config, program.step, state, placed, resident_bytes=resident
-                    )
-            with memory.explained(config, needed):
-                state, metrics = make(state, placed)
-                if size not in compiled:
-                    jax.block_until_ready(state)
-            number += size
-            uncounted.append((calls, metrics))
-            stopping = stop.after_step()
-            saving = stopping or saves(number)
-            # Looking at a call waits for it; one call behind, the device is kept busy.
-            cut = len(uncounted) - (0 if saving or train.max_skipped == 1 else 1)
-            counted, uncounted = uncounted[:cut], uncounted[cut:]
-            jax.block_until_ready([metrics for _, metrics in counted])
-            each_s = (time.perf_counter() - mark) / len(members)
-            for member in members:
-                member.done.time(each_s, size, first=size not in compiled)
-            compiled.add(size)
-            mark = time.perf_counter()
-            count(members, counted)
-            if any(member.done.skipped_in_a_row for member in members):
-                # Nothing is started before it is known what came of the last.
-                count(members, uncounted)
-                uncounted = []
-            bar.set_postfix(shown(members), refresh=False)
-            bar.update(size)
-            stuck = any(member.too_many for member in members)
-            if not (saving or stuck):
-                continue
-            fetched = list(zip(members, place.fetch_state(state), strict=True))
-            if stuck:
-                give_up(fetched, number)
-            if number in check_at and hosts.is_first():
-                for member, of_fold in fetched:
-                    cases = loading.eval_cases(source, member.fold.validation)
-                    score = reference_dice(programs, of_fold.average, cases, config)
-                    member.look(number, score, of_fold)
-            for member in members:
-                member.done.train_s += (time.perf_counter() - mark) / len(members)
-            mark = time.perf_counter()
-            if hosts.is_first():
-                for member, of_fold in fetched:
-                    member.save(number, of_fold)
-            hosts.wait()
-            if stopping:
-                for member in members:
-                    member.saved(number)
-                break
-    elapsed = time.perf_counter() - opened
-    bar.close()
-    waited_s = sum(feed.waited_s for feed in feeds)
-    facts = {
-        "steps_per_call": programs.steps_per_call,
-        "folds_side_by_side": len(folds),
-        "input_wait_share": round(waited_s / max(elapsed, 1e-9), 4),
-    }
-    return [
-        (of_fold.average, dataclasses.replace(member.summary(), **facts))
-        for member, of_fold in zip(members, place.fetch_state(state), strict=True)
-    ]
+        with memory.explained(self._config, self._needed):
+            self._state, metrics = step(self._state, placed)
+            if first:
+                jax.block_until_ready(self._state)
+        self._compiled.add(size)
+        self.number += size
+        self._uncounted.append(Made(calls, metrics, first))
+
+    def count(self, *, everything: bool) -> None:
+        """Let each fold account for the calls that are done: all but the last, or ``everything``.
+
+        The last one too where a fold may have to stop at it.
+        """
+        last = self._uncounted[-1]
+        ahead = 0 if everything or self._config.train.max_skipped == 1 else 1
+        due = len(self._uncounted) - ahead
+        jax.block_until_ready([made.metrics for made in self._uncounted[:due]])
+        each_s = self._lap()
+        for member in self._members:
+            member.done.time(each_s, last.size, first=last.first)
+        self._count(due)
+        if any(member.done.skipped_in_a_row for member in self._members):
+            # Nothing is started before it is known what came of the last.
+            self._count(len(self._uncounted))
+        self._bar.set_postfix(shown(self._members), refresh=False)
+        self._bar.update(last.size)
+
+    def _count(self, num_calls: int) -> None:
+        for made in self._uncounted[:num_calls]:
+            values = {
+                name: np.asarray(value).reshape(len(self._members), -1)
+                for name, value in made.metrics.items()
+            }
+            for i, (member, call) in enumerate(zip(self._members, made.calls, strict=True)):
+                member.count(call.steps({name: of_folds[i] for name, of_folds in values.items()}))
+        del self._uncounted[:num_calls]
+
+    def _lap(self) -> float:
+        """Each fold's part of the time since the last lap."""
+        before, self._mark = self._mark, time.perf_counter()
+        return (self._mark - before) / len(self._members)
+
+    def states(self) -> list[TrainState]:
+        """The state of each fold, on the host."""
+        return self._place.fetch_state(self._state)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether too many updates in a row of a fold were not finite."""
+        return any(member.too_many for member in self._members)
+
+    def give_up(self) -> NoReturn:
+        """Save every fold, and raise for one that is stuck."""
+        errors = []
+        for member, state in zip(self._members, self.states(), strict=True):
+            if member.too_many is not None:
+                errors.append(member.give_up(self.number, state))
+            elif hosts.is_first():
+                member.save(self.number, state)
+        raise errors[0]
+
+    def look(self, states: Sequence[TrainState]) -> None:
+        """Measure the validation fold of each, and keep a state that is the best so far."""
+        if not hosts.is_first():
+            return
+        for member, state in zip(self._members, states, strict=True):
+            cases = loading.eval_cases(self._source, member.fold.validation)
+            score = reference_dice(self._programs, state.average, cases, self._config)
+            member.look(self.number, score, state)
+
+    def save(self, states: Sequence[TrainState]) -> None:
+        """Begin to write the checkpoints ``last``; of several processes the first does."""
+        each_s = self._lap()
+        for member in self._members:
+            member.done.train_s += each_s
+        if hosts.is_first():
+            for member, state in zip(self._members, states, strict=True):
+                member.save(self.number, state)
+        hosts.wait()
+
+    def say_saved(self) -> None:
+        """Return, and say so, once the checkpoints are written."""
+        for member in self._members:
+            member.saved(self.number)
+
+    def results(self) -> list[tuple[Params, FoldSummary]]:
+        """For each fold the weights to evaluate and a summary; see ``train_folds``."""
+        elapsed = time.perf_counter() - self._opened
+        self._bar.close()
+        waited_s = sum(feed.waited_s for feed in self._feeds)
+        facts = {
+            "steps_per_call": self._programs.steps_per_call,
+            "folds_side_by_side": len(self._members),
+            "input_wait_share": round(waited_s / max(elapsed, 1e-9), 4),
+        }
+        return [
+            (state.average, dataclasses.replace(member.summary(), **facts))
+            for member, state in zip(self._members, self.states(), strict=True)
+        ]
 
 
 def next_call(
@@ -215,20 +322,6 @@ def next_call(
     return calls, program.place_batch(given), program
 
 
-def count(
-    members: Sequence[FoldInTraining],
-    called: Sequence[tuple[Sequence[Call], dict[str, jax.Array]]],
-) -> None:
-    """Let each fold account for the steps of calls that were made, by what they gave and came to.
-
-    Metrics are numbers, with an axis of folds if there are several, and then one of steps likewise.
-    """
-    for calls, metrics in called:
-        values = {name: np.asarray(v).reshape(len(members), -1) for name, v in metrics.items()}
-        for i, (member, call) in enumerate(zip(members, calls, strict=True)):
-            member.count(call.steps({name: of_folds[i] for name, of_folds in values.items()}))
-
-
 def shown(members: Sequence[FoldInTraining]) -> dict[str, float | None]:
     """What the progress bar says of the last rows of their histories: means over the folds."""
     rows = [member.done.history[-1] for member in members if member.done.history]
@@ -237,14 +330,3 @@ def shown(members: Sequence[FoldInTraining]) -> dict[str, float | None]:
         values = [value for row in rows if (value := row[name]) is not None]
         found |= {name: float(np.mean(values))} if values else {}
     return found
-
-
-def give_up(fetched: Sequence[tuple[FoldInTraining, TrainState]], number: int) -> NoReturn:
-    """Save every fold with its state after step ``number``, and raise for one that is stuck."""
-    errors = []
-    for member, state in fetched:
-        if member.too_many is not None:
-            errors.append(member.give_up(number, state))
-        elif hosts.is_first():
-            member.save(number, state)
-    raise errors[0]

@@ -19,7 +19,7 @@ def test_hours_of_a_run_follow_from_steps_looks_and_cases():
 
 def test_preset_is_measured_on_phantom_cases(tmp_path):
     config = cv.measured_config("slice2d", tmp_path, 7, "device", 5)
-    assert (config.data.name, config.data.num_cases) == ("phantom", 7)
+    assert (config.data.name, config.data.phantom.num_cases) == ("phantom", 7)
     assert (config.data.cache, config.data.residency) == (tmp_path, "device")
     assert config.train == PRESETS["slice2d"].train
     assert config.folds_at_once == 5

@@ -19,6 +19,7 @@ from data_pipelines.case import Case, CaseInfo
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError, Problem
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder as FolderBuilder
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.preparing.examination import examine
 from data_pipelines.preparing.preprocessing import preprocess_case
 from data_pipelines.serving.splits import group_folds
@@ -92,7 +93,10 @@ def test_whatever_matters_makes_another_data_set(tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(config.path, moved)
     assert FolderBuilder(dataclasses.replace(config, path=moved)).data_dir == folder
-    assert FolderBuilder(dataclasses.replace(config, num_cases=7)).data_dir == folder
+    assert (
+        FolderBuilder(dataclasses.replace(config, phantom=PhantomOptions(num_cases=7))).data_dir
+        == folder
+    )
     smaller = PreprocessConfig(spacing_mm=(3, 1, 1), size=(4, 16, 16))
     changed = [
         dataclasses.replace(config, preprocess=smaller),

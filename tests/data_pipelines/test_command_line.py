@@ -1,11 +1,13 @@
 """Programs end with a status and one message, whatever stops them."""
 
 import sys
+import warnings
 
 import pytest
 
 from data_pipelines import build, command_line, validate
 from data_pipelines.faults import DataError
+from data_pipelines.phantom.options import PhantomOptions
 
 
 @pytest.mark.parametrize("program", [build, validate])
@@ -30,3 +32,31 @@ def test_a_program_ends_in_one_message(program, fault, status, message, monkeypa
         command_line.run(main, program.Arguments, module="program", description="A program.")
     assert ended.value.code == status
     assert message in capsys.readouterr().err
+
+
+def test_options_of_a_data_set_are_understood_under_their_older_names(monkeypatch):
+    given = [
+        "--data.num-cases=3",
+        "--data.num_cases",
+        "4",
+        "--data.name=phantom",
+        "--data.reader=2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["program", *given])
+
+    def main(arguments) -> int:
+        assert arguments.data.phantom == PhantomOptions(num_cases=4)
+        assert arguments.data.prostate158.reader == 2
+        return 0
+
+    message = "--data.num-cases is --data.phantom.num-cases now; use that name"
+    with pytest.warns(FutureWarning, match=message), pytest.raises(SystemExit) as ended:
+        command_line.run(main, build.Arguments, module="program", description="A program.")
+    assert ended.value.code == 0
+
+
+def test_current_names_are_left_alone():
+    given = ["--data.phantom.num-cases=3", "--data.seeds=1", "data.seed", "--seed=2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert command_line.current_names(given) == given

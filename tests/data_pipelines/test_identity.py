@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.building.identity import PACKAGE, code_sha256
+from data_pipelines.building.identity import PACKAGE, Identity, code_sha256
+from data_pipelines.config import DataConfig
 from data_pipelines.nifti_folder import nifti_folder_dataset_builder as builder
+from data_pipelines.phantom.options import PhantomOptions
+from data_pipelines.phantom.phantom_dataset_builder import Builder as Phantom
 
 FILE = Path(builder.__file__).relative_to(PACKAGE.parent)
 
@@ -77,6 +80,19 @@ def test_a_moved_function_is_followed(package):
     before = digest(package)
     write(package, {"wing/other": "def read():\n    return 'LPS'\n"})
     assert digest(package) != before
+
+
+def test_of_the_options_of_a_data_set_those_that_change_a_case_count():
+    def digests(**options) -> tuple[str, str]:
+        data_set = Phantom(DataConfig(phantom=PhantomOptions(num_cases=2, **options)))
+        identity = Identity(data_set)
+        return identity.of_all(), identity.of_case(data_set.entries[0])
+
+    (all_, one), (other_all, other) = digests(), digests(seed=1)
+    assert len({all_, one, other_all, other}) == 4
+    larger = Identity(Phantom(DataConfig(phantom=PhantomOptions(num_cases=3))))
+    assert larger.of_case(larger.data_set.entries[0]) == one
+    assert larger.of_all() != all_
 
 
 def test_a_real_builder_depends_on_its_geometry_and_not_on_the_loading(tmp_path):

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.building import builders
 from data_pipelines.building.records import encode
 from data_pipelines.case import STORED_UNIT, Case, CaseInfo
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
-from data_pipelines.serving import loading
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.serving.loading import (
     CaseSource,
     build,
@@ -22,6 +23,7 @@ from data_pipelines.serving.loading import (
     train_batches,
     train_plans,
 )
+from data_pipelines.serving.sampling import Sampling
 
 SHAPE = (4, 12, 10)
 CROP = (2, 8, 6)
@@ -70,9 +72,12 @@ def make_source(num_cases=5, **options) -> CaseSource:
 
 def batches(source=None, case_ids=None, **options):
     source = source or make_source()
-    settings = {"crop": CROP, "batch_size": 2, "seed": 1, "num_steps": 9}
     case_ids = source.case_ids if case_ids is None else case_ids
-    return list(train_batches(source, case_ids, **{**settings, **options}))
+    return list(train_batches(source, case_ids, sampling(**options)))
+
+
+def sampling(**options) -> Sampling:
+    return Sampling(**{"crop": CROP, "batch_size": 2, "seed": 1, "num_steps": 9, **options})
 
 
 def joined(parts):
@@ -98,7 +103,7 @@ def test_batch_has_the_documented_arrays():
 
 def test_batches_hold_the_planned_crops_of_image_and_label():
     source = make_source()
-    plan = sampling_plan(source, source.case_ids, crop=CROP, seed=1)
+    plan = sampling_plan(source, source.case_ids, sampling())
     drawn = joined(batches(source))
     for i in range(18):
         case, crop = make_case(plan[i].case_index), plan[i]
@@ -225,10 +230,9 @@ def test_foreground_indices_are_those_of_the_label():
 )
 def test_impossible_requests_fail_before_the_first_batch(options, message):
     source = make_source()
-    settings = {"crop": CROP, "batch_size": 2, "seed": 1, "num_steps": 9, **options}
-    case_ids = settings.pop("case_ids", source.case_ids)
+    case_ids = options.pop("case_ids", source.case_ids)
     with pytest.raises(DataError, match=message):
-        train_batches(source, case_ids, **settings)
+        train_batches(source, case_ids, sampling(**options))
 
 
 @pytest.mark.parametrize("start_step", [0, 3])
@@ -240,7 +244,7 @@ def test_processes_read_equal_parts_that_make_the_batch(start_step):
         assert_equal(joined(parts), batch)
     source = make_source()
     plans = [
-        list(train_plans(source, source.case_ids, crop=CROP, seed=1, **options, part=(i, 2)))
+        list(train_plans(source, source.case_ids, sampling(**options, part=(i, 2))))
         for i in range(2)
     ]
     for batch, *parts in zip(whole, *plans, strict=True):
@@ -256,23 +260,22 @@ def test_unknown_data_set_is_refused_by_name(tmp_path):
 
 
 def test_every_builder_is_found():
-    assert {"nifti_folder", "phantom", "picai"} <= set(loading.builder_names())
+    assert {"nifti_folder", "phantom", "picai"} <= set(builders.builder_names())
 
 
 def test_a_built_data_set_gives_batches_and_is_not_built_again(tmp_path):
-    config = DataConfig(name="phantom", num_cases=4, cache=tmp_path)
+    config = DataConfig(name="phantom", phantom=PhantomOptions(num_cases=4), cache=tmp_path)
     source = build(config)
     assert len(source) == 4
-    settings = {"crop": (8, 32, 32), "batch_size": 2, "seed": 0, "num_steps": 3}
     share = 1 / 3 if any(info.positive for info in source.info) else 0
-    settings["foreground_share"] = share
-    first = joined(list(train_batches(source, source.case_ids, **settings)))
+    drawn = sampling(crop=(8, 32, 32), num_steps=3, foreground_share=share)
+    first = joined(list(train_batches(source, source.case_ids, drawn)))
     assert first["image"].shape == (6, 8, 32, 32, 3)
     assert np.isfinite(first["image"]).all()
     assert first["image"].std() > 0
     again = build(config)
     assert again.fingerprint == source.fingerprint
-    assert_equal(joined(list(train_batches(again, again.case_ids, **settings))), first)
+    assert_equal(joined(list(train_batches(again, again.case_ids, drawn))), first)
     pairs = itertools.zip_longest(eval_cases(source, source.case_ids), source.info)
     for case, info in pairs:
         assert (case.case_id, case.positive) == (info.case_id, info.positive)
@@ -294,7 +297,9 @@ def damage(kind: str, file: Path) -> None:
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A data set that was built, to be copied."""
-    config = DataConfig(name="phantom", num_cases=4, cache=tmp_path_factory.mktemp("stored"))
+    config = DataConfig(
+        name="phantom", phantom=PhantomOptions(num_cases=4), cache=tmp_path_factory.mktemp("stored")
+    )
     build(config)
     return config
 
@@ -333,10 +338,10 @@ def test_file_lost_while_it_is_read_is_named_with_the_case(stored, tmp_path):
     (file,) = cache.rglob("*.array_record-*")
     content = file.read_bytes()
     os.truncate(file, 0)
-    settings = {"crop": (8, 32, 32), "batch_size": 2, "seed": 0, "num_steps": 3}
+    drawn = sampling(crop=(8, 32, 32), num_steps=3, foreground_share=0)
     with pytest.raises(DataError, match=f"cannot read case {second} in {file.parent}"):
         source[second]
     with pytest.raises(DataError, match="cannot read case"):
-        list(train_batches(source, source.case_ids, foreground_share=0, **settings))
+        list(train_batches(source, source.case_ids, drawn))
     file.write_bytes(content)
     assert source[second].case_id == second

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from data_pipelines.building.validation import validate
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.modalities import by_modality, standard_names
@@ -15,7 +16,6 @@ from data_pipelines.msd_prostate.msd_prostate_dataset_builder import Builder as 
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder
 from data_pipelines.prostate158.prostate158_dataset_builder import Builder as Prostate158Builder
 from data_pipelines.reading.case_files import check_patients
-from data_pipelines.validate import validate
 from experiments.prediction.inputs import find_inputs
 from tests.data_pipelines.fabricate import SMALL, affine, raw_case, save, write_folder
 from tests.data_pipelines.test_layouts import write_nnunet

@@ -27,6 +27,7 @@ from data_pipelines.phantom.anatomy import (
     make_anatomy,
     patient_of,
 )
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.phantom.phantom import make_case
 from data_pipelines.phantom.phantom_dataset_builder import Builder
 from data_pipelines.preparing.geometry import resample
@@ -295,7 +296,7 @@ def test_lesions_reach_into_the_default_reference_grid(positives):
 def test_a_built_case_does_not_depend_on_the_number_of_cases(tmp_path):
     stored = []
     for num_cases in (1, 2):
-        builder = Builder(DataConfig(num_cases=num_cases, cache=tmp_path))
+        builder = Builder(DataConfig(phantom=PhantomOptions(num_cases=num_cases), cache=tmp_path))
         builder.prepare()
         cases = [decode(record) for record in builder.source()]
         assert len(cases) == num_cases
@@ -308,15 +309,18 @@ def test_a_built_case_does_not_depend_on_the_number_of_cases(tmp_path):
 
 
 def test_another_seed_is_another_data_set(tmp_path):
-    names = {Builder(DataConfig(seed=s, cache=tmp_path))._config_name() for s in (0, 1)}
-    assert len(names) == 2
+    options = [PhantomOptions(seed=seed) for seed in (0, 1)]
+    folders = {Builder(DataConfig(phantom=one, cache=tmp_path)).data_dir for one in options}
+    assert len(folders) == 2
 
 
 def test_no_cases_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"at least one case; got 0\. Use --data\.num-cases=100"):
-        Builder(DataConfig(num_cases=0, cache=tmp_path))
+    with pytest.raises(
+        DataError, match=r"at least one case; got 0\. Use --data\.phantom\.num-cases=100"
+    ):
+        Builder(DataConfig(phantom=PhantomOptions(num_cases=0), cache=tmp_path))
 
 
 def test_a_negative_seed_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"seed must not be negative; got -1"):
-        Builder(DataConfig(seed=-1, cache=tmp_path))
+        Builder(DataConfig(phantom=PhantomOptions(seed=-1), cache=tmp_path))

@@ -9,13 +9,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data_pipelines.building.builders import builder_names, open_builder
 from data_pipelines.building.records import decode
 from data_pipelines.case import CaseInfo, Volume
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.picai.picai_dataset_builder import on_t2w_grid
+from data_pipelines.prostate158.options import Prostate158Options
 from data_pipelines.serving import splits
-from data_pipelines.serving.loading import builder_names, open_builder
 from tests.data_pipelines.fabricate import SMALL, raw_case, save
 
 PACKAGE = Path(__file__).parents[2] / "data_pipelines"
@@ -40,7 +41,7 @@ def cases_of(config: DataConfig):
 def problems_of(config: DataConfig) -> list[tuple[str, str]]:
     """Level and text of the problems of the first case."""
     builder = open_builder(config)
-    found = builder.examine_anew(builder.entries[0])
+    found = builder.examine(builder.entries[0])
     return [(p.level, p.text) for p in found.problems if "1e-6 mm2/s" not in p.text]
 
 
@@ -275,7 +276,7 @@ def test_prostate158_cases_and_their_readers(tmp_path):
     (root / "train.csv").write_text("ID,t2\n20,train/020/t2.nii.gz\n")
     config = config_of("prostate158", root)
     _, first = cases_of(config)
-    _, second = cases_of(dataclasses.replace(config, reader=2))
+    _, second = cases_of(dataclasses.replace(config, prostate158=Prostate158Options(2)))
     assert list(first) == list(second) == ["020", "021"]
     assert first["020"].original_truth[3, 11].sum() == 0 < first["020"].original_truth[3, 12].sum()
     assert (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.faults import DataError
-from data_pipelines.serving.sampling import SamplingPlan
+from data_pipelines.serving.sampling import Sampling, SamplingPlan
 
 SHAPE = (4, 9, 7)
 CROP = (2, 5, 4)
@@ -30,8 +30,8 @@ FIRST_KEY = [1746192816, 3474647608]
 
 
 def make_plan(cases=CASES, **options):
-    settings = {"crop": CROP, "seed": 3, "foreground_share": 1 / 3}
-    return SamplingPlan(cases, SHAPE, **{**settings, **options})
+    settings = {"crop": CROP, "seed": 3, "foreground_share": 1 / 3, **options}
+    return SamplingPlan(cases, SHAPE, Sampling(**settings, batch_size=2, num_steps=9))
 
 
 def draw(plan, count):

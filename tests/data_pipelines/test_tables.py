@@ -2,10 +2,10 @@
 
 import pytest
 
+from data_pipelines.building.builders import open_builder
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.reading.tables import read_table
-from data_pipelines.serving.loading import open_builder
 from tests.data_pipelines.fabricate import raw_case, write_folder
 
 ROWS = [{"case": "a", "patient": "p1", "note": ""}, {"case": "b", "patient": "p, 2", "note": "x"}]

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from data_pipelines import validate
+from data_pipelines.building import validation
+from data_pipelines.building.builders import open_builder
 from data_pipelines.case import Volume
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, Problem, format_table
 from data_pipelines.preparing import contact_sheet
 from data_pipelines.preparing.examination import Facts, duplicates, examine, fingerprint
 from data_pipelines.preparing.preprocessing import preprocess_case
-from data_pipelines.serving.loading import open_builder
 from tests.data_pipelines.fabricate import SMALL, raw_case, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +95,7 @@ def test_ten_planted_faults_are_told_in_one_run(tmp_path):
     assert "the data set cannot be built; cases: 10, errors: 7" in done.stdout
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("cases      10 of 10 patients")
-    findings = validate.validate(open_builder(config))
+    findings = validation.validate(open_builder(config))
     for case_id, text, level in faults.values():
         hits = [
             problem
@@ -110,7 +111,7 @@ def test_ten_planted_faults_are_told_in_one_run(tmp_path):
     assert {tile.case_id for tile in findings.tiles} == set("hij")
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
     with pytest.raises(DataError, match="the data set cannot be built; cases: 10, errors: 7"):
-        validate.check(config, print)
+        validation.check(open_builder(config), print)
 
 
 def test_faults_of_one_case_do_not_hide_each_other(tmp_path):
@@ -119,7 +120,7 @@ def test_faults_of_one_case_do_not_hide_each_other(tmp_path):
     raw.images["hbv"].array[:] = 4
     config = write_folder(tmp_path / "data", raw)
     (config.path / "a" / "adc.nii.gz").write_bytes(b"")
-    problems = validate.validate(open_builder(config)).problems
+    problems = validation.validate(open_builder(config)).problems
     assert [problem.file.name for problem in problems] == [
         "adc.nii.gz",
         "hbv.nii.gz",
@@ -134,19 +135,19 @@ def test_a_clean_data_set_passes_and_is_built_from_what_was_read(tmp_path, monke
     assert (done.returncode, done.stderr) == (0, "")
     assert "the data set can be built; cases: 2, errors: 0, warnings: 0." in done.stdout
     messages = []
-    validate.check(config, messages.append)
+    validation.check(open_builder(config), messages.append)
     assert messages == []
     builder = open_builder(config)
     monkeypatch.setattr(type(builder), "read_available", None)  # must not be needed again
     builder.prepare()
     assert [info.case_id for info in builder.infos] == ["a", "b"]
-    validate.check(config, messages.append)
+    validation.check(open_builder(config), messages.append)
 
 
 def test_warnings_are_logged_and_do_not_stop_a_run(tmp_path):
     config = write_folder(tmp_path / "data", real_adc(raw_case("a"), scale=1e-3))
     messages = []
-    validate.check(config, messages.append)
+    validation.check(open_builder(config), messages.append)
     assert len(messages) == 1
     assert "warnings: 1." in messages[0]
     assert "1e-6 mm2/s" in messages[0].replace("\n", " ")
@@ -317,7 +318,7 @@ def test_contact_sheet_outlines_the_label(tmp_path):
 
 def test_real_patients_are_clean(shared_data, tmp_path):
     config = DataConfig(name="picai", path=shared_data / "picai_mini", cache=tmp_path)
-    findings = validate.validate(open_builder(config))
+    findings = validation.validate(open_builder(config))
     assert findings.problems == []
     assert len(findings.tiles) == 5
     lines = fingerprint(findings.facts, config).splitlines()

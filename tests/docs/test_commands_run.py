@@ -21,6 +21,7 @@ from cmsad_jax.augmentation import AugmentationConfig
 from cmsad_jax.modules import EncoderConfig, FusionConfig, NetworkConfig
 from cmsad_jax.training import LossConfig
 from data_pipelines.phantom.anatomy import case_id_of
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.phantom.phantom import make_case
 from data_pipelines.reading import volume_io
 from experiments import missing
@@ -61,7 +62,7 @@ TINY = dataclasses.replace(
     loss=LossConfig(cross_modal_weight=0.0, self_weight=0.0),
     data=dataclasses.replace(
         PRESETS["small"].data,
-        num_cases=5,
+        phantom=PhantomOptions(num_cases=5),
         preprocess=dataclasses.replace(
             PRESETS["small"].data.preprocess, spacing_mm=(6.0, 6.0, 6.0), size=(8, 16, 16)
         ),

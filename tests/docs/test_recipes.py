@@ -105,7 +105,11 @@ def test_data_set(tree):
     with pytest.raises(AssertionError, match=r"must have every modality +got no 'adc'"):
         run(command, tree)
     shown = re.sub(r"[\s│]+", " ", run("python -m data_pipelines.validate --help", tree))
-    assert "nifti_folder or side_by_side" in shown
+    assert "nifti_folder or flat" in shown
+    floors = run(
+        "python -m pytest -q -p no:cacheprovider tests/test_architecture.py -k has_its_floor", tree
+    )
+    assert " passed" in floors
 
 
 def test_fusion(tree):

@@ -26,7 +26,7 @@ from tests.experiments.fake_run import row_of
 TINY = [
     "--accelerator=cpu",
     "--num-folds=2",
-    "--data.num-cases=10",
+    "--data.phantom.num-cases=10",
     *("--data.preprocess.spacing-mm", "3", "3", "3"),
     *("--data.preprocess.size", "12", "32", "32"),
     *("--train.crop", "8", "32", "32"),

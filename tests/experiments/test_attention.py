@@ -13,6 +13,7 @@ from cmsad_jax.modules import CMSAD
 from cmsad_jax.modules.network import apply
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.serving import loading, splits
 from experiments import attention
 from experiments.prediction.windows import scaled_image
@@ -76,7 +77,7 @@ def config(tmp_path_factory):
         data=dataclasses.replace(
             config.data,
             target="gland",
-            num_cases=4,
+            phantom=PhantomOptions(num_cases=4),
             preprocess=preprocess,
             cache=tmp_path_factory.mktemp("cache"),
         ),

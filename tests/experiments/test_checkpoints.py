@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from cmsad_jax.training import TrainState
@@ -236,11 +237,11 @@ def test_storage_that_fails_is_named_and_the_last_good_one_is_intact(config, mon
         def full(*_, **__):
             raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
-        monkeypatch.setattr(checkpoints.ocp.Checkpointer, "save", full)
+        monkeypatch.setattr(ocp.Checkpointer, "save", full)
     elif where == "room":
         little = SimpleNamespace(free=100)
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: little)
-        monkeypatch.setattr(checkpoints.ocp.Checkpointer, "save", None)  # is not reached
+        monkeypatch.setattr(ocp.Checkpointer, "save", None)  # is not reached
     else:
 
         def full(*_, **__):

@@ -6,6 +6,8 @@ import pytest
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.phantom.options import PhantomOptions
+from data_pipelines.prostate158.options import Prostate158Options
 from experiments.process import accelerator, console
 from experiments.settings.command_line import complete, parse
 from experiments.settings.config import Config, TrainConfig
@@ -28,6 +30,18 @@ def test_options_override_the_preset():
     assert config.folds == (0,)
     assert config.network.modalities == ("t2w", "adc")
     assert config.output == Path("runs/slice2d-phantom-lesion-t2w+adc")
+
+
+def test_options_of_a_data_set_are_read_under_their_older_names():
+    with pytest.warns(FutureWarning, match="--data.seed is --data.phantom.seed now"):
+        config = parse(["--data.seed=3", "--seed=5"])
+    assert config.data.phantom.seed == 3
+    assert config.seed == 5
+    values = to_json(config)
+    values["data"] |= {"num_cases": 7, "seed": 3, "reader": 2}
+    del values["data"]["phantom"], values["data"]["prostate158"]
+    data = from_json(Config, values).data
+    assert (data.phantom, data.prostate158) == (PhantomOptions(7, 3), Prostate158Options(2))
 
 
 def test_zones_need_three_outputs():

@@ -280,7 +280,7 @@ def test_run_folder_in_use_is_refused(finished):
 def test_folder_of_a_run_killed_while_it_was_opened_is_taken(tmp_path, cache):
     for name in (".lock", "folds.json", ".config.json.123.tmp", "environment.json"):
         (tmp_path / name).write_text("")
-    run_folder.refuse_other_run(tmp_path, tiny(tmp_path, cache))
+    run_folder.RunFolder(tmp_path).refuse_other(tiny(tmp_path, cache))
 
 
 def test_damaged_file_of_a_run_is_named(tmp_path, cache):
@@ -358,7 +358,7 @@ def test_no_positive_case_is_refused(tmp_path, cache, monkeypatch):
     config = tiny(tmp_path / "run", cache)
     source = loading.build(config.data)
     source.info = tuple(dataclasses.replace(info, positive=False) for info in source.info)
-    monkeypatch.setattr(loading, "build", lambda data: source)
+    monkeypatch.setattr(loading, "open_source", lambda builder: source)
     with pytest.raises(DataError, match="at least one case must hold the target"):
         cross_validation.run(config)
 

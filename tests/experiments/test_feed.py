@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -7,7 +5,7 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import CaseInfo
 from data_pipelines.serving import loading
-from experiments.settings.config import Config, TrainConfig
+from data_pipelines.serving.sampling import Sampling
 from experiments.training.feed import choose_residency, hidden_labels, training_feed
 
 CROP = (4, 8, 8)
@@ -28,18 +26,18 @@ class Source(loading.CaseSource):
             )
 
 
-def feed(residency, **options):
-    config = Config(train=TrainConfig(steps=4, batch_size=3, crop=CROP))
-    data = dataclasses.replace(config.data, residency=residency)
+def feed(where, start_step, unlabelled=()):
     source = Source()
-    return training_feed(
-        dataclasses.replace(config, data=data),
-        source,
-        source.case_ids,
+    sampling = Sampling(
+        crop=CROP,
+        batch_size=3,
+        num_steps=4,
         seed=7,
         foreground_share=0.5,
-        **options,
+        start_step=start_step,
+        unlabelled=frozenset(unlabelled),
     )
+    return training_feed(source, source.case_ids, sampling, where=where)
 
 
 @pytest.mark.parametrize(("start", "unlabelled"), [(0, ()), (2, {"case1"})])

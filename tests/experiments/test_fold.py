@@ -63,7 +63,7 @@ def test_hidden_labels_are_said_and_marked_in_the_batches(tmp_path, capsys):
     batches = list(
         train_batches(dataclasses.replace(config, train=train), source, training, fold=1)
     )
-    assert "fold 2: 2 training cases with a label, 2 without" in capsys.readouterr().out
+    assert "fold 1: 2 training cases with a label, 2 without" in capsys.readouterr().out
     hidden = hidden_labels(source, training, share=0.5, seed=config.seed * 1000 + 1)
     for batch in batches:
         names = [training[i] for i in batch["case_index"]]

@@ -10,6 +10,7 @@ import pytest
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import spacing_of
 from data_pipelines.faults import DataError
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.preparing import preprocessing
 from data_pipelines.serving import loading, splits
 from experiments import missing
@@ -24,7 +25,10 @@ from tests.experiments.untrained_run import make_untrained_run, revisitable, tin
 def config(tmp_path_factory):
     config = tiny_config()
     data = dataclasses.replace(
-        config.data, target="gland", num_cases=4, cache=tmp_path_factory.mktemp("cache")
+        config.data,
+        target="gland",
+        phantom=PhantomOptions(num_cases=4),
+        cache=tmp_path_factory.mktemp("cache"),
     )
     sliding = dataclasses.replace(config.predict, overlap=0.0, flip=False)
     return dataclasses.replace(config, data=data, predict=sliding)

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import Case, CaseInfo
+from data_pipelines.case import CaseInfo
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
 from experiments import voxel_baseline
@@ -18,7 +18,6 @@ from experiments.voxel_baseline import (
     features,
     fit,
     gland_masks,
-    measure,
     training_sample,
 )
 
@@ -142,36 +141,32 @@ def test_without_masks_of_the_gland_position_is_that_on_the_grid(tmp_path, monke
     assert not capsys.readouterr().out
 
 
-def test_a_case_is_measured_as_a_prediction_is():
-    label = np.zeros((6, 8, 8), np.uint8)
-    label[1:5, 2:6, 2:6] = 1
-    affine = np.diag([2.0, 2.0, 3.0, 1.0])
-    case = Case(
-        case_id="c0",
-        patient_id="p0",
-        image=np.zeros((6, 8, 8, 1), np.int16),
-        label=label,
-        present=np.array([True]),
-        affine=affine,
-        original_shape=label.shape,
-        original_affine=affine,
-        truth=label,
-        truth_offset=(0, 0, 0),
-    )
-    probability = np.where(label, 0.4, 0.1).astype(np.float32)
-    probability[0] = 0.4 * label[1]  # one slice too many
-    for threshold, dice in (
-        (0.3, 2 * 64 / (80 + 64)),
-        (0.05, 2 * 64 / (64 + 6 * 64 - 48)),
-        (0.5, 0),
-    ):
-        (row,) = measure(case, probability, threshold, fold=1, target="lesion")
-        assert row.metrics["dice"] == pytest.approx(dice)
-        assert (row.case_id, row.fold, row.name) == ("c0", 1, "lesion")
+def test_a_run_measures_probabilities_in_the_frame_of_t2w(tmp_path, monkeypatch):
+    """With the truth for probabilities, what is found is the truth, but for the coarser grid."""
+    config = Config(num_folds=2, folds=(1,), data=DataConfig(num_cases=5, cache=tmp_path))
+    monkeypatch.setattr(voxel_baseline, "gland_masks", lambda data: None)
+    source = voxel_baseline.loading.build(config.data)
+    monkeypatch.setattr(voxel_baseline, "choose_threshold", lambda *args, **kwargs: 0.5)
+    labels = {case_id: source.arrays(case_id).label.ravel() for case_id in source.case_ids}
+
+    def fit_cases(described, training, *, seed):
+        def classify(image):
+            (case_id,) = (i for i in labels if np.array_equal(described[i][0], image))
+            return 0.2 + 0.6 * labels[case_id]
+
+        return classify
+
+    monkeypatch.setattr(voxel_baseline, "fit_cases", fit_cases)
+    found = voxel_baseline.run(config)
+    for row in found.metric_per_case:
         assert row.detection is not None
-        assert row.detection.confidence == pytest.approx(0.4)
-    (row,) = measure(case, probability, 0.3, fold=1, target="gland")
-    assert row.detection is None
+        assert row.detection.positive == row.positive
+        if row.positive:
+            assert row.dice is not None
+            assert row.dice > 0.8
+            assert row.detection.confidence == pytest.approx(0.8, abs=0.1)
+    assert found.detection is not None
+    assert found.detection.auroc == 1.0
 
 
 def test_a_run_measures_each_case_of_the_folds_asked_for_once(tmp_path):
@@ -181,10 +176,10 @@ def test_a_run_measures_each_case_of_the_folds_asked_for_once(tmp_path):
         folds=(1,),
         data=DataConfig(num_cases=5, cache=tmp_path, preprocess=coarse),
     )
-    summary = voxel_baseline.run(config)
-    (fold,) = summary.per_fold
+    found = voxel_baseline.run(config)
+    (fold,) = found.per_fold
     assert fold.fold == 1
-    assert summary.num_cases == fold.num_cases == len(summary.metric_per_case)
-    assert summary.num_positive["lesion"] >= 1
-    assert summary.detection is not None
-    assert voxel_baseline.run(config) == summary
+    assert found.num_cases == fold.num_cases == len(found.metric_per_case)
+    assert found.num_positive["lesion"] >= 1
+    assert found.detection is not None
+    assert voxel_baseline.run(config) == found

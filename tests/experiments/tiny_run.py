@@ -11,6 +11,7 @@ import pytest
 
 from cmsad_jax.modules import EncoderConfig
 from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.serving import loading
 from experiments import reproduce
 from experiments.settings.command_line import complete
@@ -33,7 +34,7 @@ def tiny(output: Path, cache: Path, **data) -> Config:
         output=output,
         num_folds=3,
         data=DataConfig(
-            num_cases=10,
+            phantom=PhantomOptions(num_cases=10),
             cache=cache,
             preprocess=PreprocessConfig(spacing_mm=(3, 3, 3), size=(12, 32, 32)),
             **data,
@@ -80,11 +81,9 @@ def poisoned(monkeypatch, *steps: int, calls: int | None = None) -> None:
     """Let the batches of these steps hold a value that is not a number, in the first ``calls``."""
     original, number = loading.train_batches, itertools.count(1)
 
-    def batches(*args, start_step=0, **kwargs):
+    def batches(source, case_ids, sampling):
         spoilt = calls is None or next(number) <= calls
-        for step, batch in enumerate(
-            original(*args, start_step=start_step, **kwargs), start_step + 1
-        ):
+        for step, batch in enumerate(original(source, case_ids, sampling), sampling.start_step + 1):
             if step in steps and spoilt:
                 batch["image"][0] = np.nan
             yield batch

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cmsad_jax.modules import EncoderConfig, FusionConfig, NetworkConfig
 from data_pipelines.config import DataConfig, PreprocessConfig
+from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.serving import loading
 from experiments.process.console import run_main
 from experiments.settings.command_line import complete
@@ -26,7 +27,7 @@ from experiments.studies import cross_validation
 from experiments.training import checkpoints, fold, loop
 
 PHASES = {
-    "building": (loading, "build"),
+    "building": (loading, "open_source"),
     "training": (cross_validation, "train_folds"),
     "validating": (loop, "reference_dice"),
     "saving": (checkpoints.Checkpoints, "_write"),
@@ -55,7 +56,7 @@ def tiny(output: Path, cache: Path, **changes) -> Config:
             output=output,
             num_folds=2,
             data=DataConfig(
-                num_cases=8,
+                phantom=PhantomOptions(num_cases=8),
                 target="gland",
                 cache=cache,
                 preprocess=PreprocessConfig(spacing_mm=(6, 4, 4), size=(6, 24, 24)),

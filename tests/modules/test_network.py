@@ -88,7 +88,7 @@ def test_present_none_is_the_same_program_as_ones():
     np.testing.assert_array_equal(with_mask.logits, without.logits)
 
 
-@pytest.mark.parametrize("fusion", ["scff", "max"])
+@pytest.mark.parametrize("fusion", KINDS)
 def test_all_zero_image_has_finite_gradients(fusion):
     batch = tiny_batch(batch=1)
     network, params = init(tiny_config(fusion=fusion), batch)
@@ -331,6 +331,12 @@ def test_encoder_inside_an_nnx_model():
                 jax.random.key(0), {"t2w": jnp.zeros((1, 4, 4, 2))}, jnp.ones((1, 2), bool)
             ),
             "one column for each modality of t2w; got bool of shape",
+        ),
+        (
+            lambda: Fusion(4, FusionConfig("early")).init(
+                jax.random.key(0), [jnp.zeros((1, 4, 4, 2))]
+            ),
+            "must be one of scff, concat, mean, max, attention; got 'early', which joins .* Use",
         ),
     ],
 )
