@@ -171,7 +171,7 @@ def foreground_outside(
 def parts_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Connected parts (26 neighbours), numbered from 1, and the voxels of each."""
     parts = np.zeros(mask.shape, np.int32)
-    ndimage.label(mask > 0, np.ones((3, 3, 3)), output=parts)
+    scipy.ndimage.label(mask > 0, np.ones((3, 3, 3)), output=parts)
     return parts, np.bincount(parts.ravel())[1:]
 
 
