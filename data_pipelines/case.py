@@ -6,7 +6,8 @@ is needed to bring a prediction back into the frame of the original T2W file.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -43,6 +44,15 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     """Voxel size in millimetres in ``d h w`` order of a NIfTI affine."""
     i, j, k = np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
     return float(k), float(j), float(i)
+
+
+def corners_apart(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+    """Largest distance between the places that two affines give a corner voxel of ``d h w``."""
+    extent = np.subtract(shape, 1)[::-1]
+    corners = np.array(list(itertools.product((0, 1), repeat=3))) * extent
+    difference = np.asarray(affine, np.float64) - other
+    apart = difference[:3, :3] @ corners.T + difference[:3, 3:]
+    return float(np.linalg.norm(apart, axis=0).max())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from data_pipelines.modalities import standard_names
 from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.phantom2.options import Phantom2Options
 from data_pipelines.prostate158.options import Prostate158Options
@@ -58,7 +59,7 @@ class DataConfig:
     target: Literal["lesion", "gland", "zones"] = "lesion"
     """What is segmented."""
     modalities: tuple[str, ...] = MODALITIES
-    """Contrasts to use, in channel order."""
+    """Contrasts to use, in channel order; T2W or dwi stand for t2w and hbv."""
     allow_missing: bool = False
     """Accept cases that lack a modality (they are marked absent) instead of refusing them."""
     cache: Path = Path("~/.cache/cmsad_jax")
@@ -69,6 +70,9 @@ class DataConfig:
     phantom: PhantomOptions = PhantomOptions()
     phantom2: Phantom2Options = Phantom2Options()
     prostate158: Prostate158Options = Prostate158Options()
+
+    def __post_init__(self):
+        object.__setattr__(self, "modalities", standard_names(self.modalities))
 
     @property
     def classes(self) -> tuple[str, ...]:

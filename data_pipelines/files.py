@@ -1,9 +1,26 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and paths that begin with ``~``."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from data_pipelines.faults import DataError
+
+
+def expanded(path: Path, option: str) -> Path:
+    """``path`` with ``~`` put in full.
+
+    Raises:
+        DataError: nobody's home is known, as in a container under a user's number alone.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise DataError(
+            f"~ must stand for a home folder; got {path} and neither HOME nor an entry for this "
+            f"user. Give {option} a full path."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ With probabilities, lesions are also detected and probabilities calibrated:
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,8 +19,9 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.config import TARGET_CLASSES
+from data_pipelines.case import corners_apart
 from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.reading.case_files import check_patients
 from data_pipelines.reading.tables import read_table
 from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.rows import Row
@@ -27,6 +29,9 @@ from experiments.measuring.summary import Summary, format_summary, summarise
 from experiments.process.console import run_main
 from experiments.run_folder import Results, RunFolder
 from experiments.settings.options import REGISTRY
+
+_SAME_PLACE = 0.05
+"""Of the smallest voxel side: corners of one grid may lie so far apart in two headers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +59,23 @@ def evaluate_folders(config: EvaluateConfig) -> Summary:
             f"threshold must lie between 0 and 1; got {config.threshold:g}. Use --threshold=0.5."
         )
     names = _paired_names(config.predictions, config.labels)
+    _check_names([_case_id(name) for name in names])
     patients = _read_patients(config.patients, [_case_id(name) for name in names])
     return summarise([row for name in names for row in _evaluate_file(config, name, patients)])
 
 
 def _case_id(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _check_names(case_ids: Sequence[str]) -> None:
+    """Whether the files are of as many cases, wherever they are unpacked."""
+    counts = Counter(case_id.casefold() for case_id in case_ids)
+    if alike := [case_id for case_id in case_ids if counts[case_id.casefold()] > 1]:
+        raise DataError(
+            "files must be named for their cases, which differ in more than ending and upper or "
+            f"lower case; got {', '.join(alike[:4])}. Rename or remove all but one."
+        )
 
 
 def _read_patients(table: Path | None, cases: Sequence[str]) -> dict[str, str]:
@@ -79,6 +95,9 @@ def _read_patients(table: Path | None, cases: Sequence[str]) -> dict[str, str]:
             f"{table} must name the patient of every case; got none of {', '.join(lacking[:5])}. "
             "Add these rows."
         )
+    alike = check_patients({patients[case] for case in cases})
+    if errors := [problem.text for problem in alike if problem.level == "error"]:
+        raise DataError(f"{table}: {errors[0]}")
     return patients
 
 
@@ -107,7 +126,11 @@ def _images(folder: Path) -> set[str]:
     """Names of the files to evaluate; other kinds of image are refused rather than left out."""
     from data_pipelines.reading.volume_io import SUFFIXES  # slow to load, and not needed for --help
 
-    images = {path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES)}
+    images = {
+        path.name
+        for path in folder.iterdir()
+        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
+    }
     if others := sorted(name for name in images if not name.endswith((".nii.gz", ".nii"))):
         raise DataError(
             f"predictions and labels must be *.nii.gz or *.nii files; got {others[0]!a} in "
@@ -121,42 +144,40 @@ def _images(folder: Path) -> set[str]:
 
 
 def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str]) -> list[Row]:
-    from data_pipelines.reading.volume_io import (
-        read_volume,  # slow to load, and not needed for --help
-    )
+    # slow to load, and not needed for --help
+    from data_pipelines.preparing.geometry import canonical
+    from data_pipelines.preparing.labels import label_classes, predicted_values
+    from data_pipelines.reading.volume_io import read_volume
 
     prediction, label = read_volume(config.predictions / name), read_volume(config.labels / name)
-    if not np.allclose(prediction.affine, label.affine, atol=1e-3):
+    prediction, label = canonical(prediction), canonical(label)
+    apart = np.inf
+    if prediction.shape == label.shape:
+        apart = corners_apart(prediction.affine, label.affine, label.shape)
+    if apart > _SAME_PLACE * min(label.spacing_mm):
+        came = f"corners up to {apart:.2f} mm apart" if np.isfinite(apart) else "other sizes"
         raise DataError(
-            f"prediction and label must lie on one grid; got different affines for {name}. "
-            "Resample the prediction onto the label's grid."
+            f"prediction and label must lie on one grid; got {came} for {name}: "
+            f"{prediction.shape} and {label.shape} voxels. Resample the prediction onto the "
+            "label's grid."
         )
-    classes = TARGET_CLASSES[config.target]
-    predicted, truth = prediction.array, label.array
-    if len(classes) == 1:
-        truth = (truth > 0).astype(np.uint8)
-        if np.issubdtype(predicted.dtype, np.floating):
-            predicted = predicted[..., None]
-        else:
-            predicted = (predicted > 0).astype(np.uint8)
-    else:
-        predicted, truth = _as_labels(predicted, name), _as_labels(truth, name)
+    try:
+        predicted = predicted_values(prediction.array, config.target)
+    except DataError as error:
+        raise DataError(f"the prediction {name}: {error}") from None
+    try:
+        truth = label_classes(label.array, config.target)
+    except DataError as error:
+        raise DataError(f"the label {name}: {error}") from None
+    if np.issubdtype(predicted.dtype, np.floating):
+        predicted = predicted[..., None]
     case_id, rule = _case_id(name), Rule(config.target, config.threshold)
     try:
         return measure_case(
             case_id, patients[case_id], None, predicted, truth, label.spacing_mm, rule
         )
     except DataError as error:
-        raise DataError(f"{name}: {error}") from None
-
-
-def _as_labels(array: np.ndarray, name: str) -> np.ndarray:
-    if np.any(array != np.rint(array)):
-        raise DataError(
-            f"a mask of several classes must hold whole numbers; got fractions in {name}. "
-            "Take the argmax over the class probabilities first."
-        )
-    return array.astype(np.int64)
+        raise DataError(f"the prediction {name}: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import dataclasses
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -146,6 +146,10 @@ def compute(model: export.Model, case: Case, *, attention: bool) -> Computed:
     return Computed(case, prediction, maps)
 
 
+class OtherImagesError(DataError):
+    """A result of that name is there, of other images."""
+
+
 @dataclasses.dataclass
 class Account:
     """What a command has predicted so far, and what it took."""
@@ -163,6 +167,13 @@ class Account:
     started_s: float = dataclasses.field(default_factory=time.perf_counter)
     processor_started_s: float = dataclasses.field(default_factory=time.process_time)
 
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
+    """sha256 of the images of each case of which there is, or was, a result in the folder."""
+    warnings: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """What is worth a look, by case."""
+    refused: int = 0
+    """Cases whose result would have replaced that of other images."""
+
     @property
     def wall_s(self) -> float:
         """Time since the account was begun."""
@@ -171,12 +182,35 @@ class Account:
     @property
     def failed(self) -> int:
         """Cases that could not be predicted."""
-        return sum(case.error is not None for case in self.cases)
+        return self.refused + sum(case.error is not None for case in self.cases)
 
     def fail(self, entry: CaseFiles, error: Exception) -> None:
         """Say that a case is passed over."""
         print(f"error: case {entry.case_id} is passed over: {error}", file=sys.stderr, flush=True)
         self.cases.append(PredictedCase(entry.case_id, error=str(error)))
+
+    def claim(self, case_id: str, sha256: str) -> None:
+        """Say whose the results of this name are from now on.
+
+        Raises:
+            OtherImagesError: they are those of other images.
+        """
+        there = self.folder.image("masks", case_id).exists()
+        if there and self.inputs.get(case_id, sha256) != sha256:
+            raise OtherImagesError(
+                f"a result must not replace that of other images; {self.folder.path} holds one "
+                f"named {case_id} of others. Name another folder with --output; or give --input "
+                "the folder above, so that cases of equal names are told apart."
+            )
+        self.inputs[case_id] = sha256
+
+    def keep(self, entry: CaseFiles, before: Sequence[PredictedCase], error: Exception) -> None:
+        """Say that a case is passed over, and leave what there is of that name."""
+        print(f"error: case {entry.case_id} is passed over: {error}", file=sys.stderr, flush=True)
+        self.refused += 1
+        there = {case.case_id for case in self.earlier}
+        kept = [case for case in before if case.case_id == entry.case_id]
+        self.earlier = [*self.earlier, *(case for case in kept if case.case_id not in there)]
 
     def save(self, *, complete: bool) -> None:
         """Write the record, whole or not at all."""
@@ -184,6 +218,7 @@ class Account:
             Predictions(
                 self.facts,
                 tuple(sorted([*self.earlier, *self.cases], key=lambda case: case.case_id)),
+                inputs=dict(sorted(self.inputs.items())),
                 complete=complete,
                 wall_s=round(self.wall_s, 3),
                 compute_s=round(self.computing_s, 3),
@@ -220,25 +255,26 @@ def run(command: PredictCommand) -> int:
     done = set()
     if not old.complete and old.facts.extras == facts.extras:
         done = {case.case_id for case in old.cases if case.error is None}
-    entries = [entry for entry in entries if entry.case_id not in done]
     again = {entry.case_id for entry in entries}
+    done &= again
     for name in ("predict", *(("attention",) if command.attention else ())):
         model.compile(name)
     log(
-        f"{len(entries)} cases; {', '.join(description.classes)} from "
+        f"{len(entries) - len(done)} cases; {', '.join(description.classes)} from "
         f"{', '.join(description.modalities)}, {len(description.members)} members, "
         f"model {model.sha256[:12]}"
         + (f"; {len(done)} were predicted before the interruption" if done else "")
     )
-    account = Account(folder, facts, [case for case in old.cases if case.case_id not in again])
+    kept = [case for case in old.cases if case.case_id not in again - done]
+    account = Account(folder, facts, kept, inputs=dict(old.inputs))
     account.save(complete=False)  # says whose results these are, from the first one on
     complete = False
     try:
-        predict_cases(model, entries, data, account)
+        predict_cases(model, entries, data, account, old.cases, done)
         complete = True
     finally:
         account.save(complete=complete)
-    count, wall = len(account.cases), max(account.wall_s, 1e-9)
+    count, wall = len(account.cases) + account.refused, max(account.wall_s, 1e-9)
     log(
         f"{count - account.failed} of {count} cases predicted in {wall:.1f} s "
         f"({60 * count / wall:.0f} a minute, {account.computing_s / wall:.0%} "
@@ -248,13 +284,23 @@ def run(command: PredictCommand) -> int:
 
 
 def predict_cases(
-    model: export.Model, entries: Sequence[CaseFiles], data: DataConfig, account: Account
+    model: export.Model,
+    entries: Sequence[CaseFiles],
+    data: DataConfig,
+    account: Account,
+    before: Sequence[PredictedCase] = (),
+    done: Collection[str] = (),
 ) -> None:
     """Read, compute and write each case, the three side by side; results go into the account.
 
-    When it is interrupted the account holds the cases whose files are all written.
+    Of cases that are ``done`` only the images are read, to see that they are still the same; of
+    those whose name other images have, the results ``before`` are kept. When it is interrupted
+    the account holds the cases whose files are all written.
     """
-    from experiments.prediction import inputs  # slow to load, and not needed for --help
+    # slow to load, and not needed for --help
+    from data_pipelines.preparing import preprocessing
+    from data_pipelines.preparing.examination import gland_suspicions
+    from experiments.prediction import inputs
 
     extras = account.facts.extras
     repeated = {
@@ -262,22 +308,30 @@ def predict_cases(
         for problem in case_files.check_ids(entry.case_id for entry in entries)
     }
 
-    def read(entry: CaseFiles) -> tuple[Case | DataError, float]:
-        before = time.thread_time()
+    def read(entry: CaseFiles) -> tuple[Case | DataError | None, float]:
+        started = time.thread_time()
         try:
             if entry.case_id in repeated:
                 raise DataError(repeated[entry.case_id].text)
-            case = inputs.read_case(entry, data)
+            raw = inputs.read_raw(entry, data)
+            account.claim(entry.case_id, inputs.images_sha256(raw))
+            case = None
+            if entry.case_id not in done:
+                case = preprocessing.preprocess_case(raw, data, require_label=False)
+                if raw.gland is not None:
+                    account.warnings[entry.case_id] = tuple(gland_suspicions(raw.gland))
         except DataError as error:
             case = error
-        return case, time.thread_time() - before
+        return case, time.thread_time() - started
 
     def write(computed: Computed) -> tuple[PredictedCase, float]:
-        before = time.thread_time()
+        started = time.thread_time()
         case = account.folder.write_case(
             computed, model.description, uncertainty=extras.uncertainty
         )
-        return case, time.thread_time() - before
+        if warnings := account.warnings.get(case.case_id):
+            case = dataclasses.replace(case, warnings=warnings)
+        return case, time.thread_time() - started
 
     def written(future: Future[tuple[PredictedCase, float]]) -> None:
         case, seconds = future.result()
@@ -292,12 +346,17 @@ def predict_cases(
                 read_cases, description="Predicting", total=len(entries)
             ):
                 account.beside_s += seconds
-                if isinstance(case, DataError):
+                for text in account.warnings.get(entry.case_id, ()):
+                    print(f"warning: case {entry.case_id}: {text}", file=sys.stderr, flush=True)
+                if isinstance(case, OtherImagesError):
+                    account.keep(entry, before, case)
+                elif isinstance(case, DataError):
                     account.fail(entry, case)
+                if not isinstance(case, Case):
                     continue
-                before = time.perf_counter()
+                started = time.perf_counter()
                 computed = compute(model, case, attention=extras.attention)
-                account.computing_s += time.perf_counter() - before
+                account.computing_s += time.perf_counter() - started
                 while len(pending) >= READ_AHEAD:
                     written(pending[0])
                     pending.popleft()

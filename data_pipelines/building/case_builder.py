@@ -27,7 +27,7 @@ from data_pipelines.building.records import decode, encode, features, text_of
 from data_pipelines.case import CaseInfo
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
-from data_pipelines.files import whole_file
+from data_pipelines.files import expanded, whole_file
 from data_pipelines.preparing.examination import Examination
 from data_pipelines.preparing.preprocessing import check_preprocess
 
@@ -54,7 +54,7 @@ class CaseBuilder(DataSet, tfds.core.GeneratorBasedBuilder, skip_registration=Tr
         name = f"{config.target}_{self._identity.of_all()[:16]}"
         with _quiet_tfds():
             super().__init__(
-                data_dir=config.cache.expanduser(),
+                data_dir=expanded(config.cache, "--data.cache"),
                 config=tfds.core.BuilderConfig(name=name),
                 file_format="array_record",
             )
@@ -155,7 +155,7 @@ class CaseBuilder(DataSet, tfds.core.GeneratorBasedBuilder, skip_registration=Tr
 
     @property
     def _staging_folder(self) -> Path:
-        return self.data_config.cache.expanduser() / self.name / ".staging"
+        return expanded(self.data_config.cache, "--data.cache") / self.name / ".staging"
 
     def source(self) -> Sequence[Mapping[str, Any]]:
         """Random-access records of the prepared data set; ``decode`` makes cases of them."""

@@ -9,13 +9,19 @@ import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.building.protocol import DataSet, listing_files
+from data_pipelines.files import expanded
+from data_pipelines.reading.file_checks import files_of
 
 PACKAGE = Path(__file__).parents[1]
+HEAD_BYTES = 2**12
+"""So much of every file is read for its identity, besides size and time: its header."""
+MAX_WHOLE_BYTES = 2**22
+"""Labels and masks of up to this size are read whole, as they are the files that are edited."""
 
 _HASHED_FIELDS = ("target", "modalities", "allow_missing", "preprocess")
 
@@ -48,33 +54,36 @@ class Identity:
         """What is stored of a case before its files are read, and the state of these."""
         with listing_files():
             files = [
-                (name, *self._file_state(file))
+                (name, *self._file_state(file, label=name in ("label", "gland")))
                 for name, path in self.data_set.files(entry).items()
-                for file in _files_of(path)
+                for file in files_of(path)
             ]
         metadata = sorted(getattr(entry, "metadata", {}).items())
         problems = getattr(entry, "problems", ())
         errors = [problem.text for problem in problems if problem.level == "error"]
         return entry.case_id, getattr(entry, "patient_id", ""), metadata, errors, sorted(files)
 
-    def _file_state(self, path: Path) -> tuple[str, int, int]:
-        root = (self.data_set.data_config.path or Path()).expanduser()
+    def _file_state(self, path: Path, *, label: bool) -> tuple[str, int, int, str]:
+        root = expanded(self.data_set.data_config.path or Path(), "--data.path")
         name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
         try:
             state = path.stat()
         except FileNotFoundError:
-            return name, -1, -1  # a link to nowhere, named with the other problems of its case
-        return name, state.st_size, state.st_mtime_ns
+            return name, -1, -1, ""  # a link to nowhere, named with the other problems of its case
+        return name, state.st_size, state.st_mtime_ns, head_sha256(path, whole=label)
 
 
-def _files_of(path: Path) -> Sequence[Path]:
-    """What holds a volume: a file, those of a folder, or a header and the files of its name."""
-    if path.is_dir():
-        return sorted(path.iterdir())
-    if path.suffix.lower() in (".mhd", ".nrrd"):  # whose voxels may lie in a file beside it
-        beside = [file for file in path.parent.iterdir() if file.name.startswith(f"{path.stem}.")]
-        return sorted({path, *beside})
-    return (path,)
+def head_sha256(path: Path, *, whole: bool) -> str:
+    """sha256 of the beginning of a file or, if it is no larger than that, of all of it.
+
+    Size and time alone do not tell an edit whose time was kept, as ``rsync -t`` and ``tar`` do.
+    Empty for a folder or what cannot be read: reading the case says so.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(MAX_WHOLE_BYTES if whole else HEAD_BYTES)).hexdigest()
+    except OSError:
+        return ""
 
 
 def code_sha256(start: Path, package: Path = PACKAGE) -> str:

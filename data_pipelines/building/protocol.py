@@ -10,8 +10,10 @@ from data_pipelines import faults
 from data_pipelines.case import RawCase
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, MissingDataError, raise_all
+from data_pipelines.files import expanded
 from data_pipelines.preparing import examination
 from data_pipelines.preparing.examination import Examination
+from data_pipelines.preparing.labels import settled
 from data_pipelines.reading import case_files
 from data_pipelines.reading.volume_io import read_volume
 
@@ -60,7 +62,8 @@ class DataSet:
 
     def check_list(self) -> list[faults.Problem]:
         """What is wrong with the list of cases; a subclass may add to it."""
-        return self.check_ids()
+        patients = {getattr(entry, "patient_id", entry.case_id) for entry in self.entries}
+        return [*self.check_ids(), *case_files.check_patients(patients)]
 
     def check_ids(self) -> list[faults.Problem]:
         """Case ids that occur twice or cannot become file names."""
@@ -99,9 +102,15 @@ class FileDataSet(DataSet):
         path = self.data_config.path
         if path is None:
             raise DataError(f"the data set '{self.name}' needs a folder; pass --data.path FOLDER.")
-        if not path.expanduser().is_dir():
+        path = expanded(path, "--data.path")
+        if not path.is_dir():
             raise MissingDataError(f"no folder at {path}. Check --data.path.")
-        return path.expanduser()
+        return path
+
+    def check_list(self) -> list[faults.Problem]:
+        """Also modalities that no case has."""
+        absent = case_files.check_present(self.entries, self.data_config)
+        return [*super().check_list(), *absent]
 
     def files(self, entry: case_files.CaseFiles) -> Mapping[str, Path]:
         """All files of a case, by modality and as ``label`` and ``gland``."""
@@ -120,6 +129,8 @@ class FileDataSet(DataSet):
                 volumes[name] = read_volume(path, entry.channels.get(name))
             except DataError as error:
                 faults.append(error)
+        for name in {"label", "gland"} & volumes.keys():
+            volumes[name] = settled(volumes[name])
         label = volumes.pop("label", None)
         if label is not None and entry.label_classes:
             array = label.array.copy()

@@ -1,53 +1,31 @@
 """A user's own files: one folder per case, or the raw layout of nnU-Net. See README.md."""
 
 import dataclasses
-import json
+import functools
 import os
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from data_pipelines.building.case_builder import FileCaseBuilder
-from data_pipelines.config import DataConfig
+from data_pipelines.case import RawCase
+from data_pipelines.config import TARGET_CLASSES, DataConfig
 from data_pipelines.faults import DataError, MissingDataError, Problem
+from data_pipelines.modalities import ALIASES, by_modality, modality_of
 from data_pipelines.preparing.preprocessing import REFERENCE
-from data_pipelines.reading.case_files import CaseFiles
+from data_pipelines.reading import dataset_json
+from data_pipelines.reading.case_files import CaseFiles, unused_files
+from data_pipelines.reading.file_checks import segments
+from data_pipelines.reading.label_names import check_label_names
 from data_pipelines.reading.tables import read_table
-from data_pipelines.reading.volume_io import SUFFIXES
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "t2w": ("t2", "t2_tra", "t2_tse", "t2_weighted"),
-    "adc": ("adc_map",),
-    "hbv": ("dwi", "high_b", "highb", "high_b_value", "dwi_high_b"),
-}
-"""Other names under which a modality is accepted, in lower case with ``_`` for blanks and ``-``."""
+from data_pipelines.reading.volume_io import SEGMENTATION, SUFFIXES, name_without_ending
 
 GLAND = "gland"
 """Name of the file, or prefix of the nnU-Net folder, with the mask for a crop around the gland."""
 
 _PATIENTS = "patients.csv"
-_ZONES = {
-    *("pz", "tz", "cz", "cg", "afs", "afms", "peripheral_zone", "transition_zone"),
-    *("transitional_zone", "central_zone", "central_gland", "anterior_fibromuscular_stroma"),
-}
-_STRUCTURES = {
-    "lesion": {"lesion", "cancer", "prostate_cancer", "pca", "cspca", "tumor", "tumour"},
-    "gland": {
-        "gland",
-        "wg",
-        "prostate",
-        "prostate_gland",
-        "whole_gland",
-        "whole_prostate",
-        *_ZONES,
-    },
-}
-"""What nnU-Net labels that mean these targets are called."""
-
-_CLASSES = {"peripheral_zone": "pz", "transition_zone": "tz", "transitional_zone": "tz"}
-"""Long names of classes."""
 
 
 class Builder(FileCaseBuilder):
@@ -57,9 +35,39 @@ class Builder(FileCaseBuilder):
         """One entry for each case folder, or each case of ``imagesTr``."""
         return find_cases(self.root(), self.data_config)
 
+    def suspicions(self, entry: CaseFiles, raw: RawCase) -> list[Problem]:
+        """Also values of a label that ``dataset.json`` does not name."""
+        if raw.label is None or self._named_values is None:
+            return []
+        odd = sorted({float(v) for v in np.unique(raw.label.array)} - self._named_values)
+        if not odd:
+            return []
+        return [
+            Problem(
+                entry.case_id,
+                entry.label,
+                f"a label must hold the values that {dataset_json.NAME} names; got "
+                f"{', '.join(f'{value:g}' for value in odd[:3])} besides. Correct the label, or "
+                "name the value.",
+            )
+        ]
+
+    @functools.cached_property
+    def _named_values(self) -> set[float] | None:
+        """Values in ``labels`` of ``dataset.json``, if there are some."""
+        if not (self.root() / "imagesTr").is_dir():
+            return None
+        names = dataset_json.labels(dataset_json.read(self.root() / dataset_json.NAME))
+        if names is None or not all(str(value).isdecimal() for value in names.values()):
+            return None
+        return {0.0, *(float(value) for value in names.values())}
+
     def check_list(self) -> list[Problem]:
-        """Also labels of the nnU-Net layout that have no image."""
-        return [*super().check_list(), *_labels_alone(self.root(), self.entries)]
+        """Also files of the nnU-Net layout that belong to no case."""
+        alone = []
+        if (self.root() / "imagesTr").is_dir():
+            alone = _files_alone(self.root(), self.entries)
+        return [*super().check_list(), *alone]
 
 
 def find_cases(root: Path, config: DataConfig) -> list[CaseFiles]:
@@ -83,19 +91,6 @@ def find_cases(root: Path, config: DataConfig) -> list[CaseFiles]:
     return [_with_row(case, table[case.case_id], config) if table else case for case in cases]
 
 
-def modality_of(name: str, wanted: Sequence[str]) -> str | None:
-    """Which of the wanted modalities a file or channel name means; case does not matter."""
-    name = _plain(name)
-    for modality in wanted:
-        if name in (modality.lower(), *ALIASES.get(modality, ())):
-            return modality
-    return None
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
-
-
 def _folder_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list[CaseFiles]:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     return [_folder_case(folder, wanted, config) for folder in folders]
@@ -103,16 +98,16 @@ def _folder_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
 
 def _folder_case(folder: Path, wanted: Sequence[str], config: DataConfig) -> CaseFiles:
     target = config.target
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        stem = path.name.lower() if path.is_dir() else _stem(path)  # a folder: a DICOM series
-        name = stem if stem in (target, "label", GLAND) else modality_of(stem, wanted)
-        if name:
-            found.setdefault(name, []).append(path)
-    general = found.pop("label", [])
-    labels = found.pop(target, general)
-    masks = found.pop(GLAND, [])
-    problems = tuple(
+    volumes = [(stem, path) for path in sorted(folder.iterdir()) if (stem := _stem(path))]
+    masks = [path for stem, path in volumes if stem == GLAND]
+    general = [path for stem, path in volumes if stem == "label"]
+    labels = [path for stem, path in volumes if stem == target] or general
+    named = ("label", GLAND, *TARGET_CLASSES)
+    found, left = by_modality([v for v in volumes if v[0] not in named], wanted)
+    left = [path for path in left if not _known(_stem(path), found)]
+    if labels is not general:
+        left += general
+    problems = [
         Problem(
             folder.name,
             None,
@@ -121,7 +116,10 @@ def _folder_case(folder: Path, wanted: Sequence[str], config: DataConfig) -> Cas
         )
         for name, paths in (*found.items(), (target, labels))
         if len(paths) > 1
-    )
+    ]
+    problems += unused_files(folder.name, left, f"{', '.join(wanted)} and {target}")
+    if labels:
+        problems += _segment_problems(folder.name, labels[0], config)
     endings = f"{{{','.join(SUFFIXES)}}}"
     looked_for = {name: f"{name}{endings} in {folder}" for name in (*wanted, GLAND)}
     looked_for["label"] = f"{target}{endings} and label{endings} in {folder}"
@@ -131,36 +129,67 @@ def _folder_case(folder: Path, wanted: Sequence[str], config: DataConfig) -> Cas
         images={name: found[name][0] for name in wanted if name in found},
         label=labels[0] if labels else None,
         looked_for=looked_for,
-        problems=problems,
+        problems=tuple(problems),
         gland=masks[0] if masks and config.preprocess.centre == "gland" else None,
     )
 
 
+def _known(stem: str, found: Mapping[str, object]) -> bool:
+    """Whether a name means a modality of the field that is not asked for."""
+    field = modality_of(stem, tuple(ALIASES))
+    return field is not None and field not in found
+
+
+def _segment_problems(case_id: str, label: Path, config: DataConfig) -> list[Problem]:
+    """Segments of 3D Slicer that are not those of the target."""
+    if not label.name.lower().endswith(SEGMENTATION):
+        return []
+    try:
+        named = segments(label)
+        if named:
+            check_label_names(named, config, f"the segmentation {label}")
+    except DataError as error:
+        return [Problem(case_id, label, str(error))]
+    return []
+
+
 def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list[CaseFiles]:
-    description = _read_dataset_json(root / "dataset.json")
-    _check_classes(description, config, root / "dataset.json")
-    channels = _channels(description, wanted, root / "dataset.json")
+    file = root / dataset_json.NAME
+    description = dataset_json.read(file)
+    names = dataset_json.labels(description)
+    if names is not None:
+        check_label_names(names, config, str(file))
+    channels = dataset_json.channels(description, wanted, file)
+    if not channels:
+        named = description.get("channel_names", description.get("modality", {}))
+        raise DataError(
+            f"{file} must name a wanted channel ({', '.join(wanted)}); got "
+            f"{', '.join(map(str, named.values()))}. Rename the channels or change "
+            "--data.modalities."
+        )
     ending = description.get("file_ending", ".nii.gz")
     if ending not in SUFFIXES:
         raise DataError(
-            f'{root / "dataset.json"} must give one of {", ".join(SUFFIXES)} as "file_ending"; '
+            f'{file} must give one of {", ".join(SUFFIXES)} as "file_ending"; '
             f"got {ending!r:.80}. Correct the file."
         )
-    images: dict[str, dict[str, Path]] = {}
+    listed = dataset_json.training(description, root, file)
+    labels = {case.case_id: case.label for case in listed or ()}
+    images: dict[str, dict[str, Path]] = {case_id: {} for case_id in labels}
     for path in sorted((root / "imagesTr").glob(f"*{ending}")):
         case_id, _, number = path.name.removesuffix(ending).rpartition("_")
-        hidden = case_id.startswith(".")
-        if number.isdigit() and int(number) in channels and not hidden:
+        known = number.isdecimal() and int(number) in channels
+        if known and not case_id.startswith(".") and (listed is None or case_id in labels):
             images.setdefault(case_id, {})[channels[int(number)]] = path
     numbers = {name: number for number, name in channels.items()}
     cases = []
     for case_id in sorted(images):
-        label = root / "labelsTr" / f"{case_id}{ending}"
+        label = labels.get(case_id, root / "labelsTr" / f"{case_id}{ending}")
         gland = root / f"{GLAND}Tr" / f"{case_id}{ending}"
         looked_for = {
             name: f"{case_id}_{numbers[name]:04d}{ending} in {root / 'imagesTr'}"
             if name in numbers
-            else f"a channel of that name in {root / 'dataset.json'}"
+            else f"a channel of that name in {file}"
             for name in wanted
         }
         looked_for |= {"label": str(label), "gland": str(gland)}
@@ -179,12 +208,23 @@ def _nnunet_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list
     return cases
 
 
-def _labels_alone(root: Path, cases: Sequence[CaseFiles]) -> list[Problem]:
-    folder = root / "labelsTr"
-    if not (root / "imagesTr").is_dir() or not folder.is_dir():
-        return []
+def _files_alone(root: Path, cases: Sequence[CaseFiles]) -> list[Problem]:
+    """Labels and images of the nnU-Net layout that belong to no case."""
+    file = root / dataset_json.NAME
+    description = dataset_json.read(file)
     known = {case.case_id.lower() for case in cases}
-    return [
+    labels = {case.label for case in cases}
+    ending = description.get("file_ending", ".nii.gz")
+    count = dataset_json.num_channels(description)
+    odd, left_out = [], {}
+    for path in _visible(root / "imagesTr"):
+        case_id, _, number = path.name.removesuffix(ending).rpartition("_")
+        if not (path.name.endswith(ending) and number.isdecimal() and int(number) < count):
+            odd.append(path)
+        elif case_id.lower() not in known:
+            left_out[case_id] = path
+    imaged = known | {case_id.lower() for case_id in left_out}
+    problems = [
         Problem(
             path.name[: len(_stem(path))],
             path,
@@ -192,101 +232,39 @@ def _labels_alone(root: Path, cases: Sequence[CaseFiles]) -> list[Problem]:
             "left out. Add the images, or remove the label.",
             "warning",
         )
-        for path in sorted(folder.iterdir())
-        if _stem(path) and _stem(path) not in known
+        for path in _visible(root / "labelsTr")
+        if _stem(path) and _stem(path) not in imaged and path not in labels
     ]
-
-
-def _read_dataset_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingDataError(
-            f"the nnU-Net layout needs dataset.json, which names the channels; none at {path}. "
-            "Add it."
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path} must be JSON; got: {error}. Correct the file.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} must hold an object; got {content!r:.40}. Correct the file.")
-    return content
-
-
-def _channels(description: Mapping, wanted: Sequence[str], path: Path) -> dict[int, str]:
-    """Channel number to modality, from ``channel_names`` (``modality`` in nnU-Net version 1)."""
-    names = description.get("channel_names", description.get("modality"))
-    if not isinstance(names, dict) or not all(str(number).isdigit() for number in names):
-        raise DataError(
-            f'{path} must hold "channel_names", such as {{"0": "T2W", "1": "ADC"}}; got '
-            f"{names!r}. Correct the file."
+    problems += unused_files("imagesTr", odd, f"<case>_0000{ending} to <case>_{count - 1:04d}")
+    problems += [
+        Problem(
+            case_id,
+            path,
+            f'a case in imagesTr should be in the list "training" of {file}, if there is one; got '
+            f"{case_id}, which is not, so that it is left out. Add it to the list, or remove its "
+            "files.",
+            "warning",
         )
-    channels: dict[int, str] = {}
-    for number, name in names.items():
-        modality = modality_of(str(name), wanted)
-        if modality in channels.values():
-            raise DataError(
-                f"{path} must name each modality once; got '{modality}' again as channel "
-                f"{number} ({name}). Correct the file."
+        for case_id, path in left_out.items()
+    ]
+    said = description.get("numTraining")
+    if said is not None and said != len(cases):
+        problems.append(
+            Problem(
+                "all cases",
+                file,
+                f"{file} should say how many cases there are; got numTraining {said!r:.20} and "
+                f"{len(cases)} cases. Look for files that are missing or too many.",
+                "warning",
             )
-        if modality:
-            channels[int(number)] = modality
-    if not channels:
-        raise DataError(
-            f"{path} must name a wanted channel ({', '.join(wanted)}); got "
-            f"{', '.join(map(str, names.values()))}. Rename the channels or change "
-            "--data.modalities."
         )
-    return channels
+    return problems
 
 
-def _check_classes(description: Mapping, config: DataConfig, path: Path) -> None:
-    """Whether the labels that the file names are those of the target, as far as names tell.
-
-    For several classes the numbers matter. For one class every value above 0 is the target, so no
-    name may stand for another structure; of names that are not known, such as grades, all are.
-    """
-    labels = description.get("labels")
-    if not isinstance(labels, dict):
-        return
-    if all(str(number).isdigit() for number in labels):  # version 1 maps numbers to names
-        labels = {str(name): int(number) for number, name in labels.items()}
-    if len(config.classes) == 1:
-        foreground = {name: n for name, n in labels.items() if n not in (0, "0")}
-        _check_one_class(foreground, config.target, path)
-        return
-    names = {name: _plain(str(name)) for name in labels}
-    given = {_CLASSES.get(plain, plain): labels[name] for name, plain in names.items()}
-    expected = {name: i + 1 for i, name in enumerate(config.classes)}
-    if any(given.get(name) != number for name, number in expected.items()):
-        remedy = 'Renumber the labels, in labelsTr and in "labels",'
-        if not expected.keys() <= given.keys():
-            remedy = "Rename the labels, and renumber them if they differ,"
-        raise DataError(
-            f"{path} must number the classes of '{config.target}' as {expected}; got {labels}. "
-            f"{remedy} or choose another --data.target."
-        )
-
-
-def _check_one_class(labels: Mapping[str, Any], target: str, path: Path) -> None:
-    """Refuse foreground ``labels`` that name another structure than the target."""
-    names = {name: _plain(name) for name in labels}
-    own = {name for name, plain in names.items() if plain in _STRUCTURES[target]}
-    others = {name for name in names if name not in own} if own else set()
-    for structure, known in _STRUCTURES.items():
-        if structure != target:
-            others |= {name for name, plain in names.items() if plain in known and name not in own}
-    if others:
-        remedy = "Choose another --data.target"
-        if own:
-            values = ", ".join(str(labels[name]) for name in sorted(own))
-            remedy = (
-                f"Make it so with value {values} set to 1 and all others to 0, in labelsTr and in "
-                f'"labels", or choose another --data.target'
-            )
-        raise DataError(
-            f"{path} must name no other structure than the target '{target}', since every value "
-            f"above 0 is taken for it; got {', '.join(sorted(others))}. {remedy}."
-        )
+def _visible(folder: Path) -> Iterable[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _read_table(
@@ -350,9 +328,10 @@ def _with_row(case: CaseFiles, row: Mapping[str, str], config: DataConfig) -> Ca
 
 
 def _stem(path: Path) -> str:
-    """Lower-case file name without the ending of a volume; empty if it is no volume."""
-    name = path.name.lower()
-    for suffix in SUFFIXES:
-        if name.endswith(suffix) and not name.startswith("."):
-            return name.removesuffix(suffix)
-    return ""
+    """Lower-case name of a volume without its ending, or of a folder, which may be a series.
+
+    Empty if it is hidden or no volume.
+    """
+    if path.name.startswith("."):
+        return ""
+    return path.name.lower() if path.is_dir() else (name_without_ending(path.name) or "").lower()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 from data_pipelines.building.case_builder import FileCaseBuilder
@@ -101,14 +102,16 @@ class Builder(FileCaseBuilder):
 
 
 def on_t2w_grid(label: Volume, t2w: Volume) -> Volume:
-    """The label with the header of the T2W image, if of its size and spacing but lying elsewhere.
+    """The label with the header of the T2W image, if of its grid but lying elsewhere.
 
-    A label that is only stored in another orientation, and lies where it should, is left alone.
+    Of its grid: of equal size and spacing, with the axes in the same order and directions. A label
+    that is stored in another orientation is left where its own header places it, since only that
+    header says which of its voxels is which of T2W's.
     """
     same = label.shape == t2w.shape and np.allclose(
         label.spacing_mm, t2w.spacing_mm, rtol=_SAME_SPACING
     )
-    if not same:
+    if not same or nib.aff2axcodes(label.affine) != nib.aff2axcodes(t2w.affine):
         return label
     apart_mm, degrees = frames_apart(label, t2w)
     if apart_mm <= _APART_MM and degrees <= _APART_DEGREES:

@@ -13,12 +13,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import scipy
 
 from data_pipelines.case import Case, RawCase, Volume
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, DataErrors, Problem
-from data_pipelines.preparing.geometry import canonical, coverage, overlaps
+from data_pipelines.preparing.geometry import canonical, coverage, overlaps, parts_of
 from data_pipelines.preparing.preprocessing import preprocess_case, reference_grid, reference_image
 
 _FAR_MM = 1.0
@@ -92,7 +91,7 @@ def examine(
     errors = list(faults)
     case = None
     known = list(problems)
-    incomplete = bool(known or faults)
+    incomplete = bool(faults) or any(problem.level == "error" for problem in known)
     if raw is not None and any(name in raw.images for name in config.modalities):
         # What could be read is checked even so, lest its faults show only after the others' repair.
         lenient = dataclasses.replace(config, allow_missing=True) if incomplete else config
@@ -153,10 +152,8 @@ def _facts(raw: RawCase, config: DataConfig) -> Facts:
     images = {name: raw.images[name] for name in config.modalities if name in raw.images}
     volumes: tuple[float, ...] = ()
     if raw.label is not None and np.isfinite(raw.label.array).all():
-        parts = np.zeros(raw.label.shape, np.int32)
-        scipy.ndimage.label(raw.label.array > 0, np.ones((3, 3, 3)), output=parts)
+        _, sizes = parts_of(raw.label.array)
         voxel_ml = float(abs(np.linalg.det(raw.label.affine[:3, :3]))) / 1000
-        sizes = np.bincount(parts.ravel())[1:]
         volumes = tuple(round(float(n * voxel_ml), 4) for n in sizes)
     return Facts(
         raw.patient_id,
@@ -190,9 +187,25 @@ def _suspicions(raw: RawCase, config: DataConfig) -> Iterator[tuple[str, str]]:
             )
         for text in _intensity_suspicions(name, volume):
             yield name, text
+    if config.preprocess.centre == "gland" and raw.gland is not None:
+        for text in gland_suspicions(raw.gland):
+            yield "gland", text
     if raw.label is not None:
         for text in _label_suspicions(raw, raw.label, reference, config):
             yield "label", text
+
+
+def gland_suspicions(gland: Volume) -> Iterator[str]:
+    """Parts of a mask around which the crop is not placed."""
+    _, sizes = parts_of(gland.array)
+    if len(sizes) > 1:
+        voxel_ml = float(abs(np.linalg.det(gland.affine[:3, :3]))) / 1000
+        yield (
+            f"the mask of the gland should be one connected part; got {len(sizes)}, the largest of "
+            f"{sizes.max() * voxel_ml:.3g} ml and {(sizes.sum() - sizes.max()) * voxel_ml:.3g} ml "
+            "in the others. The crop is placed around the largest; remove the others if they are "
+            "not of the gland, or join them."
+        )
 
 
 def _grid_points(raw: RawCase, reference: Volume, config: DataConfig) -> np.ndarray:
@@ -250,7 +263,15 @@ def _label_suspicions(
             f"the {config.target} should have between {low:g} and {high:g} ml; got "
             f"{volume_ml:.3g} ml. Look at the outline on the contact sheet."
         )
-    if config.target == "zones" and {1, 2} <= set(np.unique(label.array).tolist()):
+    found = {value for value in (1, 2) if (label.array == value).any()}
+    if config.target == "zones" and len(found) == 1:
+        yield (
+            "both zones should be there; got only value "
+            f"{found.pop()} ({' and '.join(config.classes)} are 1 and 2). Check the outline on the "
+            "contact sheet: of some published cases one zone alone is stored, under the other's "
+            "number. Remove such a case, or correct its label."
+        )
+    elif config.target == "zones" and len(found) == 2:
         behind = _mean_anterior_mm(label, 2) - _mean_anterior_mm(label, 1)
         if behind < 0:
             yield (
@@ -264,7 +285,7 @@ def _label_suspicions(
             image = raw.images[name]
             outside = 1 - coverage(image.shape, image.affine, points).mean()
             apart = not overlaps(image.shape, image.affine, reference.shape, reference.affine)
-            if outside > 0.01 and not apart:  # an error elsewhere
+            if outside > 0.01 and not apart:  # else an error elsewhere
                 yield (
                     f"the {config.target} should lie within the field of view of '{name}'; got "
                     f"{outside:.0%} of it outside. Check the headers; '{name}' says nothing there."

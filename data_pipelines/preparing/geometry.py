@@ -157,6 +157,24 @@ def overlaps(
     return False
 
 
+def foreground_outside(
+    mask: np.ndarray, mask_affine: np.ndarray, shape: tuple[int, int, int], affine: np.ndarray
+) -> float:
+    """Share of a mask's foreground whose voxel centres lie out of view of another grid."""
+    index = np.nonzero(mask)
+    if len(index[0]) == 0:
+        return 0.0
+    matrix, offset = index_transform(affine, mask_affine)
+    return 1 - float(in_view(shape, matrix, offset, index).mean())
+
+
+def parts_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Connected parts (26 neighbours), numbered from 1, and the voxels of each."""
+    parts = np.zeros(mask.shape, np.int32)
+    scipy.ndimage.label(mask > 0, np.ones((3, 3, 3)), output=parts)
+    return parts, np.bincount(parts.ravel())[1:]
+
+
 def foreground_box(mask: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
     """``mask`` cut to its foreground, and the index of the first voxel kept."""
     boxes = scipy.ndimage.find_objects((mask > 0).astype(np.uint8))

@@ -5,28 +5,41 @@ alike for training and for prediction, and no statistic crosses from validation 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import scipy
 
-from data_pipelines.case import STORED_UNIT, Case, RawCase, Volume, spacing_of
+from data_pipelines.case import (
+    STORED_UNIT,
+    Case,
+    RawCase,
+    Volume,
+    corners_apart,
+    spacing_of,
+)
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError, MissingDataError, raise_all
 from data_pipelines.preparing.geometry import (
     TIE,
     canonical,
     foreground_box,
+    foreground_outside,
     in_view,
     index_transform,
     overlaps,
+    parts_of,
     resample,
     resample_label,
 )
+from data_pipelines.preparing.labels import label_classes
 
 REFERENCE = "t2w"
 """The modality that sets the reference grid and into whose frame predictions go."""
 
+
+MOST_OUTSIDE = 0.5
+"""Largest share of a label's or mask's foreground that may lie outside the reference image."""
 
 _MAX_STORED = 32767
 
@@ -38,7 +51,8 @@ def reference_grid(
 
     Its axes are the canonical ones of ``t2w``, its spacing and size those of ``config``. Its
     centre is that of the ``t2w`` image or, with ``config.centre == "gland"``, that of the box
-    around the mask ``gland``. Along an axis whose spacing is that of ``t2w`` (within 1 %) it is
+    around the largest connected part of the mask ``gland``. Along an axis whose spacing is that of
+    ``t2w`` (within 1 %) it is
     moved by up to half a voxel, so that voxel falls on voxel: between slices 3 mm apart nothing
     then needs to be interpolated, neither for the image nor for a small lesion's label.
 
@@ -60,18 +74,19 @@ def reference_grid(
 
 
 def _mask_centre(mask: Volume | None, affine: np.ndarray) -> np.ndarray:
-    """Centre of the box around a mask, as an index ``d h w`` of the grid of ``affine``."""
+    """Centre of the box around a mask's largest part, as an index ``d h w`` of another grid."""
     if mask is None:
         raise MissingDataError(
             "a crop around the gland needs a mask of the gland, for training and for prediction; "
             "got none. Add the mask to the case, or use --data.preprocess.centre=image."
         )
-    voxels = np.argwhere(mask.array)
-    if len(voxels) == 0:
+    parts, sizes = parts_of(mask.array)
+    if len(sizes) == 0:
         raise DataError(
             "a crop around the gland needs a mask of the gland; got an empty one. Repair the mask "
             "or use --data.preprocess.centre=image."
         )
+    voxels = np.argwhere(parts == 1 + int(np.argmax(sizes)))
     matrix, offset = index_transform(affine, mask.affine)
     positions = voxels @ matrix.T + offset
     return (positions.min(0) + positions.max(0)) / 2
@@ -129,13 +144,17 @@ def preprocess_case(raw: RawCase, data: DataConfig, *, require_label: bool = Tru
     check_preprocess(data)
     _check_modalities(raw, data)
     reference = reference_image(raw, data)
+    faults: list[DataError] = []
+    with _collected(faults, "gland"):
+        if raw.gland is not None:
+            _check_place("gland", raw.gland, reference)
     shape, affine = reference_grid(reference, data.preprocess, raw.gland)
     image = np.zeros((*shape, len(data.modalities)), np.int16)
-    faults: list[DataError] = []
     for channel, name in enumerate(data.modalities):
         if name in raw.images:
             with _collected(faults, name):
                 _check_overlap(name, raw.images[name], reference)
+                _check_place(name, raw.images[name], reference)
                 image[..., channel] = _scaled(
                     name, raw.images[name], shape, affine, data.preprocess
                 )
@@ -225,6 +244,28 @@ def overlap_fault(name: str, affine: np.ndarray, reference_affine: np.ndarray) -
     )
 
 
+def _check_place(name: str, volume: Volume, reference: Volume) -> None:
+    """Refuse a header that no scanner made: an array that was stored without its geometry."""
+    placed = np.asarray(volume.affine)
+    unplaced = np.array_equal(placed, np.diag(np.diag(placed)))
+    if unplaced and volume.shape == reference.shape:
+        apart = corners_apart(placed, reference.affine, volume.shape)
+        if apart > min(reference.spacing_mm):
+            raise DataError(
+                f"'{name}' must say where its voxels lie; got them from the origin on along the "
+                "scanner's axes, as of an array that was stored without the header of its image, "
+                f"and a reference image of equal size that lies up to {apart:.0f} mm from there. "
+                "Store it with the header of the image on which it was drawn."
+            )
+    if name == "gland":
+        outside = foreground_outside(volume.array, volume.affine, reference.shape, reference.affine)
+        if outside > MOST_OUTSIDE:
+            raise DataError(
+                "the mask of the gland must lie within the reference image, half of it at least; "
+                f"got {outside:.0%} of it outside. Check the header of the mask."
+            )
+
+
 def _scaled(
     name: str,
     volume: Volume,
@@ -233,7 +274,16 @@ def _scaled(
     config: PreprocessConfig,
 ) -> np.ndarray:
     """The int16 channel of one modality."""
-    values, inside = resample(_smoothed(canonical(volume), affine), shape, affine, order=1)
+    volume = canonical(volume)
+    values, inside = resample(_smoothed(volume, affine), shape, affine, order=1)
+    if not inside.any() and overlaps(volume.shape, volume.affine, shape, affine):
+        extent = np.multiply(volume.shape, volume.spacing_mm)  # of the canonical axes
+        finer = np.minimum(config.spacing_mm, np.floor(extent * 100 + 1e-6) / 100)
+        raise DataError(
+            f"'{name}' must hold at least one plane of the reference grid; got a volume of "
+            f"{_numbers(extent)} mm (d h w) between planes {_numbers(config.spacing_mm)} mm apart. "
+            f"Use --data.preprocess.spacing-mm {_numbers(finer)}."
+        )
     if not inside.any():
         raise DataError(
             f"'{name}' must reach into the crop of {config.size} voxels at {config.spacing_mm} mm "
@@ -276,14 +326,16 @@ def _resampled_labels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The target on the reference grid, and on the original grid of the reference image."""
     _check_overlap("label", label, reference)
-    source = Volume(_classes(label.array, data), label.affine)
+    _check_place("label", label, reference)
+    source = Volume(label_classes(label.array, data.target), label.affine)
     sampling = data.preprocess.label_sampling
-    truth = resample_label(source, reference.shape, reference.affine, sampling=sampling)
-    if source.array.any() and not truth.any():
+    outside = foreground_outside(source.array, source.affine, reference.shape, reference.affine)
+    if outside > MOST_OUTSIDE:
         raise DataError(
-            f"the label's foreground must lie within the reference image; got {data.target} only "
-            "outside it. Check the header of the label file."
+            f"the label's foreground must lie within the reference image, half of it at least; got "
+            f"{outside:.0%} of the {data.target} outside. Check the header of the label file."
         )
+    truth = resample_label(source, reference.shape, reference.affine, sampling=sampling)
     on_grid = resample_label(canonical(source), shape, affine, sampling=sampling)
     if truth.any() and not _reaches_into(truth, reference.affine, shape, affine):
         raise DataError(
@@ -294,28 +346,16 @@ def _resampled_labels(
     return on_grid, truth
 
 
-def _classes(values: np.ndarray, data: DataConfig) -> np.ndarray:
-    """uint8 classes of label values; the dtype of the file does not matter."""
-    found = np.unique(values)
-    num_classes = len(data.classes)
-    highest = 255 if num_classes == 1 else num_classes
-    bad = found[~np.isfinite(found) | (found != np.rint(found)) | (found < 0) | (found > highest)]
-    if bad.size:
-        raise DataError(
-            f"label values must be whole numbers from 0 to {highest} for the target "
-            f"'{data.target}'; got {', '.join(f'{v:g}' for v in bad[:3])}"
-            f"{' and others' if bad.size > 3 else ''}. Correct the label file or choose another "
-            "--data.target."
-        )
-    return (values > 0).astype(np.uint8) if num_classes == 1 else values.astype(np.uint8)
-
-
 def _reaches_into(
     mask: np.ndarray, mask_affine: np.ndarray, shape: tuple[int, int, int], affine: np.ndarray
 ) -> bool:
     """Whether the centre of any foreground voxel of ``mask`` lies within the grid."""
     matrix, offset = index_transform(affine, mask_affine)
     return bool(in_view(shape, matrix, offset, np.nonzero(mask)).any())
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _point(affine: np.ndarray) -> tuple[float, ...]:

@@ -9,7 +9,8 @@ from data_pipelines.building.case_builder import FileCaseBuilder
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import MissingDataError
 from data_pipelines.preparing.preprocessing import REFERENCE
-from data_pipelines.reading.case_files import CaseFiles
+from data_pipelines.reading.case_files import CaseFiles, unused_files
+from data_pipelines.reading.volume_io import name_without_ending
 
 FILES = {"t2w": "t2", "adc": "adc", "hbv": "dwi"}
 """Name of each modality's file."""
@@ -20,6 +21,7 @@ EMPTY = "empty"
 ZONES_IN_FILE = {1: 2, 2: 1}
 """The files number the central gland 1 and the peripheral zone 2; here it is the reverse."""
 
+_KNOWN = re.compile(r"t2|adc|dwi|empty|t2_anatomy_reader\d|(t2|adc)_tumor_reader\d|\..*")
 _DEPTHS = ("*", "*/*", "*/*/*")
 
 
@@ -82,6 +84,17 @@ def _case_files(folder: Path, config: DataConfig) -> CaseFiles:
         label=folder / f"{source}.nii.gz" if source else None,
         looked_for=looked_for,
         metadata={"part": folder.parent.name, **({"label_source": source} if source else {})},
+        problems=tuple(
+            unused_files(
+                folder.name,
+                [
+                    path
+                    for path in folder.iterdir()
+                    if (stem := name_without_ending(path.name)) and not _KNOWN.fullmatch(stem)
+                ],
+                "the files of the data set",
+            )
+        ),
         gland=gland if config.preprocess.centre == "gland" and os.path.lexists(gland) else None,
         label_classes=ZONES_IN_FILE if config.target == "zones" else {},
     )

@@ -2,9 +2,11 @@
 
 import dataclasses
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import Problem
@@ -85,6 +87,88 @@ def check_ids(case_ids: Iterable[str]) -> list[Problem]:
             if folded[case_id.casefold()] > 1
         ]
     )
+
+
+def check_patients(patient_ids: Iterable[str]) -> list[Problem]:
+    """Patients that seem to be written in two ways, and would part into different folds.
+
+    Spreadsheets make 2 of 02 and 3.0 of 3, and people write P01 and p01: that is an error. P1
+    beside P01 may be meant, and is a warning.
+    """
+    problems: list[Problem] = []
+    kinds: tuple[tuple[Callable[[str], str], Literal["error", "warning"]], ...] = (
+        (_spelled_alike, "error"),
+        (_numbered_alike, "warning"),
+    )
+    for spelled, level in kinds:
+        alike: dict[str, set[str]] = defaultdict(set)
+        for patient_id in patient_ids:
+            alike[spelled(patient_id)].add(patient_id)
+        problems += [
+            Problem(
+                min(names),
+                None,
+                "a patient must be written in one way in all cases, lest they part into different "
+                f"folds; got {', '.join(sorted(names))}. Write it in one way, or rename those who "
+                "are others.",
+                level,
+            )
+            for names in alike.values()
+            if len({_spelled_alike(name) for name in names} if level == "warning" else names) > 1
+        ]
+    return problems
+
+
+def _spelled_alike(patient_id: str) -> str:
+    """An id without what spreadsheets and people change: case, form, zeros around a number."""
+    text = " ".join(unicodedata.normalize("NFKC", patient_id).casefold().split())
+    number = re.fullmatch(r"0*(\d+)(\.0*)?", text)
+    return number[1] if number else text
+
+
+def _numbered_alike(patient_id: str) -> str:
+    """The same, with neither zeros before any number in it nor what parts words."""
+    words = re.findall(r"\d+|[^\W\d_]+", _spelled_alike(patient_id))
+    return "-".join(word.lstrip("0") or "0" if word.isdigit() else word for word in words)
+
+
+def check_present(entries: Iterable["CaseFiles"], config: DataConfig) -> list[Problem]:
+    """Modalities that no case has, and with which nothing can be learned."""
+    entries = list(entries)
+    found = {name for entry in entries for name in entry.images}
+    absent = [name for name in config.modalities if name not in found]
+    if not config.allow_missing or not entries or not absent:
+        return []  # else each case says what it lacks
+    others = " ".join(name for name in config.modalities if name in found)
+    remedy = f"Use --data.modalities {others}, or correct" if others else "Correct"
+    return [
+        Problem(
+            "all cases",
+            None,
+            f"a modality must be there in some case; got no '{name}' in any of {len(entries)}, "
+            f"looked for {entries[0].looked_for[name]}. {remedy} the names "
+            "of its files or channels.",
+        )
+        for name in absent
+    ]
+
+
+def unused_files(case_id: str, unused: Iterable[Path], known: str) -> list[Problem]:
+    """A warning of the volumes of a case that nothing reads, if there are some."""
+    names = sorted(path.name for path in unused)
+    if not names:
+        return []
+    return [
+        Problem(
+            case_id,
+            None,
+            f"every volume of a case should be used; got {', '.join(names[:5])}"
+            f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}, of which nothing is read. "
+            f"Rename it if it is one of {known}, put several findings into one file, or take it "
+            "out of the folder.",
+            "warning",
+        )
+    ]
 
 
 def check_entry(entry: CaseFiles, config: DataConfig) -> list[Problem]:

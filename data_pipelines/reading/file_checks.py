@@ -6,26 +6,24 @@ declared size is compared with the size of the file first, and a compressed stre
 its end, where its checksum is.
 """
 
-import gzip
-import itertools
 import math
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import nibabel as nib
-import numpy as np
 
 from data_pipelines.faults import DataError, MissingDataError
 
-MAX_VOXELS = 2**26
-"""Largest volume that is read: 1024 x 1024 x 64 voxels."""
+MAX_VOXELS = 2**25
+"""Largest volume that is read: 1024 x 1024 x 32 voxels."""
 
 MAX_BYTES = 2**28
 """Most bytes of voxels that one file may hold."""
 
+MAX_PADDING = 2**16
+"""Most bytes that may follow the voxels."""
+
 _MAX_HEADER = 2**16
-_MAX_NIFTI_OFFSET = 2**24
 _DEFLATE_RATIO = 1032  # the most that deflate can pack into one byte
 _CHUNK = 2**20
 
@@ -67,70 +65,46 @@ _NRRD_BYTES = {
 }
 
 
-def nifti_content(path: Path) -> tuple[type[nib.Nifti1Image], bytes]:
-    """All bytes of a NIfTI file, decompressed and found complete, and the class that reads them.
-
-    Raises:
-        DataError: header and content do not fit together; the message names the file.
-    """
-    compressed = path.name.lower().endswith(".gz")
-    size = path.stat().st_size
-    with gzip.open(path) if compressed else path.open("rb") as stream:
-        start = stream.read(4)
-        header_size = {348: 348, 540: 540}.get(
-            int.from_bytes(start, "little"), int.from_bytes(start, "big")
-        )
-        kinds = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
-        if header_size not in kinds:
-            raise _unreadable(path, "no NIfTI header")
-        kind = kinds[header_size]
-        start += stream.read(header_size - 4)
-        header = kind.header_class(start, check=False)  # a check would mend zero spacings
-        if bytes(header["magic"]).rstrip(b"\0")[:3] not in (b"n+1", b"n+2"):
-            raise _unreadable(path, f"the magic {bytes(header['magic'])!r}")
-        _check_nifti_place(path, header)
-        voxel_bytes = header.get_data_dtype().itemsize
-        offset = header.get_data_offset()
-        expected = offset + _num_bytes(path, header.get_data_shape(), voxel_bytes)
-        if not header_size <= offset <= _MAX_NIFTI_OFFSET:
-            raise _unreadable(path, f"voxels that begin at byte {offset}")
-        _check_size(path, expected, size, compressed=compressed)
-        content = start + stream.read(expected - len(start) + 1)
-    if len(content) != expected:
-        more = "more" if len(content) > expected else len(content)
-        raise _unreadable(path, f"{more} of the {expected} bytes that its header declares")
-    return kind, content
-
-
-def _check_nifti_place(path: Path, header: nib.Nifti1Header) -> None:
-    """Whether the header says where the voxels lie, and one place only."""
-    codes = int(header["sform_code"]), int(header["qform_code"])
-    if min(codes) < 0 or not any(codes):
-        raise _placeless(path, "sform or qform")
-    pixdim = np.asarray(header["pixdim"], np.float64)[1:4]
-    if not codes[0] and not (pixdim > 0).all():
-        raise DataError(
-            f"{path} must have a positive voxel size; got {pixdim.tolist()} mm. "
-            "Repair the header of the file."
-        )
-    if np.isinf([header["scl_slope"], header["scl_inter"]]).any():
-        raise _unreadable(path, f"the intensity scale {header['scl_slope']}")
-    if not all(codes):
-        return
-    extent = np.subtract((*header.get_data_shape(), 1, 1, 1)[:3], 1)
-    corners = np.array(list(itertools.product((0, 1), repeat=3))) * extent
-    sform, qform = np.asarray(header.get_sform()), np.asarray(header.get_qform())
-    apart = (sform - qform)[:3, :3] @ corners.T + (sform - qform)[:3, 3:]
-    farthest = np.linalg.norm(apart, axis=0).max()
-    if not farthest <= max(np.linalg.norm(sform[:3, :3], axis=0).min(), 1e-3):
-        raise DataError(
-            f"{path} must lie in one place; got an sform and a qform up to {farthest:.1f} mm apart"
-            ". Set the code of the wrong one to 0."
-        )
-
-
 def check_metaimage(path: Path) -> None:
     """Raise ``DataError`` unless an MHA or MHD file holds what its header declares."""
+    fields, offset = _metaimage_fields(path)
+    shape = _integers(path, fields.get("DimSize", ""), "DimSize")
+    if fields.get("NDims") != str(len(shape)):
+        raise unreadable(path, f"NDims {fields.get('NDims')} with DimSize {fields.get('DimSize')}")
+    voxel_bytes = _METAIMAGE_BYTES.get(fields.get("ElementType", ""))
+    if voxel_bytes is None or fields.get("BinaryData", "True").lower() != "true":
+        raise unreadable(path, f"voxels of type {fields.get('ElementType')}, or as text")
+    channels = _integers(path, fields.get("ElementNumberOfChannels", "1"), "channels")
+    for names, count in _METAIMAGE_GEOMETRY.items():
+        given = [fields[name] for name in names if name in fields]
+        if not given:
+            raise placeless(path, names[0])
+        _numbers(path, given[0], names[0], len(shape) ** count)
+    _check_unit(path, fields.get("DistanceUnits", "mm"), "DistanceUnits")
+    expected = num_bytes(path, (*shape, *channels), voxel_bytes)
+    data = path
+    if fields["ElementDataFile"].upper() not in ("LOCAL", "LIST"):
+        data, offset = _data_file(path, fields["ElementDataFile"]), 0
+    elif fields["ElementDataFile"].upper() == "LIST":
+        raise unreadable(path, "a list of files")
+    header_bytes = _integers(path, fields.get("HeaderSize", "0"), "HeaderSize", least=-1)[0]
+    compressed = fields.get("CompressedData", "False").lower() == "true"
+    if not compressed and fields.get("CompressedData", "False").lower() != "false":
+        raise unreadable(path, f"CompressedData {fields['CompressedData']!r:.60}")
+    if header_bytes == -1 and not compressed:
+        offset = max(data.stat().st_size - expected, 0)
+    else:
+        offset += max(header_bytes, 0)
+    _check_voxels(path, data, offset, expected, shape, compressed=compressed)
+    packed = fields.get("CompressedDataSize")
+    if compressed and packed is not None:
+        there = data.stat().st_size - offset
+        if _integers(path, packed, "CompressedDataSize")[0] != there:
+            raise unreadable(path, f"CompressedDataSize {packed} for the {there} bytes there are")
+
+
+def _metaimage_fields(path: Path) -> tuple[dict[str, str], int]:
+    """The fields of a MetaImage header, and where it ends."""
     with path.open("rb") as file:
         start = file.read(_MAX_HEADER)
     fields: dict[str, str] = {}
@@ -140,76 +114,114 @@ def check_metaimage(path: Path) -> None:
         end = len(start) if end < 0 else end
         key, equals, value = start[offset:end].decode("latin-1").partition("=")
         if not equals:
-            raise _unreadable(path, "no MetaImage header")
+            raise unreadable(path, "no MetaImage header")
+        if key.strip() in fields:
+            raise unreadable(path, f"the field {key.strip()!r:.60} twice in its header")
         fields[key.strip()] = value.strip()
         offset = end + 1
-    shape = _integers(path, fields.get("DimSize", ""), "DimSize")
-    if fields.get("NDims") != str(len(shape)):
-        raise _unreadable(path, f"NDims {fields.get('NDims')} with DimSize {fields.get('DimSize')}")
-    voxel_bytes = _METAIMAGE_BYTES.get(fields.get("ElementType", ""))
-    if voxel_bytes is None or fields.get("BinaryData", "True").lower() != "true":
-        raise _unreadable(path, f"voxels of type {fields.get('ElementType')}, or as text")
-    channels = _integers(path, fields.get("ElementNumberOfChannels", "1"), "channels")
-    for names, count in _METAIMAGE_GEOMETRY.items():
-        given = [fields[name] for name in names if name in fields]
-        if not given:
-            raise _placeless(path, names[0])
-        _numbers(path, given[0], names[0], len(shape) ** count)
-    expected = _num_bytes(path, (*shape, *channels), voxel_bytes)
-    data = path
-    if fields["ElementDataFile"].upper() not in ("LOCAL", "LIST"):
-        data, offset = _data_file(path, fields["ElementDataFile"]), 0
-    elif fields["ElementDataFile"].upper() == "LIST":
-        raise _unreadable(path, "a list of files")
-    header_bytes = _integers(path, fields.get("HeaderSize", "0"), "HeaderSize", least=-1)[0]
-    compressed = fields.get("CompressedData", "False").lower() == "true"
-    if not compressed and fields.get("CompressedData", "False").lower() != "false":
-        raise _unreadable(path, f"CompressedData {fields['CompressedData']!r:.60}")
-    if header_bytes == -1 and not compressed:
-        offset = max(data.stat().st_size - expected, 0)
-    else:
-        offset += max(header_bytes, 0)
-    _check_voxels(path, data, offset, expected, compressed=compressed)
+    return fields, offset
 
 
 def check_nrrd(path: Path) -> None:
     """Raise ``DataError`` unless an NRRD file holds what its header declares."""
-    with path.open("rb") as file:
-        start = file.read(_MAX_HEADER)
-    if not start.startswith(b"NRRD000"):
-        raise _unreadable(path, "no NRRD header")
-    ends = [(start.find(gap), len(gap)) for gap in (b"\n\n", b"\r\n\r\n") if gap in start]
-    end, gap = min(ends) if ends else (len(start), 0)
-    fields: dict[str, str] = {}
-    for line in start[:end].decode("latin-1").splitlines()[1:]:
-        key, colon, value = line.partition(":")
-        if colon and not line.startswith("#"):
-            fields[key.strip().lower()] = value.removeprefix("=").strip()
+    fields, _, offset = _nrrd_fields(path)
     shape = _integers(path, fields.get("sizes", ""), "sizes")
     if fields.get("dimension") != str(len(shape)):
-        raise _unreadable(path, f"dimension {fields.get('dimension')} with {len(shape)} sizes")
+        raise unreadable(path, f"dimension {fields.get('dimension')} with {len(shape)} sizes")
     voxel_bytes = _NRRD_BYTES.get(fields.get("type", "").lower())
     encoding = fields.get("encoding", "").lower()
     if voxel_bytes is None or encoding not in ("raw", "gzip", "gz"):
-        raise _unreadable(path, f"type {fields.get('type')!r} in encoding {encoding!r}")
+        raise unreadable(path, f"type {fields.get('type')!r} in encoding {encoding!r}")
     for skip in ("byte skip", "byteskip", "line skip", "lineskip"):
         if fields.get(skip, "0") != "0":
-            raise _unreadable(path, f"a {skip} of {fields[skip]}")
+            raise unreadable(path, f"a {skip} of {fields[skip]}")
     for name in ("space", "space directions", "space origin"):
         if name not in fields:
-            raise _placeless(path, name)
+            raise placeless(path, name)
     if fields["space"].lower() not in _NRRD_SPACES:
-        raise _unreadable(path, f"the space {fields['space']!r:.60}")
+        raise unreadable(path, f"the space {fields['space']!r:.60}")
     vectors = [v for v in fields["space directions"].split() if v != "none"]
     for text in (*vectors, fields["space origin"]):
         _numbers(path, text.strip("()").replace(",", " "), "space", 3)
-    detached = fields.get("data file", fields.get("datafile"))
-    data, offset = (path, end + gap) if detached is None else (_data_file(path, detached), 0)
-    expected = _num_bytes(path, shape, voxel_bytes)
-    _check_voxels(path, data, offset, expected, compressed=encoding != "raw")
+    for text in fields.get("space units", "mm").replace('"', " ").split():
+        _check_unit(path, text, "space units")
+    data = path
+    if (detached := _nrrd_data_name(fields)) is not None:
+        data, offset = _data_file(path, detached), 0
+    expected = num_bytes(path, shape, voxel_bytes)
+    _check_voxels(path, data, offset, expected, shape, compressed=encoding != "raw")
 
 
-def _num_bytes(path: Path, shape: Sequence[int], voxel_bytes: int) -> int:
+def _nrrd_fields(path: Path) -> tuple[dict[str, str], dict[str, str], int]:
+    """The fields of an NRRD header, its key/value pairs, and where it ends."""
+    with path.open("rb") as file:
+        start = file.read(_MAX_HEADER)
+    if not start.startswith(b"NRRD000"):
+        raise unreadable(path, "no NRRD header")
+    ends = [(start.find(gap), len(gap)) for gap in (b"\n\n", b"\r\n\r\n") if gap in start]
+    end, gap = min(ends) if ends else (len(start), 0)
+    fields: dict[str, str] = {}
+    pairs: dict[str, str] = {}
+    for line in start[:end].decode("utf-8", "replace").splitlines()[1:]:
+        key, colon, value = line.partition(":")
+        if not colon or line.startswith("#"):
+            continue
+        if value.startswith("="):
+            pairs[key] = value[1:].strip()
+        elif key.strip().lower() in fields:
+            raise unreadable(path, f"the field {key.strip()!r:.60} twice in its header")
+        else:
+            fields[key.strip().lower()] = value.strip()
+    return fields, pairs, end + gap
+
+
+def _nrrd_data_name(fields: Mapping[str, str]) -> str | None:
+    return fields.get("data file", fields.get("datafile"))
+
+
+def segments(path: Path) -> dict[str, int]:
+    """Name and value of each segment of a segmentation by 3D Slicer; nothing in other files.
+
+    Raises:
+        DataError: segments that overlap, each in a layer of its own.
+    """
+    _, pairs, _ = _nrrd_fields(path)
+    found: dict[str, int] = {}
+    for key, name in pairs.items():
+        match = re.fullmatch(r"(Segment\d+)_Name", key)
+        if match is None:
+            continue
+        if pairs.get(f"{match[1]}_Layer", "0") != "0":
+            raise DataError(
+                f"{path} must hold its segments in one layer; got {name!r:.60} in another. Export "
+                "it from 3D Slicer as a label map (.nii.gz)."
+            )
+        value = _integers(path, pairs.get(f"{match[1]}_LabelValue", ""), f"{match[1]}_LabelValue")
+        found[name] = value[0]
+    return found
+
+
+def files_of(path: Path) -> list[Path]:
+    """What holds a volume: a file, or a header and the file with its voxels, or those of a folder.
+
+    Headers that cannot be read stand for themselves: reading them says what is wrong.
+    """
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    try:
+        if path.suffix.lower() in (".mhd", ".mha"):
+            name = _metaimage_fields(path)[0]["ElementDataFile"]
+            name = None if name.upper() in ("LOCAL", "LIST") else name
+        elif path.suffix.lower() == ".nrrd":
+            name = _nrrd_data_name(_nrrd_fields(path)[0])
+        else:
+            return [path]
+        return [path] if name is None else [path, _data_file(path, name)]
+    except (DataError, OSError):
+        return [path]
+
+
+def num_bytes(path: Path, shape: Sequence[int], voxel_bytes: int) -> int:
     """Bytes of the voxels, if there are some and not too many."""
     shape = tuple(int(n) for n in shape)
     if not shape or min(shape) < 1 or voxel_bytes < 1:
@@ -226,19 +238,37 @@ def _num_bytes(path: Path, shape: Sequence[int], voxel_bytes: int) -> int:
     return voxels * voxel_bytes
 
 
-def _check_size(path: Path, expected: int, size: int, *, compressed: bool) -> None:
+def check_size(path: Path, expected: int, size: int, *, compressed: bool) -> None:
     """Whether ``size`` bytes of a file can hold ``expected`` bytes of content."""
     if expected > (size * _DEFLATE_RATIO + _CHUNK if compressed else size):
-        raise _unreadable(path, f"{size} bytes for the {expected} that its header declares")
+        raise unreadable(path, f"{size} bytes for the {expected} that its header declares")
 
 
-def _check_voxels(path: Path, data: Path, offset: int, expected: int, *, compressed: bool) -> None:
-    """Whether ``data`` holds, from ``offset`` on, exactly the expected bytes."""
+def check_padding(path: Path, rest: bytes, expected: int, shape: Sequence[int]) -> None:
+    """Whether what follows the voxels may be left out, as the format's readers do.
+
+    Zeros may, and less than a header that lost one index of an axis would leave.
+    """
+    plane = expected // max(shape)
+    if len(rest) > MAX_PADDING or (len(rest) >= plane and rest.strip(b"\0")):
+        more = "more" if len(rest) > MAX_PADDING else f"{len(rest)} bytes more"
+        raise unreadable(path, f"{more} than the {expected} bytes that its header declares")
+
+
+def _check_voxels(
+    path: Path, data: Path, offset: int, expected: int, shape: Sequence[int], *, compressed: bool
+) -> None:
+    """Whether ``data`` holds, from ``offset`` on, the expected bytes."""
     size = max(data.stat().st_size - offset, 0)
-    _check_size(path, expected, size, compressed=compressed)
-    found = _deflated_size(data, offset, expected) if compressed else size
+    check_size(path, expected, size, compressed=compressed)
+    if not compressed:
+        with data.open("rb") as file:
+            file.seek(offset + expected)
+            check_padding(path, file.read(MAX_PADDING + 1), expected, shape)
+        return
+    found = _deflated_size(data, offset, expected)
     if found != expected:
-        raise _unreadable(path, f"{found} bytes for the {expected} that its header declares")
+        raise unreadable(path, f"{found} bytes for the {expected} that its header declares")
 
 
 def _deflated_size(path: Path, offset: int, most: int) -> int:
@@ -256,8 +286,13 @@ def _deflated_size(path: Path, offset: int, most: int) -> int:
 
 
 def _data_file(path: Path, name: str) -> Path:
-    """The file beside a header that holds its voxels."""
+    """The file beside a header, or in a folder there, that holds its voxels."""
     data = path.parent / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise DataError(
+            f"{path} must name a file of its own folder for its voxels; got {name!r:.80}. Copy "
+            "that file beside it and name it in the header, or convert both to one .mha or .nii.gz."
+        )
     if "%" in name or not name or not data.is_file():
         raise MissingDataError(
             f"{path} must name one file that holds its voxels; got {name!r}, which is not there. "
@@ -266,14 +301,21 @@ def _data_file(path: Path, name: str) -> Path:
     return data
 
 
+def _check_unit(path: Path, text: str, name: str) -> None:
+    if text.lower() not in ("mm", "?", "unknown", "millimeter", "millimetre", "millimeters"):
+        raise DataError(
+            f"{path} must give lengths in millimetres; got {name} {text!r:.40}. Convert the file."
+        )
+
+
 def _integers(path: Path, text: str, name: str, *, least: int = 0) -> tuple[int, ...]:
     """Whole numbers in a header field."""
     words = text.split()
     if not words or len(words) > 8 or not all(w.lstrip("-").isdecimal() for w in words):
-        raise _unreadable(path, f"{name} {text!r:.60}")
+        raise unreadable(path, f"{name} {text!r:.60}")
     numbers = tuple(int(word[:20]) for word in words)
     if min(numbers) < least:
-        raise _unreadable(path, f"{name} {text!r:.60}")
+        raise unreadable(path, f"{name} {text!r:.60}")
     return numbers
 
 
@@ -284,17 +326,19 @@ def _numbers(path: Path, text: str, name: str, count: int) -> None:
     except ValueError:
         finite = []
     if len(finite) != count or not all(finite):
-        raise _unreadable(path, f"{name} {text!r:.60}")
+        raise unreadable(path, f"{name} {text!r:.60}")
 
 
-def _placeless(path: Path, name: str) -> DataError:
+def placeless(path: Path, name: str) -> DataError:
+    """The fault of a header without a place."""
     return DataError(
         f"{path} must say where its voxels lie; got no {name} in its header. Convert the original "
         "images again."
     )
 
 
-def _unreadable(path: Path, came: str) -> DataError:
+def unreadable(path: Path, came: str) -> DataError:
+    """The fault of a file that is damaged or of another kind."""
     return DataError(
         f"{path} must be a readable image; got: {came}. Copy or convert the file again."
     )

@@ -13,16 +13,26 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from data_pipelines.case import Volume
+from data_pipelines.case import Volume, corners_apart, spacing_of
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.files import whole_file
-from data_pipelines.reading import dicom, file_checks
+from data_pipelines.reading import dicom, file_checks, nifti
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd")
-"""File name endings that can be read."""
+SEGMENTATION = ".seg.nrrd"
+"""File name ending of a segmentation of 3D Slicer."""
+SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", SEGMENTATION, ".nrrd")
+"""File name endings that can be read, the longer ones first."""
 
+_ONE_PLACE = 0.1  # of the smallest voxel side; sform and qform of a written file differ by less
+_PLAUSIBLE_MM = (0.01, 200.0)
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def name_without_ending(name: str) -> str | None:
+    """A file name without the ending of a volume; None if it has no such ending."""
+    ending = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
+    return name[: -len(ending)] if ending else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +82,9 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, *, case_id: s
     ``case_id`` (up to 79 bytes of it) goes into the header's ``descrip``, so that a file that was
     renamed still says whose it is.
 
+    An affine with shear, which a qform cannot hold, is written as sform alone, lest the file lie in
+    two places: ITK then refuses it as it refuses the file from which the affine was read.
+
     Loaded with nibabel the file has shape ``(w, h, d)`` and this affine (as float32, which is what
     the format holds), so it overlays the file from which the affine was read.
     """
@@ -82,6 +95,9 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, *, case_id: s
     image = nib.Nifti1Image(array.T, affine)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
+    apart = corners_apart(affine, image.get_qform(), array.shape)
+    if apart > _ONE_PLACE * min(spacing_of(affine)):  # a qform cannot hold shear
+        image.set_qform(None, code="unknown")
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = case_id.encode()[:79]
     with whole_file(path) as partial:
@@ -131,8 +147,7 @@ def _open(path: Path, channel: int | None) -> tuple[Grid, Callable[[], np.ndarra
 
 
 def _open_nifti(path: Path, channel: int | None) -> tuple[Grid, Callable[[], np.ndarray]]:
-    kind, content = file_checks.nifti_content(path)
-    image = kind.from_bytes(content)
+    image, affine = nifti.open_image(path)
     shape = image.shape
     while len(shape) > (3 if channel is None else 4) and shape[-1] == 1:
         shape = shape[:-1]
@@ -141,7 +156,8 @@ def _open_nifti(path: Path, channel: int | None) -> tuple[Grid, Callable[[], np.
             f"{path} must have a fourth axis with channel {channel}; got shape {shape}. "
             "Check that the file is of this data set."
         )
-    grid = _checked_grid(path, shape if channel is None else shape[:3], np.asarray(image.affine))
+    unit = nifti.unit(image)
+    grid = _checked_grid(path, shape if channel is None else shape[:3], affine, unit)
 
     def load() -> np.ndarray:
         if channel is None:
@@ -173,7 +189,9 @@ def _open_itk(path: Path) -> tuple[Grid, Callable[[], np.ndarray]]:
     return grid, lambda: sitk.GetArrayFromImage(reader.Execute())
 
 
-def _checked_grid(path: Path, shape: Sequence[int], affine: np.ndarray) -> Grid:
+def _checked_grid(
+    path: Path, shape: Sequence[int], affine: np.ndarray, unit: str = "millimetre"
+) -> Grid:
     """The grid of a file that lists its axes as ``(i, j, k)``, if it is a usable one."""
     if len(shape) != 3:
         raise DataError(
@@ -185,6 +203,13 @@ def _checked_grid(path: Path, shape: Sequence[int], affine: np.ndarray) -> Grid:
         raise DataError(
             f"{path} must have a positive voxel size; got {lengths.tolist()} mm. "
             "Repair the header of the file."
+        )
+    low, high = _PLAUSIBLE_MM
+    if not (lengths >= low).all() or not (lengths <= high).all():
+        raise DataError(
+            f"{path} must have voxels of {low:g} to {high:g} mm; got "
+            f"{', '.join(f'{n:.3g}' for n in lengths)} mm from a header whose unit is the {unit}. "
+            "Correct the spacing or the unit (xyzt_units) in the header."
         )
     if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
         raise DataError(

@@ -19,6 +19,10 @@ from experiments.measuring.lesions import Candidate
 from experiments.measuring.metrics import to_mask
 from experiments.process.records import INLINE, read_record, write_record
 
+RECORD = "predictions.json"
+KINDS = ("masks", "probabilities", "entropy", "disagreement", "attention")
+"""Folders of images beside the record."""
+
 SCHEMA = 2
 """Version of the record of predictions.
 
@@ -40,6 +44,7 @@ class PredictedCase:
         volume_ml: of the mask, class by class.
         highest_probability: of each class.
         candidates: of lesions, the most confident first; None for other targets.
+        warnings: what is worth a look, if there is something.
     """
 
     case_id: str
@@ -49,6 +54,7 @@ class PredictedCase:
     volume_ml: Mapping[str, float] | None = None
     highest_probability: Mapping[str, float] | None = None
     candidates: tuple[Candidate, ...] | None = None
+    warnings: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Predictions:
     Attributes:
         facts: whose predictions they are.
         cases: by their ids.
+        inputs: sha256 of the images of each case of which there is, or was, a result.
         complete: whether the command that wrote it came to its end.
         wall_s: time that it took.
         compute_s: time in which the model ran.
@@ -106,6 +113,7 @@ class Predictions:
 
     facts: Facts = dataclasses.field(metadata=INLINE)
     cases: tuple[PredictedCase, ...]
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     complete: bool = True
     wall_s: float = 0.0
     compute_s: float = 0.0
@@ -163,7 +171,7 @@ class PredictionFolder:
     @property
     def record(self) -> Path:
         """Whose predictions they are, and what was found."""
-        return self.path / "predictions.json"
+        return self.path / RECORD
 
     def image(self, kind: str, case_id: str, suffix: str = "") -> Path:
         """A volume of a case: its mask, a probability and the like."""

@@ -16,6 +16,7 @@ from data_pipelines.building import validation
 from data_pipelines.building.builders import open_builder
 from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
+from data_pipelines.files import expanded
 from data_pipelines.preparing import preprocessing
 from data_pipelines.reading import volume_io
 from data_pipelines.serving import loading, splits
@@ -100,7 +101,7 @@ def run(config: Config, programs: Programs | None = None) -> Results | None:
 
 def open_source(config: Config) -> loading.CaseSource:
     """The run's data set, checked, and built where it has not been."""
-    with naming_path(config.data.cache.expanduser(), "build the data set"):
+    with naming_path(expanded(config.data.cache, "--data.cache"), "build the data set"):
         builder = open_builder(config.data)
         validation.check(builder, log)
         return loading.open_source(builder)

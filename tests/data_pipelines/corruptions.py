@@ -69,8 +69,9 @@ def corpus(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield f"truncated-{i}.{kind}", content[: int(len(content) * share)]
         if kind != "mhd":  # a text that may end anyhow
             yield f"truncated-by-one.{kind}", content[:-1]
-            for i, more in enumerate((b"\1", b"garbage" * 100)):
-                yield f"longer-{i}.{kind}", content + more
+            sound = "same-" if kind in ("nii", "mha", "nrrd") else ""  # as nibabel and ITK read it
+            yield f"{sound}longer-0.{kind}", content + b"\1"
+            yield f"longer-1.{kind}", content + b"garbage" * 100
         yield f"empty.{kind}", b""
         yield f"text.{kind}", b"this is no image\n" * 40
         yield f"zeros.{kind}", bytes(5000)

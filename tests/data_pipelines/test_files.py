@@ -1,9 +1,11 @@
 """Files are written whole or not at all, and a fault leaves nothing beside them."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from data_pipelines.faults import DataError
 from data_pipelines.files import whole_file
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder
 from data_pipelines.serving.splits import Folds
@@ -64,3 +66,19 @@ def test_a_data_set_on_a_full_disk_is_not_built(tmp_path, monkeypatch):
         builder.prepare()
     assert not builder.is_prepared()
     assert list(Path(builder.data_dir).glob(".*")) == []
+
+
+def test_a_user_without_a_home_is_asked_for_a_path(tmp_path, monkeypatch):
+    def nobody(path):
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    config = write_folder(tmp_path / "data", raw_case())
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert Builder(config).entries
+    config = dataclasses.replace(config, cache=Path("~/.cache/cmsad_jax"))
+    with pytest.raises(
+        DataError, match=r"~ must stand for a home .* Give --data.cache a full path"
+    ):
+        Builder(config)

@@ -10,8 +10,8 @@ import pytest
 from data_pipelines.case import CaseInfo
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.modalities import modality_of
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder as FolderBuilder
-from data_pipelines.nifti_folder.nifti_folder_dataset_builder import modality_of
 from data_pipelines.picai.picai_dataset_builder import Builder as PicaiBuilder
 from tests.data_pipelines.fabricate import SMALL, raw_case, save, write_dicom, write_folder
 from tests.data_pipelines.test_builders import assert_same, build
@@ -188,7 +188,10 @@ def test_nnunet_version_1_and_its_missing_files(tmp_path):
         ({}, r'must hold "channel_names", such as .* got None'),
         ([], r"must hold an object; got \[\]"),
         ({"channel_names": {"0": "CT"}}, r"a wanted channel \(t2w, adc, hbv\); got CT"),
-        ({"channel_names": {"0": "T2", "1": "t2w"}}, r"once; got 't2w' again as channel 1 \(t2w\)"),
+        (
+            {"channel_names": {"0": "T2", "1": "t2_tse"}},
+            r"once; got 't2w' again as channel 1 \(t2_t",
+        ),
     ],
 )
 def test_faulty_dataset_json_is_refused(tmp_path, description, text):

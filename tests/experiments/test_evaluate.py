@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -391,10 +392,12 @@ def test_command_refuses_faulty_folders(folders, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(MissingDataError, match=r"must hold .* files; got none in"):
         main([str(tmp_path / "none"), str(labels)])
-    with pytest.raises(DataError, match=r"x\.nii\.gz: values of the truth must lie in 0\.\.2"):
+    with pytest.raises(
+        DataError, match=r"the label x\.nii\.gz: label values must be .* from 0 to 2"
+    ):
         main([*arguments, "--target", "zones"])
     write_nifti(predictions / "x.nii.gz", box((6, 8, 10), (0, 0, 0), (1, 1, 1)), np.eye(4))
-    with pytest.raises(DataError, match=r"one grid; got different affines for x\.nii\.gz"):
+    with pytest.raises(DataError, match=r"one grid; got corners up to .* mm apart for x\.nii\.gz"):
         main(arguments)
     (labels / "x.nii.gz").unlink()
     with pytest.raises(MissingDataError, match=r"equal names; got \['x.nii.gz'\] without label"):
@@ -441,5 +444,75 @@ def test_zones_must_be_whole_numbers(folders):
     predictions, labels = folders
     half = np.full((6, 8, 10), 0.5, np.float32)
     write_nifti(predictions / "x.nii.gz", half, AFFINE)
-    with pytest.raises(DataError, match=r"whole numbers; got fractions in x\.nii\.gz"):
+    with pytest.raises(DataError, match=r"x\.nii\.gz: a mask of several .* whole numbers; got fr"):
         main([str(predictions), str(labels), "--target", "zones"])
+
+
+def test_labels_are_read_as_for_training(folders):
+    predictions, labels = folders
+    truth = box((6, 8, 10), (1, 1, 1), (3, 4, 4))
+    write_nifti(labels / "x.nii.gz", ndimage.gaussian_filter(truth.astype(np.float32), 1), AFFINE)
+    with pytest.raises(
+        DataError, match=r"the label x\.nii\.gz: label values must be whole numbers"
+    ):
+        main([str(predictions), str(labels)])
+
+
+def test_masks_and_labels_that_nibabel_scaled_are_what_was_meant(folders, tmp_path):
+    predictions, labels = folders
+    for folder in folders:
+        for name in ("x", "y"):
+            file = folder / f"{name}.nii.gz"
+            image = nib.Nifti1Image(nib.load(file).get_fdata(), AFFINE)
+            image.set_data_dtype(np.int16)
+            nib.save(image, file)
+    assert nib.load(labels / "x.nii.gz").header["scl_slope"] != 1
+    main([str(predictions), str(labels), "--output", str(tmp_path / "out")])
+    measured = RunFolder(tmp_path / "out").read_results().summary.metric_per_case
+    assert [entry.dice for entry in measured] == [0.75, 0.0]
+
+
+def test_probabilities_in_percent_are_refused(folders):
+    predictions, labels = folders
+    percent = np.arange(6 * 8 * 10, dtype=np.uint8).reshape(6, 8, 10) % 101
+    write_nifti(predictions / "x.nii.gz", percent, AFFINE)
+    with pytest.raises(DataError, match=r"prediction x\.nii\.gz: a predicted mask must hold 0 and"):
+        main([str(predictions), str(labels)])
+
+
+def test_hidden_files_are_passed_over(folders, tmp_path):
+    predictions, labels = folders
+    (labels / "._x.nii.gz").write_bytes(b"Mac OS X")
+    (predictions / ".x.nii.gz").write_bytes(b"half written")
+    main([str(predictions), str(labels), "--output", str(tmp_path / "out")])
+    assert len(RunFolder(tmp_path / "out").read_results().summary.metric_per_case) == 2
+
+
+def test_one_grid_stored_in_two_orientations_is_one_grid(folders, tmp_path):
+    """Without a value being resampled; a place half a millimetre off is another grid."""
+    predictions, labels = folders
+    image = nib.load(labels / "x.nii.gz")
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt("PSL")
+    )
+    nib.save(image.as_reoriented(turn), labels / "x.nii.gz")
+    main([str(predictions), str(labels), "--output", str(tmp_path / "out")])
+    measured = RunFolder(tmp_path / "out").read_results().summary.metric_per_case
+    assert [entry.dice for entry in measured] == [0.75, 0.0]
+    moved = image.affine.copy()
+    moved[0, 3] += 0.1
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), moved), labels / "x.nii.gz")
+    with pytest.raises(DataError, match=r"got corners up to 0.10 mm apart for x"):
+        main([str(predictions), str(labels)])
+
+
+def test_files_of_one_case_and_patients_written_in_two_ways_are_refused(folders, tmp_path):
+    predictions, labels = folders
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient\nx,02\ny,2\n")
+    with pytest.raises(DataError, match=r"written in one way in all cases, .* got 02, 2"):
+        main([str(predictions), str(labels), "--patients", str(table)])
+    for folder in folders:
+        (folder / "x.nii").write_bytes(b"")
+    with pytest.raises(DataError, match=r"must be named for their cases, .* got x, x\. Rename"):
+        main([str(predictions), str(labels)])

@@ -17,7 +17,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import Volume
 from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
-from experiments import export, predict
+from experiments import evaluate, export, predict
 from experiments.exporting.artifact import describe
 from experiments.measuring import lesions
 from experiments.prediction.inputs import find_inputs, read_case
@@ -418,21 +418,23 @@ def test_inputs_without_a_case_are_refused(tmp_path):
         find_inputs(tmp_path / "nowhere", MODALITIES)
     touch(tmp_path, "n/imagesTs/a_0000.nii.gz")
     (tmp_path / "n/dataset.json").write_text("[1]")
-    with pytest.raises(DataError, match='must hold "channel_names"'):
+    with pytest.raises(DataError, match=r"must hold an object; got \[1\]"):
         find_inputs(tmp_path / "n", MODALITIES)
 
 
 def test_ambiguous_cases_are_passed_over(tmp_path, artifact, capsys):
     write_folder(tmp_path / "in", case_of("a"), case_of("b"))
     write_folder(tmp_path / "in/other", case_of("a"))
-    save(tmp_path / "in/b/t2.nii.gz", Volume(np.zeros((2, 3, 3), np.int16), affine()))
+    save(tmp_path / "in/b/t2w.mha", Volume(np.zeros((2, 3, 3), np.int16), affine()))
     arguments = ["--model", str(artifact), "--input", str(tmp_path / "in")]
     with pytest.raises(SystemExit):
         predict.main([*arguments, "--output", str(tmp_path / "out")])
     errors = capsys.readouterr().err
-    assert errors.count("case a is passed over: a case id must be unique; got it 2 times") == 2
-    assert "must have one file for 't2w'; got t2.nii.gz, t2w.nii.gz" in errors
-    assert not (tmp_path / "out/masks").exists()
+    assert "must have one file for 't2w'; got t2w.mha, t2w.nii.gz" in errors
+    assert sorted(p.name for p in (tmp_path / "out/masks").iterdir()) == [
+        "a.nii.gz",
+        "other_a.nii.gz",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -504,3 +506,108 @@ def test_several_classes_and_networks_of_slices(config, tmp_path):
     assert account.volume_ml["tz"] == pytest.approx((mask == 2).sum() * 3.0 / 1000, abs=1e-3)
     assert account.highest_probability["tz"] == pytest.approx(tz.max(), abs=1e-6)
     assert load(tmp_path / "entropy/a.nii.gz").max() <= 1 + 1e-6
+
+
+def record_of(output):
+    return json.loads((output / "predictions.json").read_text("utf-8"))
+
+
+def test_a_result_never_replaces_that_of_other_images(artifact, tmp_path, capsys):
+    for seed, patient in enumerate("AB"):
+        write_folder(tmp_path / patient, case_of("mri", seed=seed))
+    arguments = ["--model", str(artifact), "--output", str(tmp_path / "out"), "--input"]
+    predict.main([*arguments, str(tmp_path / "A/mri")])
+    before = record_of(tmp_path / "out")["cases"]
+    mask = (tmp_path / "out/probabilities/mri.nii.gz").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        predict.main([*arguments, str(tmp_path / "B/mri")])
+    assert stopped.value.code == 4
+    assert "a result must not replace that of other images" in capsys.readouterr().err
+    assert record_of(tmp_path / "out")["cases"] == before
+    assert (tmp_path / "out/probabilities/mri.nii.gz").read_bytes() == mask
+    predict.main([*arguments, str(tmp_path / "A/mri")])  # the same images may be predicted again
+    assert record_of(tmp_path / "out")["cases"] == before
+    (tmp_path / "both").mkdir()
+    for patient in "AB":
+        (tmp_path / "both" / patient).symlink_to(tmp_path / patient)
+    predict.main([*arguments, str(tmp_path / "both")])
+    assert [case["case_id"] for case in record_of(tmp_path / "out")["cases"]] == [
+        "A_mri",
+        "B_mri",
+        "mri",
+    ]
+
+
+def test_what_was_done_before_an_interruption_must_be_of_the_same_images(artifact, tmp_path):
+    for seed, patient in enumerate("AB"):
+        write_folder(tmp_path / patient, case_of("mri", seed=seed))
+    arguments = ["--model", str(artifact), "--output", str(tmp_path / "out"), "--input"]
+    predict.main([*arguments, str(tmp_path / "A/mri")])
+    record = record_of(tmp_path / "out")
+    (tmp_path / "out/predictions.json").write_text(json.dumps(record | {"complete": False}))
+    with pytest.raises(SystemExit):
+        predict.main([*arguments, str(tmp_path / "B/mri")])
+    assert record_of(tmp_path / "out")["cases"] == record["cases"]
+
+
+def test_results_may_lie_within_the_input(artifact, tmp_path):
+    write_folder(tmp_path / "in", case_of("c9"))
+    arguments = ["--model", str(artifact), "--attention", "--input", str(tmp_path / "in")]
+    for _ in range(2):
+        predict.main([*arguments, "--output", str(tmp_path / "in/results")])
+        record = record_of(tmp_path / "in/results")
+        assert [case["case_id"] for case in record["cases"]] == ["c9"]
+        assert record["complete"]
+
+
+def test_masks_of_a_sheared_image_are_measured_where_it_lies(artifact, tmp_path):
+    sheared = affine((3.0, 1.0, 1.0))
+    sheared[:3, 2] += [0, 0.4, 0]
+    raw = case_of("shear")
+    for name in MODALITIES:
+        path = tmp_path / f"in/shear/{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = nib.Nifti1Image(raw.images["t2w"].array.T, sheared)
+        image.set_qform(None, 0)
+        nib.save(image, path)
+    arguments = ["--model", str(artifact), "--input", str(tmp_path / "in"), "--output"]
+    predict.main([*arguments, str(tmp_path / "out")])
+    mask = nib.load(tmp_path / "out/masks/shear.nii.gz")
+    np.testing.assert_allclose(mask.affine, sheared, atol=1e-5)
+    (tmp_path / "labels").mkdir()
+    truth = nib.Nifti1Image(np.asarray(mask.dataobj), sheared)
+    truth.set_qform(None, 0)
+    nib.save(truth, tmp_path / "labels/shear.nii.gz")
+    evaluate.main(
+        [str(tmp_path / "out/masks"), str(tmp_path / "labels"), "--output", str(tmp_path / "m")]
+    )
+    (row,) = json.loads((tmp_path / "m/metrics.json").read_text("utf-8"))["metric_per_case"]
+    assert row["dice"] == 1
+
+
+def test_a_stray_part_of_the_gland_moves_no_crop_and_is_said(config, tmp_path, capsys):
+    raw = case_of("a")
+    gland = np.zeros(raw.images["t2w"].shape, np.uint8)
+    gland[2:6, 6:16, 6:16] = 1
+    stray = gland.copy()
+    stray[0, 0, 0] = 1
+    grid = dataclasses.replace(config.data.preprocess, centre="gland")
+    around = dataclasses.replace(config, data=dataclasses.replace(config.data, preprocess=grid))
+    make_untrained_run(tmp_path / "run", around, done=1)
+    for name, mask in (("clean", gland), ("stray", stray)):
+        write_folder(tmp_path / name, raw)
+        save(tmp_path / name / "a/gland.nii.gz", Volume(mask, raw.images["t2w"].affine))
+        predict.main(
+            [
+                *("--model", str(tmp_path / "run"), "--folds", "0"),
+                *("--input", str(tmp_path / name), "--output", str(tmp_path / f"{name}_out")),
+            ]
+        )
+    np.testing.assert_array_equal(
+        load(tmp_path / "clean_out/probabilities/a.nii.gz"),
+        load(tmp_path / "stray_out/probabilities/a.nii.gz"),
+    )
+    assert "warning: case a: the mask of the gland should be one" in capsys.readouterr().err
+    (clean,), (said,) = (record_of(tmp_path / f"{n}_out")["cases"] for n in ("clean", "stray"))
+    assert "warnings" not in clean
+    assert "got 2, the largest of 1.2 ml and 0.003 ml in the others" in said["warnings"][0]
