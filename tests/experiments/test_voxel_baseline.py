@@ -8,6 +8,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import CaseInfo
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
+from data_pipelines.phantom.options import PhantomOptions
 from experiments import voxel_baseline
 from experiments.settings.config import Config
 from experiments.voxel_baseline import (
@@ -143,7 +144,11 @@ def test_without_masks_of_the_gland_position_is_that_on_the_grid(tmp_path, monke
 
 def test_a_run_measures_probabilities_in_the_frame_of_t2w(tmp_path, monkeypatch):
     """With the truth for probabilities, what is found is the truth, but for the coarser grid."""
-    config = Config(num_folds=2, folds=(1,), data=DataConfig(num_cases=5, cache=tmp_path))
+    config = Config(
+        num_folds=2,
+        folds=(1,),
+        data=DataConfig(phantom=PhantomOptions(num_cases=5), cache=tmp_path),
+    )
     monkeypatch.setattr(voxel_baseline, "gland_masks", lambda data: None)
     source = voxel_baseline.loading.build(config.data)
     monkeypatch.setattr(voxel_baseline, "choose_threshold", lambda *args, **kwargs: 0.5)
@@ -174,7 +179,7 @@ def test_a_run_measures_each_case_of_the_folds_asked_for_once(tmp_path):
     config = Config(
         num_folds=2,
         folds=(1,),
-        data=DataConfig(num_cases=5, cache=tmp_path, preprocess=coarse),
+        data=DataConfig(phantom=PhantomOptions(num_cases=5), cache=tmp_path, preprocess=coarse),
     )
     found = voxel_baseline.run(config)
     (fold,) = found.per_fold
