@@ -29,6 +29,7 @@ from data_pipelines.phantom2.anatomy import (
     draw_findings,
     make_anatomy,
 )
+from data_pipelines.phantom2.options import Phantom2Options
 from data_pipelines.phantom2.phantom2 import GRAIN, make_case
 from data_pipelines.phantom2.phantom2_dataset_builder import Builder
 from data_pipelines.preparing.geometry import resample
@@ -395,10 +396,14 @@ def test_a_case_says_its_centre_and_has_its_voxel_size(drawn):
 # Builder
 
 
+def asked(cache, **options) -> DataConfig:
+    return DataConfig(name="phantom2", phantom2=Phantom2Options(**options), cache=cache)
+
+
 def test_a_built_case_does_not_depend_on_the_number_of_cases(tmp_path):
     stored = []
     for num_cases in (1, 2):
-        builder = Builder(DataConfig(name="phantom2", num_cases=num_cases, cache=tmp_path))
+        builder = Builder(asked(tmp_path, num_cases=num_cases))
         builder.prepare()
         assert builder.name == "phantom2"
         assert {info.metadata["center"] for info in builder.infos} <= {"A", "B", "C"}
@@ -411,9 +416,8 @@ def test_a_built_case_does_not_depend_on_the_number_of_cases(tmp_path):
 
 
 def test_seed_and_reader_make_other_data_sets(tmp_path):
-    config = DataConfig(name="phantom2", cache=tmp_path)
-    others = (config, dataclasses.replace(config, seed=1), dataclasses.replace(config, reader=2))
-    assert len({Builder(other)._config_name() for other in others}) == 3
+    others = (asked(tmp_path), asked(tmp_path, seed=1), asked(tmp_path, reader=2))
+    assert len({Builder(other).data_dir for other in others}) == 3
 
 
 def test_the_grid_can_be_centred_on_the_gland(tmp_path):
