@@ -26,7 +26,7 @@ class Source(loading.CaseSource):
             )
 
 
-def feed(where, start_step, unlabelled=()):
+def feed(where, *, start_step=0, unlabelled=()):
     source = Source()
     sampling = Sampling(
         crop=CROP,
