@@ -332,12 +332,6 @@ def test_encoder_inside_an_nnx_model():
             ),
             "one column for each modality of t2w; got bool of shape",
         ),
-        (
-            lambda: Fusion(4, FusionConfig("early")).init(
-                jax.random.key(0), [jnp.zeros((1, 4, 4, 2))]
-            ),
-            "must be one of scff, concat, mean, max, attention; got 'early', which joins .* Use",
-        ),
     ],
 )
 def test_bad_settings_are_refused(make, message):
