@@ -24,7 +24,7 @@ def expanded(path: Path, option: str) -> Path:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A hidden name beside ``path`` to write to, renamed to it at the end and removed on a fault.
 
     It has the ending of ``path``, by which writers choose the format, and the number of the

@@ -25,7 +25,7 @@ DATA_SETS = tuple(
 )
 FLOORS = {
     "data_pipelines": (
-        ("faults", "config", "case", "files"),
+        ("faults", "config", "case", "files", "modalities"),
         ("reading",),
         ("preparing",),
         ("building",),
@@ -45,6 +45,7 @@ FLOORS = {
         ("studies",),
         (
             *("ablation", "attention", "compare", "cv", "evaluate", "export", "fit", "missing"),
+            *("missing_modalities",),
             *("predict", "report", "reproduce", "voxel_baseline"),
         ),
     ),

@@ -27,7 +27,7 @@ from data_pipelines.building.records import decode, encode, features, text_of
 from data_pipelines.case import CaseInfo
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
-from data_pipelines.files import expanded, whole_file
+from data_pipelines.files import atomic_file, expanded
 from data_pipelines.preparing.examination import Examination
 from data_pipelines.preparing.preprocessing import check_preprocess
 
@@ -225,7 +225,7 @@ class CaseBuilder(DataSet, tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             "preprocess": dataclasses.asdict(self.data_config.preprocess),
             "cases": stored,
         }
-        with whole_file(Path(self.data_dir) / _INFO_FILE) as partial:
+        with atomic_file(Path(self.data_dir) / _INFO_FILE) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
 
     def _remove_empty_folders(self) -> None:

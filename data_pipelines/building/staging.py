@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_pipelines.case import Case
 from data_pipelines.faults import DataError, Problem
-from data_pipelines.files import whole_file
+from data_pipelines.files import atomic_file
 from data_pipelines.preparing.examination import Examination, Facts
 
 _CASES_WORTH_A_POOL = 200
@@ -53,7 +53,7 @@ def save(path: Path, examination: Examination) -> None:
         ],
     }
     members: dict[str, Any] = {"content": np.array(json.dumps(content)), **arrays}
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **members)
 
 

@@ -15,7 +15,7 @@ import SimpleITK as sitk
 
 from data_pipelines.case import Volume, corners_apart, spacing_of
 from data_pipelines.faults import DataError, MissingDataError
-from data_pipelines.files import whole_file
+from data_pipelines.files import atomic_file
 from data_pipelines.reading import dicom, file_checks, nifti
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -100,7 +100,7 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, *, case_id: s
         image.set_qform(None, code="unknown")
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = case_id.encode()[:79]
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         nib.save(image, partial)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_pipelines.case import CaseInfo
 from data_pipelines.faults import DataError, MissingDataError
-from data_pipelines.files import whole_file
+from data_pipelines.files import atomic_file
 
 SCHEMA = 2
 """Version of the fold files that are written."""
@@ -51,7 +51,7 @@ class Folds:
         names = {"names": self.names} if self.names else {}
         record = {"schema": SCHEMA, "sha256": self.sha256, **names, "folds": folds}
         content = json.dumps(record, indent=1)
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(content + "\n")
 
     @classmethod

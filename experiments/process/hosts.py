@@ -96,7 +96,7 @@ def wait() -> None:
         )
 
 
-def of_first(values: T) -> T:
+def broadcast_from_first(values: T) -> T:
     """Numbers and arrays as process 0 has them; those of the others give shapes and types."""
     if jax.process_count() == 1:
         return values
@@ -116,7 +116,7 @@ def first_alone(purpose: str) -> Iterator[None]:
         yield
         failed = False
     finally:
-        failed = bool(of_first(np.asarray(failed)))
+        failed = bool(broadcast_from_first(np.asarray(failed)))
     if failed:
         raise RunError(
             f"process 0 must be able to {purpose}; it was not. Correct what it says, and start all "

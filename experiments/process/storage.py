@@ -55,9 +55,9 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; it becomes ``path`` if nothing is raised."""
-    with naming_path(path), files.whole_file(path) as partial:
+    with naming_path(path), files.atomic_file(path) as partial:
         yield partial
 
 
@@ -104,5 +104,5 @@ def file_sha256(file: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text so that the file appears whole or not at all."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from data_pipelines.case import Case, spacing_of
 from experiments.measuring.rows import Row
 from experiments.prediction.windows import Params, predict_case, scaled_image
 from experiments.process.storage import (
-    whole_file,
+    atomic_file,
 )
 from experiments.settings.config import Config
 from experiments.training.programs import Programs
@@ -42,7 +42,7 @@ def save_figure(config: Config, programs: Programs, params: Params, case: Case, 
         coarse = np.stack([mean_pool(volume / largest) for volume in attention])
         maps["attention"] = np.round(255 * coarse).astype(np.uint8)
     probability = predict_case(programs.predict, params, case, config, config.network.num_classes)
-    with whole_file(file) as partial:
+    with atomic_file(file) as partial:
         np.savez_compressed(
             partial,
             allow_pickle=False,

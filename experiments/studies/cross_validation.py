@@ -142,7 +142,7 @@ def run_folds(
         + ("" if at_once == 1 else f"; up to {at_once} folds side by side")
     )
     selected = range(config.num_folds) if config.folds is None else config.folds
-    todo = hosts.of_first(np.array([not folder.is_done(fold) for fold in selected]))
+    todo = hosts.broadcast_from_first(np.array([not folder.is_done(fold) for fold in selected]))
     left = []
     for fold, wanted in zip(selected, todo, strict=True):
         if wanted:

@@ -21,7 +21,7 @@ from data_pipelines.serving.sampling import Sampling
 from experiments.process import hosts
 from experiments.process.console import RunError, log
 from experiments.process.records import decode
-from experiments.process.storage import whole_file
+from experiments.process.storage import atomic_file
 from experiments.run_folder import SCHEMA, Best, FoldFolder, FoldSummary, fold_title
 from experiments.settings.config import Config
 from experiments.settings.stored import to_json
@@ -196,14 +196,14 @@ class FoldInTraining:
                 state, record = resumed
                 done, start = decode(Progress, record["progress"], "progress"), record["step"]
         start, done.skipped_in_a_row = map(
-            int, hosts.of_first(np.array([start, done.skipped_in_a_row], np.int32))
+            int, hosts.broadcast_from_first(np.array([start, done.skipped_in_a_row], np.int32))
         )
         self.done, self.start = done, start
         self._row_from = done.steady_steps, done.steady_s
         if not start:
             return fresh
         log(f"{self.title}: going on after step {start} of {self._config.train.steps}")
-        return hosts.of_first(state)
+        return hosts.broadcast_from_first(state)
 
     def count(self, steps: Iterator[Step]) -> None:
         """Account for steps that were made: rows of the history, and whether it can go on."""
@@ -286,7 +286,7 @@ class FoldInTraining:
         }
         arrays = {f"state/{name}": value for name, value in state_arrays(state).items()}
         arrays |= {f"batch/{name}": np.asarray(value) for name, value in step.batch.items()}
-        with whole_file(file) as partial:
+        with atomic_file(file) as partial:
             np.savez_compressed(partial, allow_pickle=False, facts=json.dumps(facts), **arrays)
         self.done.skipped_in_a_row = 0
         self.save(number, state)
@@ -368,7 +368,7 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 def write_history(path: Path, history: Sequence[dict[str, float | None]]) -> None:
     """Training curves as CSV; empty cells where nothing was measured."""
     names = ["step", *(name for name in history[0] if name != "step")]
-    with whole_file(path) as partial, partial.open("w", newline="") as file:
+    with atomic_file(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(history)

@@ -35,7 +35,7 @@ def meant() -> Volume:
     return Volume(rng.integers(0, 60, SHAPE).astype(np.int16), affine())
 
 
-def whole_file(folder: Path, kind: str) -> bytes:
+def atomic_file(folder: Path, kind: str) -> bytes:
     """The undamaged bytes of a kind of file; the voxels of ``mhd`` stay in ``folder``."""
     volume = meant()
     if kind.startswith("nii"):
@@ -61,7 +61,7 @@ def itk_image(volume: Volume) -> sitk.Image:
 
 def corpus(folder: Path) -> Iterator[tuple[str, bytes]]:
     """File names and contents. A name that begins with ``same`` is odd but sound."""
-    whole = {kind: whole_file(folder, kind) for kind in KINDS}
+    whole = {kind: atomic_file(folder, kind) for kind in KINDS}
     rng = np.random.default_rng(1)
     for kind, content in whole.items():
         yield f"same-whole.{kind}", content

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.reading.volume_io import read_volume
-from tests.data_pipelines.corruptions import KINDS, meant, outcome, whole_file
+from tests.data_pipelines.corruptions import KINDS, atomic_file, meant, outcome
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def test_no_damaged_file_costs_much(watched):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return folder, {kind: whole_file(folder, kind) for kind in KINDS}
+    return folder, {kind: atomic_file(folder, kind) for kind in KINDS}
 
 
 @settings(

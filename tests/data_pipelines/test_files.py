@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.faults import DataError
-from data_pipelines.files import whole_file
+from data_pipelines.files import atomic_file
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import Builder
 from data_pipelines.serving.splits import Folds
 from experiments.process.storage import TEMPORARY
@@ -16,7 +16,7 @@ from tests.data_pipelines.fabricate import raw_case, write_folder
 @pytest.mark.parametrize("name", ["a.json", "p.1.A.nii.gz", "b.nii", "plain"])
 def test_a_file_appears_when_it_is_whole(tmp_path, name):
     path = tmp_path / "new" / name
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text("1")
         assert not path.exists()
         assert TEMPORARY.fullmatch(partial.name)  # so that what a killed run leaves is removed
@@ -28,7 +28,7 @@ def test_a_fault_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("old")
     full_disk(monkeypatch)
-    with pytest.raises(OSError, match="No space left"), whole_file(path) as partial:
+    with pytest.raises(OSError, match="No space left"), atomic_file(path) as partial:
         partial.write_text("new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "old")]
 

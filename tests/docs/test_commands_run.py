@@ -24,7 +24,7 @@ from data_pipelines.phantom.anatomy import case_id_of
 from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.phantom.phantom import make_case
 from data_pipelines.reading import volume_io
-from experiments import missing
+from experiments import missing_modalities
 from experiments.settings import presets
 from experiments.settings.command_line import complete
 from experiments.settings.presets import PRESETS
@@ -43,7 +43,7 @@ STORY = [
     "--output predictions/fold_0 --folds 0 --uncertainty --attention",
     "python -m experiments.cv --output runs/dropout --train.modality-dropout=0.2",
     "python -m experiments.cv --output runs/no-dropout",
-    "python -m experiments.missing runs/dropout runs/no-dropout",
+    "python -m experiments.missing_modalities runs/dropout runs/no-dropout",
 ]
 """Commands of README.md and docs/predict.md, in an order in which each finds what it needs."""
 
@@ -101,7 +101,7 @@ def test_commands_run_with_a_tiny_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(presets.PRESETS, "small", dataclasses.replace(TINY, data=data))
     # To compile is most of the time: all runs here share one set of programs.
     programs = compile_programs(complete(TINY), jax.devices()[:1])
-    for module in (cross_validation, missing):
+    for module in (cross_validation, missing_modalities):
         monkeypatch.setattr(module, "compile_programs", lambda config, devices: programs)
     monkeypatch.chdir(tmp_path)
     write_patients(tmp_path / "patients")

@@ -68,7 +68,7 @@ def test_one_process_is_the_first_and_waits_for_none():
 
 
 def test_where_process_0_fails_the_others_end(monkeypatch):
-    monkeypatch.setattr(hosts, "of_first", lambda failed: np.asarray(True))
+    monkeypatch.setattr(hosts, "broadcast_from_first", lambda failed: np.asarray(True))
     with (
         pytest.raises(RunError, match="process 0 must be able to open it; it was not"),
         hosts.first_alone("open it"),

@@ -20,10 +20,10 @@ from experiments.process.console import RunError, run_main
 from experiments.process.signals import Interrupted, deferred_signals
 from experiments.process.storage import (
     TEMPORARY,
+    atomic_file,
     locked,
     naming_path,
     remove_temporary_files,
-    whole_file,
 )
 from experiments.settings.command_line import complete
 from experiments.settings.presets import PRESETS
@@ -236,14 +236,14 @@ def test_storage_faults_name_the_path_and_others_pass():
 
 def test_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "new" / "a.json"
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text("1")
         assert TEMPORARY.fullmatch(partial.name)
         assert not path.exists()
-    with pytest.raises(TypeError), whole_file(path) as partial:
+    with pytest.raises(TypeError), atomic_file(path) as partial:
         partial.write_text(2)  # pyright: ignore[reportArgumentType]
     assert path.read_text("utf-8") == "1"
-    with pytest.raises(FileNotFoundError), whole_file(path):
+    with pytest.raises(FileNotFoundError), atomic_file(path):
         pass  # nothing was written
     assert os.listdir(path.parent) == ["a.json"]
 

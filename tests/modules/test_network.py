@@ -210,14 +210,14 @@ def test_correlation_loss_in_either_direction_equals_the_oracle(direction, stop_
         terms.append((p * np.log(p / q)).sum(-1).mean())
     np.testing.assert_allclose(output.correlation_loss, [np.mean(terms)], rtol=1e-4)
 
-    def of_first(first):
+    def broadcast_from_first(first):
         """The loss alone where the expression of the other is cut off."""
         loss = fusion.apply({"params": params}, {"a": first, "b": features[1]}).correlation_loss
         return loss.sum()
 
     # With coefficients that do not depend on the features, modality 0 moves as what is expressed
     # (pair 0) and as what expresses (pair 1); the latter alone under a stop-gradient.
-    gradient = np.asarray(jax.grad(of_first)(features[0]))
+    gradient = np.asarray(jax.grad(broadcast_from_first)(features[0]))
 
     def expressing(x):
         x = x @ params["project0"]["kernel"][0, 0] + params["project0"]["bias"]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+import sys
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from data_pipelines.faults import DataError
 from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.preparing import preprocessing
 from data_pipelines.serving import loading, splits
-from experiments import missing
+from experiments import missing_modalities
 from experiments.measuring.metrics import case_metrics, to_mask
 from experiments.prediction.windows import predict_case
 from experiments.training.checkpoints import load_params
@@ -44,7 +46,7 @@ def programs(config):
     """Compiled once for all runs of this module."""
     kept = compile_programs(config, jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(missing, "compile_programs", lambda config, devices: kept)
+        patch.setattr(missing_modalities, "compile_programs", lambda config, devices: kept)
         yield kept
 
 
@@ -61,7 +63,7 @@ def run(tmp_path_factory, config, source):
 def test_each_case_is_predicted_by_its_own_fold_without_each_modality(
     run, config, source, programs
 ):
-    dice, patients = missing.measure(run, "cpu")
+    dice, patients = missing_modalities.measure(run, "cpu")
     assert dice.keys() == {(name, "gland") for name in ("nothing", "t2w", "adc")}
     assert patients == {info.case_id: info.patient_id for info in source.info}
     folds = splits.Folds.load(run / "folds.json")
@@ -99,7 +101,7 @@ def test_command_compares_two_runs_and_writes_json(run, config, source, tmp_path
         (other / f"fold_{fold}/checkpoints").rename(tmp_path / f"old_{fold}")
         (other / f"fold_{fold}/checkpoints").symlink_to(run / f"fold_{fold}/checkpoints")
     file = tmp_path / "out.json"
-    missing.main([str(run), str(other), "--accelerator=cpu", "--json", str(file)])
+    missing_modalities.main([str(run), str(other), "--accelerator=cpu", "--json", str(file)])
     printed = capsys.readouterr().out
     assert f"| {run} | nothing | gland | 4 |" in printed
     assert f"| {run} - {other} | adc | gland | 4 | +0.000 | +0.000 to +0.000 | 1 | 1 |" in printed
@@ -121,7 +123,7 @@ FRAIL = {
 
 
 def test_loss_is_paired_with_all_modalities():
-    everything, adc = missing.summarise("frail", FRAIL, PATIENTS)
+    everything, adc = missing_modalities.summarise("frail", FRAIL, PATIENTS)
     assert everything.loss is everything.loss_interval is None
     assert everything.dice == pytest.approx(2.3 / 3)
     assert adc.dice == pytest.approx(1.1 / 3)
@@ -130,40 +132,40 @@ def test_loss_is_paired_with_all_modalities():
 
 
 def test_losses_of_two_runs_are_paired_on_cases():
-    (row,) = missing.compare_losses("hardy", HARDY, "frail", FRAIL, PATIENTS)
+    (row,) = missing_modalities.compare_losses("hardy", HARDY, "frail", FRAIL, PATIENTS)
     assert row.difference == pytest.approx(-0.3)
     assert row.interval == pytest.approx((-0.4, -0.2))
     assert row.p == 0.25  # 2 / 2 ** 3: all three signs alike
     one = {key: {"p": values["p"]} for key, values in HARDY.items()}
-    (alone,) = missing.compare_losses("one", one, "one", one, PATIENTS)
+    (alone,) = missing_modalities.compare_losses("one", one, "one", one, PATIENTS)
     assert alone.interval is alone.p is alone.corrected_p is None
-    assert "| one - one | adc | x | 1 | +0.000 |  |  |  |" in missing.format_table(
-        missing.summarise("one", one, PATIENTS), [alone]
+    assert "| one - one | adc | x | 1 | +0.000 |  |  |  |" in missing_modalities.format_table(
+        missing_modalities.summarise("one", one, PATIENTS), [alone]
     )
 
 
 def test_what_a_case_lacks_is_not_withheld(source):
     case = source[source.case_ids[0]]
-    both = dict(missing.withheld(case, ("t2w", "adc")))
+    both = dict(missing_modalities.withheld(case, ("t2w", "adc")))
     assert {name: poorer.present.tolist() for name, poorer in both.items()} == {
         "nothing": [True, True],
         "t2w": [False, True],
         "adc": [True, False],
     }
     alone = dataclasses.replace(case, present=np.array([True, False]))
-    assert [name for name, _ in missing.withheld(alone, ("t2w", "adc"))] == ["nothing"]
+    assert [name for name, _ in missing_modalities.withheld(alone, ("t2w", "adc"))] == ["nothing"]
 
 
 def test_runs_that_cannot_be_evaluated_are_refused(run, config, source, tmp_path):
     with pytest.raises(ConfigError, match="at least one run must be given"):
-        missing.main([])
+        missing_modalities.main([])
     with pytest.raises(ConfigError, match=r"must hold config\.json"):
-        missing.main([str(tmp_path)])
+        missing_modalities.main([str(tmp_path)])
     with pytest.raises(ConfigError, match=r"every fold must be done; .* lacks 1"):
-        missing.main([str(make_run(tmp_path / "half", config, source, done=1))])
+        missing_modalities.main([str(make_run(tmp_path / "half", config, source, done=1))])
     fewer = {key: {"p": 0.5} for key in HARDY}
     with pytest.raises(DataError, match="same modalities, classes and positive cases; those of a"):
-        missing.compare_losses("a", HARDY, "b", fewer, PATIENTS)
+        missing_modalities.compare_losses("a", HARDY, "b", fewer, PATIENTS)
 
     def changed(name, change):
         folder = tmp_path / name
@@ -183,12 +185,21 @@ def test_runs_that_cannot_be_evaluated_are_refused(run, config, source, tmp_path
         record["data_fingerprint"] = "0123"
 
     with pytest.raises(ConfigError, match=r"two modalities or more to do without one; .* has t2w"):
-        missing.main([changed("single", single)])
+        missing_modalities.main([changed("single", single)])
     with pytest.raises(DataError, match="got others from phantom"):
-        missing.main([changed("data", other_data)])
+        missing_modalities.main([changed("data", other_data)])
     negative = tmp_path / "negative"
     changed("negative", lambda record: None)
     (negative / "folds.json").unlink()
     splits.Folds((("x",), ("y",))).save(negative / "folds.json")
     with pytest.raises(DataError, match="at least one case must be positive"):
-        missing.main([str(negative)])
+        missing_modalities.main([str(negative)])
+
+
+def test_former_name_warns_and_does_the_same(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["experiments.missing", "--help"])
+    monkeypatch.delitem(sys.modules, "experiments.missing_modalities")
+    warned = pytest.warns(FutureWarning, match="experiments.missing_modalities")
+    with warned, pytest.raises(SystemExit):
+        runpy.run_module("experiments.missing", run_name="__main__")
+    assert "usage: python -m experiments.missing_modalities" in capsys.readouterr().out
