@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -22,7 +22,7 @@ from absl import logging as absl_logging
 from data_pipelines import faults
 from data_pipelines.building import beam, staging
 from data_pipelines.building.identity import Identity
-from data_pipelines.building.protocol import DataSet, FileDataSet, listing_files
+from data_pipelines.building.protocol import DataSet, E, FileDataSet, listing_files
 from data_pipelines.building.records import decode, encode, features, text_of
 from data_pipelines.case import CaseInfo
 from data_pipelines.config import DataConfig
@@ -30,12 +30,14 @@ from data_pipelines.faults import DataError
 from data_pipelines.files import atomic_file, expanded
 from data_pipelines.preparing.examination import Examination
 from data_pipelines.preparing.preprocessing import check_preprocess
+from data_pipelines.reading.case_files import CaseFiles
 
 SPLIT = "train"
+K = TypeVar("K")
 _INFO_FILE = "cases.json"
 
 
-class CaseBuilder(DataSet, tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class CaseBuilder(DataSet[E], tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Builds and reads one data set; a subclass says what it holds, as ``DataSet`` asks.
 
     A subclass is named ``Builder`` and stands in ``<name>/<name>_dataset_builder.py`` beside a
@@ -62,7 +64,7 @@ class CaseBuilder(DataSet, tfds.core.GeneratorBasedBuilder, skip_registration=Tr
     def __reduce__(self):
         return type(self), (self.data_config,)
 
-    def examine_entry(self, entry: Any) -> Examination:
+    def examine_entry(self, entry: E) -> Examination:
         """Examine a case, or take what was kept of it; what is whole is kept."""
         path = self.staged_file(entry)
         kept = staging.load(path)
@@ -75,11 +77,11 @@ class CaseBuilder(DataSet, tfds.core.GeneratorBasedBuilder, skip_registration=Tr
 
     def examine_all(
         self,
-        keep: Callable[[Examination], Any],
+        keep: Callable[[Examination], K],
         *,
         num_workers: int | None = None,
         description: str = "Examining",
-    ) -> list[Any]:
+    ) -> list[K]:
         """Examine all cases; what ``keep`` makes of each, in order of their ids.
 
         Args:
@@ -149,7 +151,7 @@ class CaseBuilder(DataSet, tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             self.staged_file(entry).unlink(missing_ok=True)
         self._remove_empty_folders()
 
-    def staged_file(self, entry: Any) -> Path:
+    def staged_file(self, entry: E) -> Path:
         """Where the examined case is kept until the data set is written."""
         return self._staging_folder / f"{self._identity.of_case(entry)[:32]}.npz"
 
@@ -243,7 +245,7 @@ class CaseBuilder(DataSet, tfds.core.GeneratorBasedBuilder, skip_registration=Tr
                 folder.rmdir()
 
 
-class FileCaseBuilder(FileDataSet, CaseBuilder, skip_registration=True):
+class FileCaseBuilder(FileDataSet, CaseBuilder[CaseFiles], skip_registration=True):
     """The builder of a data set of image files."""
 
 

@@ -11,9 +11,8 @@ import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from data_pipelines.building.protocol import DataSet, listing_files
+from data_pipelines.building.protocol import DataSet, Entry, listing_files
 from data_pipelines.files import expanded
 from data_pipelines.reading.file_checks import files_of
 
@@ -42,15 +41,15 @@ class Identity:
         """sha256 of all that the stored cases depend on."""
         return self._sha256({"cases": [self._state(entry) for entry in self.data_set.entries]})
 
-    def of_case(self, entry: Any) -> str:
+    def of_case(self, entry: Entry) -> str:
         """sha256 of all that one stored case depends on."""
         return self._sha256({"name": self.data_set.name, "case": self._state(entry)})
 
-    def _sha256(self, facts: dict[str, Any]) -> str:
+    def _sha256(self, facts: dict[str, object]) -> str:
         text = json.dumps({**facts, **self._everywhere}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _state(self, entry: Any) -> tuple[Any, ...]:
+    def _state(self, entry: Entry) -> tuple[object, ...]:
         """What is stored of a case before its files are read, and the state of these."""
         with listing_files():
             files = [
@@ -136,7 +135,7 @@ def _imported(tree: ast.Module, name: str, package: Path) -> Iterator[Path]:
                         yield file
 
 
-def _meaning(node: Any) -> Any:
+def _meaning(node: object) -> object:
     """A syntax tree as JSON, without docstrings and what differs between versions of Python."""
     if isinstance(node, ast.AST):
         fields = {

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 from data_pipelines import faults
 from data_pipelines.case import RawCase
@@ -18,7 +18,19 @@ from data_pipelines.reading import case_files
 from data_pipelines.reading.volume_io import read_volume
 
 
-class DataSet:
+class Entry(Protocol):
+    """What a data set lists of a case; its facts and faults too, where it knows any."""
+
+    @property
+    def case_id(self) -> str:
+        """Unique name of the case."""
+        ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class DataSet(Generic[E]):
     """A data set as its author writes it: ``find_cases`` and ``read_case``.
 
     It may also define ``files``, so that changed files are noticed, ``suspicions`` of its own, and
@@ -32,15 +44,15 @@ class DataSet:
 
     name: str
     data_config: DataConfig
-    entries: list[Any]
+    entries: list[E]
     hashed_options: tuple[str, ...] = ()
 
     @property
-    def sorted_entries(self) -> list[Any]:
+    def sorted_entries(self) -> list[E]:
         """The entries in the order in which they are stored."""
         return sorted(self.entries, key=lambda entry: entry.case_id)
 
-    def find_cases(self) -> Sequence[Any]:
+    def find_cases(self) -> Sequence[E]:
         """List the cases, cheaply: one entry each, with at least ``case_id``.
 
         Raises:
@@ -48,15 +60,15 @@ class DataSet:
         """
         raise NotImplementedError
 
-    def read_case(self, entry: Any) -> RawCase:
+    def read_case(self, entry: E) -> RawCase:
         """Read one case; its faults are ``DataError``."""
         raise NotImplementedError
 
-    def files(self, entry: Any) -> Mapping[str, Path]:
+    def files(self, entry: E) -> Mapping[str, Path]:
         """What ``read_case`` reads for ``entry``, by name; nothing if the case is computed."""
         return {}
 
-    def find_problems(self, entry: Any) -> list[faults.Problem]:
+    def find_problems(self, entry: E) -> list[faults.Problem]:
         """What is wrong with a case as far as it shows without reading its files."""
         return []
 
@@ -69,18 +81,18 @@ class DataSet:
         """Case ids that occur twice or cannot become file names."""
         return case_files.check_ids(entry.case_id for entry in self.entries)
 
-    def read_available(self, entry: Any) -> tuple[RawCase | None, list[DataError]]:
+    def read_available(self, entry: E) -> tuple[RawCase | None, list[DataError]]:
         """What can be read of a case, and the faults of the rest."""
         try:
             return self.read_case(entry), []
         except DataError as error:
             return None, [error]
 
-    def suspicions(self, entry: Any, raw: RawCase) -> list[faults.Problem]:
+    def suspicions(self, entry: E, raw: RawCase) -> list[faults.Problem]:
         """Problems that only this data set knows of."""
         return []
 
-    def examine(self, entry: Any) -> Examination:
+    def examine(self, entry: E) -> Examination:
         """Examine a case, whatever was kept."""
         problems = self.find_problems(entry)
         raw, faults = self.read_available(entry)
@@ -92,10 +104,8 @@ class DataSet:
         return dataclasses.replace(found, problems=(*found.problems, *self.suspicions(entry, raw)))
 
 
-class FileDataSet(DataSet):
+class FileDataSet(DataSet[case_files.CaseFiles]):
     """A data set of image files: ``find_cases`` lists ``CaseFiles``."""
-
-    entries: list[case_files.CaseFiles]
 
     def root(self) -> Path:
         """The user's folder, ``config.path``."""

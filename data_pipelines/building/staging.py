@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -30,10 +30,14 @@ _CASES_WORTH_A_POOL = 200
 _MAX_DEFAULT_WORKERS = 8
 
 
-class Examiner(Protocol):
+E = TypeVar("E", contravariant=True)
+K = TypeVar("K")
+
+
+class Examiner(Protocol[E]):
     """What works through the cases; picklable."""
 
-    def examine_entry(self, entry: Any) -> Examination:
+    def examine_entry(self, entry: E) -> Examination:
         """Examine one case, or take what was kept of it."""
         ...
 
@@ -100,13 +104,13 @@ def default_workers(num_cases: int) -> int:
 
 
 def examine_all(
-    examiner: Examiner,
-    entries: Sequence[Any],
+    examiner: Examiner[E],
+    entries: Sequence[E],
     *,
     num_workers: int,
     description: str,
-    keep: Callable[[Examination], Any],
-) -> list[Any]:
+    keep: Callable[[Examination], K],
+) -> list[K]:
     """Examine all entries, in this process or in spawned ones, with a progress bar.
 
     Args:
@@ -136,34 +140,33 @@ def examine_all(
     )
     with bar:
         if num_workers == 1:
-            return [kept for _, kept in _serially(examiner, entries, keep, bar)]
+            return list(_serially(examiner, entries, keep, bar))
         return _in_pool(examiner, entries, min(num_workers, len(entries)), keep, bar)
 
 
 def _serially(
-    examiner: Examiner, entries: Sequence[Any], keep: Callable[[Examination], Any], bar: tqdm
-) -> Iterator[tuple[int, Any]]:
-    for index, entry in enumerate(entries):
-        yield index, keep(examiner.examine_entry(entry))
+    examiner: Examiner[E], entries: Sequence[E], keep: Callable[[Examination], K], bar: tqdm
+) -> Iterator[K]:
+    for entry in entries:
+        yield keep(examiner.examine_entry(entry))
         bar.update()
 
 
 def _in_pool(
-    examiner: Examiner,
-    entries: Sequence[Any],
+    examiner: Examiner[E],
+    entries: Sequence[E],
     num_workers: int,
-    keep: Callable[[Examination], Any],
+    keep: Callable[[Examination], K],
     bar: tqdm,
-) -> list[Any]:
-    results: list[Any] = [None] * len(entries)
+) -> list[K]:
     context = multiprocessing.get_context("spawn")  # a fork after JAX has started can hang
     executor = ProcessPoolExecutor(
         num_workers, context, initializer=_start_worker, initargs=(examiner, keep)
     )
     try:
-        futures = {executor.submit(_work, entry): index for index, entry in enumerate(entries)}
+        futures = [executor.submit(_work, entry) for entry in entries]
         for future in as_completed(futures):
-            results[futures[future]] = future.result()
+            future.result()  # a fault ends the work now, not when its turn comes
             bar.update()
     except BrokenProcessPool:
         raise DataError(
@@ -174,18 +177,18 @@ def _in_pool(
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
-    return results
+    return [future.result() for future in futures]
 
 
-_worker: tuple[Examiner, Callable[[Examination], Any]] | None = None
+_worker: tuple[Examiner, Callable[[Examination], object]] | None = None
 
 
-def _start_worker(examiner: Examiner, keep: Callable[[Examination], Any]) -> None:
+def _start_worker(examiner: Examiner, keep: Callable[[Examination], object]) -> None:
     global _worker
     _worker = examiner, keep
 
 
-def _work(entry: Any) -> Any:
+def _work(entry: object) -> Any:  # what keep makes, of this process's worker
     assert _worker is not None
     examiner, keep = _worker
     return keep(examiner.examine_entry(entry))
