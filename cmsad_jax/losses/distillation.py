@@ -47,7 +47,9 @@ COLLAPSED = 0.25
 distance (``map_distance``) that they had before training.
 
 Of the untrained network the distance says how much the images themselves make maps differ, on that
-grid, at that size of stage: an absolute bound would not know it.
+grid, at that size of stage: an absolute bound would not know it. On the phantom, networks of 200
+steps kept half of it or more where only the task taught them, and 5 to 40 % at distilled stages
+where the modalities taught one another and nobody else did.
 """
 
 
