@@ -37,7 +37,7 @@ from data_pipelines.preparing.preprocessing import preprocess_case
 from data_pipelines.serving import splits
 
 SEED = 11
-"""Of a population on which nothing was tuned."""
+"""Another population than the default one, on which most was tuned."""
 QUANTILES = (5, 25, 50, 75, 95)
 
 # PI-CAI's public training set (Saha et al., Lancet Oncology 2024): 232 human lesion masks, 1,500
