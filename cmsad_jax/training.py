@@ -7,7 +7,7 @@ Source: docs/method.md, sections 3, 6 and 7.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, Literal
 
@@ -182,93 +182,70 @@ class LossConfig:
         Also for the terms that a network of one modality cannot have. Nothing here is wrong: rows
         of an ablation keep the settings of what they switch off.
         """
-        kind, attention = network.fusion.kind, self.attention.normalization
-        of_maps = ("stages", "teachers", "distance", "reduction", "stop_gradient", "attention")
-        of_teachers = {
-            "label": ("label_weight",),
-            "fused": ("fused_weight",),
-            "average": ("average_weight", "average_output_weight"),
-        }
-        in_vain = (  # why, under which condition, and which settings
-            (
-                "nothing is distilled",
-                not (self.distils_maps or self.taught_by_average),
-                [f"loss.{name}" for name in of_maps],
-            ),
-            ("no modality teaches another", not self.taught_by_modalities, ["loss.pairs"]),
-            *(
-                (
-                    f"loss.teachers lacks {teacher}",
-                    teacher not in self.teachers,
-                    [f"loss.{weight}" for weight in weights if getattr(self, weight)],
-                )
-                for teacher, weights in of_teachers.items()
-            ),
-            (
-                f"loss.region is {self.region}",
-                self.region != "tversky",
-                ["loss.tversky_alpha", "loss.tversky_beta"],
-            ),
-            (
-                f"loss.voxel is {self.voxel}",
-                self.voxel != "focal",
-                ["loss.focal_gamma", "loss.focal_alpha"],
-            ),
-            (
-                f"loss.voxel is {self.voxel}",
-                self.voxel != "cross_entropy",
-                ["loss.class_weights"],
-            ),
-            (
-                f"loss.attention.normalization is {attention}",
-                attention != "softmax",
-                ["loss.attention.temperature"],
-            ),
-            ("network.deep_supervision is 0", not network.deep_supervision, ["loss.deep_weight"]),
-            (
-                f"network.fusion.kind is {kind}",
-                kind != "scff",
-                [
-                    "network.fusion.expression",
-                    "network.fusion.hidden",
-                    "network.fusion.gate_identity",
-                    "network.fusion.stages",
-                ],
-            ),
-            (
-                "loss.correlation_weight is 0",
-                not self.correlation_weight,
-                [
-                    "network.fusion.correlation_direction",
-                    "network.fusion.correlation_stop_gradient",
-                ],
-            ),
-            (
-                f"network.fusion.kind is {kind}",
-                kind in ("mean", "max", "early"),
-                ["network.fusion.residual"],
-            ),
-            (
-                f"network.fusion.kind is {kind}",
-                kind not in ("scff", "attention"),
-                ["network.fusion.gate_kernel"],
-            ),
-            (f"network.fusion.kind is {kind}", kind == "early", ["network.share_encoders"]),
-            ("there are several classes", network.num_classes > 1, ["network.head_bias"]),
-        )
-        said = []
-        for why, condition, settings in in_vain:
-            for setting in settings if condition else ():
-                root, *path, name = setting.split(".")
-                config = reduce(getattr, path, self if root == "loss" else network)
-                if getattr(config, name) != getattr(type(config), name):  # not the default
-                    said.append(f"{setting} has no effect, as {why}.")
+        said = [
+            f"{root}.{setting} has no effect, as {why}."
+            for root, config, idle in (
+                ("loss", self, self._idle_loss_settings(network)),
+                ("network", network, self._idle_network_settings(network)),
+            )
+            for why, settings in idle
+            for setting in settings
+            if _is_changed(config, setting)
+        ]
         if self.taught_by_modalities and len(network.modalities) == 1:
             said.append(
                 f"There is no cross-modal distillation, as {network.modalities[0]} is the only "
                 "modality."
             )
         return said
+
+    def _idle_loss_settings(self, network: NetworkConfig) -> Iterator[tuple[str, Sequence[str]]]:
+        """Why, and which, settings of the objective change nothing with this network."""
+        if not (self.distils_maps or self.taught_by_average):
+            of_maps = ("stages", "teachers", "distance", "reduction", "stop_gradient", "attention")
+            yield "nothing is distilled", of_maps
+        if not self.taught_by_modalities:
+            yield "no modality teaches another", ["pairs"]
+        of_teachers = {
+            "label": ("label_weight",),
+            "fused": ("fused_weight",),
+            "average": ("average_weight", "average_output_weight"),
+        }
+        for teacher, weights in of_teachers.items():
+            if teacher not in self.teachers:
+                yield (
+                    f"loss.teachers lacks {teacher}",
+                    [weight for weight in weights if getattr(self, weight)],
+                )
+        if self.region != "tversky":
+            yield f"loss.region is {self.region}", ["tversky_alpha", "tversky_beta"]
+        if self.voxel != "focal":
+            yield f"loss.voxel is {self.voxel}", ["focal_gamma", "focal_alpha"]
+        if self.voxel != "cross_entropy":
+            yield f"loss.voxel is {self.voxel}", ["class_weights"]
+        normalization = self.attention.normalization
+        if normalization != "softmax":
+            yield f"loss.attention.normalization is {normalization}", ["attention.temperature"]
+        if not network.deep_supervision:
+            yield "network.deep_supervision is 0", ["deep_weight"]
+
+    def _idle_network_settings(self, network: NetworkConfig) -> Iterator[tuple[str, Sequence[str]]]:
+        """Why, and which, settings of the network change nothing under this objective."""
+        kind = network.fusion.kind
+        if kind != "scff":
+            of_scff = ("expression", "hidden", "gate_identity", "stages")
+            yield f"network.fusion.kind is {kind}", [f"fusion.{name}" for name in of_scff]
+        if not self.correlation_weight:
+            of_correlation = ("correlation_direction", "correlation_stop_gradient")
+            yield "loss.correlation_weight is 0", [f"fusion.{name}" for name in of_correlation]
+        if kind in ("mean", "max", "early"):
+            yield f"network.fusion.kind is {kind}", ["fusion.residual"]
+        if kind not in ("scff", "attention"):
+            yield f"network.fusion.kind is {kind}", ["fusion.gate_kernel"]
+        if kind == "early":
+            yield f"network.fusion.kind is {kind}", ["share_encoders"]
+        if network.num_classes > 1:
+            yield "there are several classes", ["head_bias"]
 
     @property
     def taught_by_modalities(self) -> bool:
@@ -302,6 +279,13 @@ class LossConfig:
                 f"got {stages}. Set loss.stages to existing stages."
             )
         return stages
+
+
+def _is_changed(config: Any, setting: str) -> bool:
+    """Whether a setting, named by its path in ``config``, is other than its default."""
+    *path, name = setting.split(".")
+    owner = reduce(getattr, path, config)
+    return getattr(owner, name) != getattr(type(owner), name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -507,6 +491,69 @@ def segmentation_terms(
     return terms
 
 
+def distillation_terms(
+    output: NetworkOutput,
+    labels: Labels,
+    present: Present,
+    config: LossConfig,
+    *,
+    modalities: tuple[str, ...],
+    labelled: Bool[Array | np.ndarray, " b"] | None = None,
+    average: NetworkOutput | None = None,
+    withheld: Bool[Array, " b"] | None = None,
+) -> dict[str, tuple[float, Float[Array, " b"]]]:
+    """What each teacher that is switched on has to teach: name to (weight, value per example).
+
+    The arguments are those of ``loss_terms``.
+    """
+    terms: dict[str, tuple[float, Array]] = {}
+    target = labels > 0
+    if labelled is not None:
+        target &= labelled.reshape(-1, *(1,) * (target.ndim - 1))
+    teachers = {*config.teachers}
+    maps: dict[str, Any] = {
+        "attention": config.attention,
+        "stages": config.distilled_stages(len(output.fused)),
+        "distance": config.distance,
+        "reduction": config.reduction,
+        "present": present,
+        "modalities": modalities,
+    }
+    between = {
+        **maps,
+        "stop_gradient": config.stop_gradient,
+        "foreground": target if "informed" in teachers else None,
+    }
+    if config.taught_by_modalities and len(output.features) > 1:
+        value = distillation.cross_modal_distillation_loss(
+            output.features, pairs=config.pairs, **between
+        )
+        terms["cross_modal_distillation_loss"] = (config.cross_modal_weight, value)
+    if config.self_weight and output.features:
+        value = distillation.self_distillation_loss(output.features, **between)
+        terms["self_distillation_loss"] = (config.self_weight, value)
+    if "label" in teachers and config.label_weight and output.features:
+        value = distillation.label_distillation_loss(output.features, target, **maps)
+        terms["label_distillation_loss"] = (config.label_weight, value)
+    if "fused" in teachers and config.fused_weight and output.features:
+        value = distillation.fused_distillation_loss(
+            output.features, output.fused, stop_gradient=config.stop_gradient, **maps
+        )
+        terms["fused_distillation_loss"] = (config.fused_weight, value)
+    if average is not None and withheld is not None:
+        if config.average_weight:
+            value = distillation.average_distillation_loss(
+                output.features, output.fused, average.fused, withheld=withheld, **maps
+            )
+            terms["average_distillation_loss"] = (config.average_weight, value)
+        if config.average_output_weight:
+            value = distillation.output_distillation_loss(
+                output.logits, average.logits, withheld=withheld
+            )
+            terms["output_distillation_loss"] = (config.average_output_weight, value)
+    return terms
+
+
 def loss_terms(
     output: NetworkOutput,
     labels: Labels,
@@ -539,50 +586,18 @@ def loss_terms(
     )
     for weight, (name, value) in zip(weights, of_segmentation.items(), strict=True):
         terms[name] = (weight, False, value)
-    target = labels > 0
-    if labelled is not None:
-        target &= labelled.reshape(-1, *(1,) * (target.ndim - 1))
-    teachers = {*config.teachers}
-    maps: dict[str, Any] = {
-        "attention": config.attention,
-        "stages": config.distilled_stages(len(output.fused)),
-        "distance": config.distance,
-        "reduction": config.reduction,
-        "present": present,
-        "modalities": modalities,
-    }
-    between = {
-        **maps,
-        "stop_gradient": config.stop_gradient,
-        "foreground": target if "informed" in teachers else None,
-    }
-    if config.taught_by_modalities and len(output.features) > 1:
-        value = distillation.cross_modal_distillation_loss(
-            output.features, pairs=config.pairs, **between
-        )
-        terms["cross_modal_distillation_loss"] = (config.cross_modal_weight, True, value)
-    if config.self_weight and output.features:
-        value = distillation.self_distillation_loss(output.features, **between)
-        terms["self_distillation_loss"] = (config.self_weight, True, value)
-    if "label" in teachers and config.label_weight and output.features:
-        value = distillation.label_distillation_loss(output.features, target, **maps)
-        terms["label_distillation_loss"] = (config.label_weight, True, value)
-    if "fused" in teachers and config.fused_weight and output.features:
-        value = distillation.fused_distillation_loss(
-            output.features, output.fused, stop_gradient=config.stop_gradient, **maps
-        )
-        terms["fused_distillation_loss"] = (config.fused_weight, True, value)
-    if average is not None and withheld is not None:
-        if config.average_weight:
-            value = distillation.average_distillation_loss(
-                output.features, output.fused, average.fused, withheld=withheld, **maps
-            )
-            terms["average_distillation_loss"] = (config.average_weight, True, value)
-        if config.average_output_weight:
-            value = distillation.output_distillation_loss(
-                output.logits, average.logits, withheld=withheld
-            )
-            terms["output_distillation_loss"] = (config.average_output_weight, True, value)
+    of_distillation = distillation_terms(
+        output,
+        labels,
+        present,
+        config,
+        modalities=modalities,
+        labelled=labelled,
+        average=average,
+        withheld=withheld,
+    )
+    for name, (weight, value) in of_distillation.items():
+        terms[name] = (weight, True, value)
     if config.correlation_weight and any(gates is not None for gates in output.gates):
         terms["correlation_loss"] = (config.correlation_weight, True, output.correlation_loss)
     return terms
