@@ -140,19 +140,7 @@ class CMSAD(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         names = config.modalities
-        if not hasattr(image, "shape"):
-            raise ConfigError(
-                "the image must be one array with a channel for each modality; "
-                f"got {type(image).__name__}. Stack the modalities on the last axis."
-            )
-        if image.shape[-1] != len(names):
-            raise ConfigError(
-                f"the image must have one channel for each modality {names}; "
-                f"got {image.shape[-1]} channels. Stack the modalities on the last axis."
-            )
-        if present is None:
-            present = jnp.ones((image.shape[0], len(names)), bool)
-        check_present(present, image.shape[0], names)
+        present = _checked(image, present, names)
         masks = [present[:, m].reshape(-1, *(1,) * (image.ndim - 1)) for m in range(len(names))]
         inputs = [jnp.where(mask, image[..., m : m + 1], 0) for m, mask in enumerate(masks)]
         features: dict[str, tuple[Array, ...]] = {}
@@ -197,6 +185,24 @@ class CMSAD(nn.Module):
         return NetworkOutput(
             logits, deep_logits, features, tuple(fused), tuple(gates), jnp.stack(losses).mean(0)
         )
+
+
+def _checked(image: Image, present: Present | None, names: tuple[str, ...]) -> Present:
+    """Which modalities each example has, once image and mask are known to fit the network."""
+    if not hasattr(image, "shape"):
+        raise ConfigError(
+            "the image must be one array with a channel for each modality; "
+            f"got {type(image).__name__}. Stack the modalities on the last axis."
+        )
+    if image.shape[-1] != len(names):
+        raise ConfigError(
+            f"the image must have one channel for each modality {names}; "
+            f"got {image.shape[-1]} channels. Stack the modalities on the last axis."
+        )
+    if present is None:
+        present = jnp.ones((image.shape[0], len(names)), bool)
+    check_present(present, image.shape[0], names)
+    return present
 
 
 def apply(
