@@ -398,72 +398,87 @@ def _read_archive(
     source: Path | str | io.BytesIO, name: str
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Manifest and the files it lists, each verified. Entries that it does not list are refused."""
-
-    def refuse(reason: str) -> ConfigError:
-        return ConfigError(
-            f"{name} must be an undamaged artifact of python -m experiments.export; got {reason}. "
-            "Copy or export it again."
-        )
-
     try:
         if isinstance(source, io.BytesIO):
             archive_size = source.getbuffer().nbytes
         else:
             archive_size = Path(source).stat().st_size
         with zipfile.ZipFile(source) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
-            if len(entries) != len(archive.infolist()) or any(
-                entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
-                for entry in entries.values()
-            ):
-                raise refuse("compressed or repeated entries")
-            sizes = {path: entry.file_size for path, entry in entries.items()}
-            if sum(sizes.values()) > archive_size:
-                raise refuse(f"entries of more bytes than the {archive_size} of the archive")
-            for path in entries:
-                if not all(NAME.fullmatch(part) for part in path.split("/")):
-                    raise refuse(f"an entry that cannot be a file's name, {path!r:.80}")
-            for path, largest in (
-                (_MANIFEST, _MAX_MANIFEST),
-                (_CARD, _MAX_TEXT),
-                (_LICENSE, _MAX_TEXT),
-            ):
-                if sizes.get(path, 0) > largest:
-                    raise refuse(f"{path} of {sizes[path]} bytes, more than {largest}")
-            if _MANIFEST not in entries:
-                raise refuse(f"an archive without {_MANIFEST}")
-            manifest = json.loads(archive.read(_MANIFEST))
-            if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-                raise refuse(f"a manifest that is not of format {FORMAT}")
-            if fault := _fault_of_json(manifest):
-                raise refuse(f"{fault} in {_MANIFEST}")
-            version = manifest.get("version")
-            if type(version) is not int or not 1 <= version <= VERSION:
-                raise ConfigError(
-                    f"the format version must be 1 to {VERSION}; got {version!r:.80} in {name}. "
-                    "Install a newer cmsad-jax: pip install --upgrade cmsad-jax."
-                )
-            listed = manifest.get("files")
-            if not isinstance(listed, dict):
-                raise refuse(f"no list of files in {_MANIFEST}")
-            if {*entries} != {_MANIFEST, *listed}:
-                odd = sorted({*entries} ^ {_MANIFEST, *listed})
-                raise refuse(f"entries that differ from the manifest: {', '.join(odd[:3])}")
-            files = {}
-            for path, expected in listed.items():
-                if not isinstance(expected, dict) or expected.get("bytes") != sizes[path]:
-                    raise refuse(f"another size of {path} than the manifest has")
-                content = archive.read(path)
-                if hashlib.sha256(content).hexdigest() != expected.get("sha256"):
-                    raise refuse(f"a wrong checksum of {path}")
-                if path in (_CARD, _LICENSE) and not _is_plain(content.decode()):
-                    raise refuse(f"control characters in {path}")
-                files[path] = content
+            sizes = _entry_sizes(archive, archive_size, name)
+            manifest = _manifest(archive, name)
+            files = _listed_files(archive, sizes, manifest.get("files"), name)
     except ConfigError:
         raise
     except (*_ZIP_FAULTS, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise refuse(first_line(error)) from error
+        raise _refusal(name, first_line(error)) from error
     return manifest, files
+
+
+def _refusal(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{name} must be an undamaged artifact of python -m experiments.export; got {reason}. "
+        "Copy or export it again."
+    )
+
+
+def _entry_sizes(archive: zipfile.ZipFile, archive_size: int, name: str) -> dict[str, int]:
+    """Bytes of each entry, before any is read: they fit into the archive, texts into bounds."""
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    if len(entries) != len(archive.infolist()) or any(
+        entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+        for entry in entries.values()
+    ):
+        raise _refusal(name, "compressed or repeated entries")
+    sizes = {path: entry.file_size for path, entry in entries.items()}
+    if sum(sizes.values()) > archive_size:
+        raise _refusal(name, f"entries of more bytes than the {archive_size} of the archive")
+    for path in entries:
+        if not all(NAME.fullmatch(part) for part in path.split("/")):
+            raise _refusal(name, f"an entry that cannot be a file's name, {path!r:.80}")
+    for path, largest in ((_MANIFEST, _MAX_MANIFEST), (_CARD, _MAX_TEXT), (_LICENSE, _MAX_TEXT)):
+        if sizes.get(path, 0) > largest:
+            raise _refusal(name, f"{path} of {sizes[path]} bytes, more than {largest}")
+    if _MANIFEST not in entries:
+        raise _refusal(name, f"an archive without {_MANIFEST}")
+    return sizes
+
+
+def _manifest(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
+    """The manifest: of this format, of a version that is known, and nothing odd in it."""
+    manifest = json.loads(archive.read(_MANIFEST))
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise _refusal(name, f"a manifest that is not of format {FORMAT}")
+    if fault := _fault_of_json(manifest):
+        raise _refusal(name, f"{fault} in {_MANIFEST}")
+    version = manifest.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ConfigError(
+            f"the format version must be 1 to {VERSION}; got {version!r:.80} in {name}. "
+            "Install a newer cmsad-jax: pip install --upgrade cmsad-jax."
+        )
+    return manifest
+
+
+def _listed_files(
+    archive: zipfile.ZipFile, sizes: Mapping[str, int], listed: Any, name: str
+) -> dict[str, bytes]:
+    """The files that the manifest lists, which are all there are, each of its size and checksum."""
+    if not isinstance(listed, dict):
+        raise _refusal(name, f"no list of files in {_MANIFEST}")
+    if {*sizes} != {_MANIFEST, *listed}:
+        odd = sorted({*sizes} ^ {_MANIFEST, *listed})
+        raise _refusal(name, f"entries that differ from the manifest: {', '.join(odd[:3])}")
+    files = {}
+    for path, expected in listed.items():
+        if not isinstance(expected, dict) or expected.get("bytes") != sizes[path]:
+            raise _refusal(name, f"another size of {path} than the manifest has")
+        content = archive.read(path)
+        if hashlib.sha256(content).hexdigest() != expected.get("sha256"):
+            raise _refusal(name, f"a wrong checksum of {path}")
+        if path in (_CARD, _LICENSE) and not _is_plain(content.decode()):
+            raise _refusal(name, f"control characters in {path}")
+        files[path] = content
+    return files
 
 
 def _is_plain(text: str) -> bool:
