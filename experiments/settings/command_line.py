@@ -100,31 +100,8 @@ def complete(config: Config) -> Config:
     network = dataclasses.replace(
         config.network, modalities=data.modalities, num_classes=data.num_classes
     )
-    for rule, holds, fields in _RULES:
-        for field in fields:
-            value, usual = (_field(tree, field) for tree in (config, Config()))
-            if not holds(value):
-                option = field.replace("_", "-")
-                raise ConfigError(
-                    f"{option} must be {rule}; got {value}. Use --{option}={usual:g}, the default."
-                )
-    if train.steps_per_call is not None and train.steps_per_call < 1:
-        raise ConfigError(
-            f"train.steps-per-call must be at least 1; got {train.steps_per_call}. "
-            "Use --train.steps-per-call=1."
-        )
-    size = data.preprocess.size
-    if any(n > limit for n, limit in zip(train.crop, size, strict=True)):
-        raise ConfigError(
-            f"the crop must fit into the volume; got crop {train.crop} and volume {size}. "
-            f"Use --train.crop {' '.join(map(str, size))} or less, "
-            "or a larger --data.preprocess.size."
-        )
-    if network.encoder.rank == 2 and train.crop[0] != 1:
-        raise ConfigError(
-            f"a network of slices takes crops of depth 1; got {train.crop}. "
-            f"Use --train.crop 1 {train.crop[1]} {train.crop[2]}."
-        )
+    _check_ranges(config)
+    _check_crop(train.crop, data.preprocess.size, network.encoder.rank)
     network.encoder.stage_shapes(window(config))
     config.loss.check(network)
     if config.loss.taught_by_average and not train.modality_dropout:
@@ -133,6 +110,51 @@ def complete(config: Config) -> Config:
             "--loss.teachers with average and --train.modality-dropout=0.0. "
             "Use --train.modality-dropout=0.3, or other teachers."
         )
+    _check_execution(config)
+    config = dataclasses.replace(config, network=network)
+    if config.output is None:
+        parts = [config.preset, data.name, data.target]
+        if data.modalities != DataConfig().modalities:
+            parts.append("+".join(data.modalities))
+        config = dataclasses.replace(config, output=Path("runs") / "-".join(parts))
+    return config
+
+
+def _check_ranges(config: Config) -> None:
+    """Whether each number is one that its setting can have."""
+    for rule, holds, fields in _RULES:
+        for field in fields:
+            value, usual = (_field(tree, field) for tree in (config, Config()))
+            if not holds(value):
+                option = field.replace("_", "-")
+                raise ConfigError(
+                    f"{option} must be {rule}; got {value}. Use --{option}={usual:g}, the default."
+                )
+    steps_per_call = config.train.steps_per_call
+    if steps_per_call is not None and steps_per_call < 1:
+        raise ConfigError(
+            f"train.steps-per-call must be at least 1; got {steps_per_call}. "
+            "Use --train.steps-per-call=1."
+        )
+
+
+def _check_crop(crop: tuple[int, ...], size: tuple[int, ...], rank: int) -> None:
+    """Whether a crop fits into the volume, and is a slice for a network of slices."""
+    if any(n > limit for n, limit in zip(crop, size, strict=True)):
+        raise ConfigError(
+            f"the crop must fit into the volume; got crop {crop} and volume {size}. "
+            f"Use --train.crop {' '.join(map(str, size))} or less, "
+            "or a larger --data.preprocess.size."
+        )
+    if rank == 2 and crop[0] != 1:
+        raise ConfigError(
+            f"a network of slices takes crops of depth 1; got {crop}. "
+            f"Use --train.crop 1 {crop[1]} {crop[2]}."
+        )
+
+
+def _check_execution(config: Config) -> None:
+    """Whether the folds exist, and can be computed the way that is asked for."""
     if config.deterministic and config.parallel == "pmap":
         raise ConfigError(
             "a deterministic run needs compiler options, which pmap does not take; "
@@ -154,13 +176,6 @@ def complete(config: Config) -> Config:
             f"folds must be among 0 to {config.num_folds - 1}; got {folds}. "
             "Name existing folds after --folds."
         )
-    config = dataclasses.replace(config, network=network)
-    if config.output is None:
-        parts = [config.preset, data.name, data.target]
-        if data.modalities != DataConfig().modalities:
-            parts.append("+".join(data.modalities))
-        config = dataclasses.replace(config, output=Path("runs") / "-".join(parts))
-    return config
 
 
 def _field(config: Config, name: str) -> Any:
