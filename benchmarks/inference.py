@@ -266,6 +266,16 @@ def _write_volume(path: Path, volume: Volume) -> None:
     volume_io.write_nifti(path, volume.array.astype(np.float32), volume.affine)
 
 
+def volume_operations(config: Config) -> float:
+    """Floating-point operations of all windows of a case on the reference grid."""
+    space, size = window(config), config.data.preprocess.size
+    windows = math.prod(
+        len(window_starts(whole, part, config.predict.overlap))
+        for whole, part in zip(size[-len(space) :], space, strict=True)
+    ) * (1 if len(space) == len(size) else size[0])
+    return windows * count_operations(config.network, space)
+
+
 def volume_rows(config: Config, effort: timing.Effort) -> list[VolumeRow]:
     """A case on the reference grid, all windows, without flips; PyTorch's once it agrees."""
     space, size = window(config), config.data.preprocess.size
@@ -305,11 +315,7 @@ def volume_rows(config: Config, effort: timing.Effort) -> list[VolumeRow]:
             print(f"left out: {config.preset} by PyTorch: {timing.first_line(error)}\n")
     measured = timing.measure_in_turn(calls, effort=effort)
     peer = measured.get("PyTorch eager")
-    windows = math.prod(
-        len(window_starts(whole, part, config.predict.overlap))
-        for whole, part in zip(size[-len(space) :], space, strict=True)
-    ) * (1 if len(space) == len(size) else size[0])
-    operations = windows * count_operations(config.network, space)
+    operations = volume_operations(config)
     rate = timing.product_rate(config.network.dtype, effort=effort)
     return [
         VolumeRow(
