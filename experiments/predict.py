@@ -9,6 +9,7 @@ every case again.
 """
 
 import collections
+import contextlib
 import dataclasses
 import io
 import sys
@@ -324,10 +325,39 @@ def predict_cases(
             case = error
         return case, time.thread_time() - started
 
+    with ThreadPoolExecutor(1) as readers, writing(account, model.description) as write:
+        read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
+        for entry, (case, seconds) in progress(
+            read_cases, description="Predicting", total=len(entries)
+        ):
+            account.beside_s += seconds
+            for text in account.warnings.get(entry.case_id, ()):
+                print(f"warning: case {entry.case_id}: {text}", file=sys.stderr, flush=True)
+            if isinstance(case, OtherImagesError):
+                account.keep(entry, before, case)
+            elif isinstance(case, DataError):
+                account.fail(entry, case)
+            if not isinstance(case, Case):
+                continue
+            started = time.perf_counter()
+            computed = compute(model, case, attention=extras.attention)
+            account.computing_s += time.perf_counter() - started
+            write(computed)
+
+
+@contextlib.contextmanager
+def writing(
+    account: Account, description: export.Description
+) -> Iterator[Callable[[Computed], None]]:
+    """Give a function that has a case written in a thread; up to ``READ_AHEAD`` wait for theirs.
+
+    In the end the account holds the cases whose files are all written, after an interruption too.
+    """
+
     def write(computed: Computed) -> tuple[PredictedCase, float]:
         started = time.thread_time()
         case = account.folder.write_case(
-            computed, model.description, uncertainty=extras.uncertainty
+            computed, description, uncertainty=account.facts.extras.uncertainty
         )
         if warnings := account.warnings.get(case.case_id):
             case = dataclasses.replace(case, warnings=warnings)
@@ -339,28 +369,16 @@ def predict_cases(
         account.beside_s += seconds
 
     pending: collections.deque[Future[tuple[PredictedCase, float]]] = collections.deque()
+
+    def submit(computed: Computed) -> None:
+        while len(pending) >= READ_AHEAD:
+            written(pending[0])
+            pending.popleft()
+        pending.append(writers.submit(write, computed))
+
     try:
-        with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:
-            read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
-            for entry, (case, seconds) in progress(
-                read_cases, description="Predicting", total=len(entries)
-            ):
-                account.beside_s += seconds
-                for text in account.warnings.get(entry.case_id, ()):
-                    print(f"warning: case {entry.case_id}: {text}", file=sys.stderr, flush=True)
-                if isinstance(case, OtherImagesError):
-                    account.keep(entry, before, case)
-                elif isinstance(case, DataError):
-                    account.fail(entry, case)
-                if not isinstance(case, Case):
-                    continue
-                started = time.perf_counter()
-                computed = compute(model, case, attention=extras.attention)
-                account.computing_s += time.perf_counter() - started
-                while len(pending) >= READ_AHEAD:
-                    written(pending[0])
-                    pending.popleft()
-                pending.append(writers.submit(write, computed))
+        with ThreadPoolExecutor(1) as writers:
+            yield submit
             while pending:
                 written(pending[0])
                 pending.popleft()
