@@ -147,6 +147,85 @@ def mean_distance(spreads: Sequence[Spread]) -> float | None:
     return sum(spread.total for spread in spreads) / num_pairs if num_pairs else None
 
 
+class Findings:
+    """What the attention maps of a run show, taken case by case without keeping the maps.
+
+    Args:
+        run: whose maps.
+        modalities: names of their columns.
+        num_stages: of the network's encoders.
+        patients: whose each case is.
+    """
+
+    def __init__(
+        self, run: str, modalities: tuple[str, ...], num_stages: int, patients: Mapping[str, str]
+    ):
+        self.run, self.modalities, self.num_stages = run, modalities, num_stages
+        self.patients = patients
+        self._of_map: dict[tuple[str, int], dict[str, tuple[float, float, float]]] = {}
+        self._of_pair: dict[tuple[tuple[str, str], int], list[float]] = {}
+        self._after: dict[tuple[str, int], dict[int, Spread]] = {}
+        self._before: dict[tuple[str, int], dict[int, Spread]] = {}
+
+    def add(self, case: Case, fold: int, maps: np.ndarray, untrained: np.ndarray) -> None:
+        """Take the maps of a case, ``d h w m s``, and those of its network before training."""
+        names, target, patient = self.modalities, case.label > 0, self.patients[case.case_id]
+        there = [m for m in range(len(names)) if case.present[m]]
+        for stage in range(self.num_stages):
+            for m in there:
+                q = maps[..., m, stage]
+                found = (lift(q, target), auroc(q, target), variation(q))
+                self._of_map.setdefault((names[m], stage), {})[case.case_id] = found
+                for spreads, of_case in ((self._after, maps), (self._before, untrained)):
+                    of_fold = spreads.setdefault((names[m], stage), {})
+                    of_fold.setdefault(fold, Spread()).add(patient, of_case[..., m, stage])
+            for m, n in itertools.combinations(there, 2):
+                found = distance(maps[..., m, stage], maps[..., n, stage])
+                self._of_pair.setdefault(((names[m], names[n]), stage), []).append(found)
+
+    def focus(self) -> list[Focus]:
+        """Of every modality and stage of which there is a map."""
+        keys = itertools.product(self.modalities, range(self.num_stages))
+        return [self._focus(*key) for key in keys if key in self._of_map]
+
+    def agreement(self) -> list[Agreement]:
+        """Of every two modalities that a case has both, at each stage."""
+        pairs = itertools.combinations(self.modalities, 2)
+        return [
+            Agreement(
+                self.run,
+                pair,
+                stage,
+                len(self._of_pair[pair, stage]),
+                float(np.mean(self._of_pair[pair, stage])),
+            )
+            for pair, stage in itertools.product(pairs, range(self.num_stages))
+            if (pair, stage) in self._of_pair
+        ]
+
+    def _focus(self, modality: str, stage: int) -> Focus:
+        key = (modality, stage)
+        between = mean_distance([*self._after[key].values()])
+        at_first = mean_distance([*self._before[key].values()])
+        owners = [self.patients[case_id] for case_id in self._of_map[key]]
+        found = np.array([*self._of_map[key].values()])
+        means = found.mean(0)
+        return Focus(
+            run=self.run,
+            modality=modality,
+            stage=stage,
+            num_cases=len(owners),
+            num_patients=len(set(owners)),
+            lift=float(means[0]),
+            lift_interval=statistics.bootstrap_interval(found[:, 0], owners),
+            auroc=float(means[1]),
+            variation=float(means[2]),
+            between_patients=between,
+            before_training=at_first,
+            collapsed=None if between is None or not at_first else between < COLLAPSED * at_first,
+        )
+
+
 def measure(
     folder: Path, accelerator: Accelerator, folds: Sequence[int] | None = None
 ) -> tuple[list[Focus], list[Agreement]]:
@@ -175,87 +254,20 @@ def measure(
         found = predict_case(programs.attention, params, case, config, len(names) * num_stages)
         return found.reshape(*case.label.shape, len(names), num_stages).astype(np.float64)
 
-    of_map: dict[tuple[str, int], dict[str, tuple[float, float, float]]] = {}
-    of_pair: dict[tuple[tuple[str, str], int], list[float]] = {}
-    after: dict[tuple[str, int], dict[int, Spread]] = {}
-    before: dict[tuple[str, int], dict[int, Spread]] = {}
+    findings = Findings(str(folder), names, num_stages, run.patients)
     for params, case in run.cases():
         target = case.label > 0
         if not target.any() or target.all():  # too small or too large for the reference grid
             continue
-        fold, patient = fold_of[case.case_id], run.patients[case.case_id]
-        maps, of_untrained = maps_of(params, case), maps_of(untrained[fold], case)
-        there = [m for m in range(len(names)) if case.present[m]]
-        for stage in range(num_stages):
-            for m in there:
-                q = maps[..., m, stage]
-                found = (lift(q, target), auroc(q, target), variation(q))
-                of_map.setdefault((names[m], stage), {})[case.case_id] = found
-                for spreads, of_case in ((after, maps), (before, of_untrained)):
-                    of_fold = spreads.setdefault((names[m], stage), {})
-                    of_fold.setdefault(fold, Spread()).add(patient, of_case[..., m, stage])
-            for m, n in itertools.combinations(there, 2):
-                found = distance(maps[..., m, stage], maps[..., n, stage])
-                of_pair.setdefault(((names[m], names[n]), stage), []).append(found)
-    if not of_map:
+        fold = fold_of[case.case_id]
+        findings.add(case, fold, maps_of(params, case), maps_of(untrained[fold], case))
+    focus = findings.focus()
+    if not focus:
         raise DataError(
             "on the reference grid a positive case must have both target and background; of "
             f"{folder} none has. Name a run with another --data.preprocess.spacing-mm or size."
         )
-    focus = [
-        _focus(
-            str(folder),
-            name,
-            stage,
-            of_map[name, stage],
-            run.patients,
-            [*after[name, stage].values()],
-            [*before[name, stage].values()],
-        )
-        for name, stage in itertools.product(names, range(num_stages))
-        if (name, stage) in of_map
-    ]
-    agreement = [
-        Agreement(
-            str(folder),
-            pair,
-            stage,
-            len(of_pair[pair, stage]),
-            float(np.mean(of_pair[pair, stage])),
-        )
-        for pair, stage in itertools.product(itertools.combinations(names, 2), range(num_stages))
-        if (pair, stage) in of_pair
-    ]
-    return focus, agreement
-
-
-def _focus(
-    run: str,
-    modality: str,
-    stage: int,
-    of_case: Mapping[str, tuple[float, float, float]],
-    patients: Mapping[str, str],
-    after: Sequence[Spread],
-    before: Sequence[Spread],
-) -> Focus:
-    between, at_first = mean_distance(after), mean_distance(before)
-    owners = [patients[case_id] for case_id in of_case]
-    found = np.array([*of_case.values()])
-    means = found.mean(0)
-    return Focus(
-        run=run,
-        modality=modality,
-        stage=stage,
-        num_cases=len(owners),
-        num_patients=len(set(owners)),
-        lift=float(means[0]),
-        lift_interval=statistics.bootstrap_interval(found[:, 0], owners),
-        auroc=float(means[1]),
-        variation=float(means[2]),
-        between_patients=between,
-        before_training=at_first,
-        collapsed=None if between is None or not at_first else between < COLLAPSED * at_first,
-    )
+    return focus, findings.agreement()
 
 
 def format_table(focus: Sequence[Focus], agreement: Sequence[Agreement]) -> str:
