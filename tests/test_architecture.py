@@ -273,6 +273,36 @@ def test_every_file_says_what_it_holds_by_its_name():
     assert [file for p in PACKAGES for file in (ROOT / p).rglob("*.py") if file.name in vague] == []
 
 
+LONGEST = 60
+"""Lines of a function that are read at a glance, without its docstring."""
+
+KEPT_WHOLE = {
+    "cmsad_jax.inference.sliding_window": "one loop and what it needs, read from top to bottom",
+    "cmsad_jax.parallel.parallelize": "the same four functions under jit and pmap, side by side",
+}
+"""Functions that are longer, and why they are not split."""
+
+
+def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function from its name on, without its docstring."""
+
+    def span(node: ast.stmt) -> int:
+        return (node.end_lineno or node.lineno) - node.lineno + 1
+
+    has_docstring = ast.get_docstring(function) is not None
+    return span(function) - (span(function.body[0]) if has_docstring else 0)
+
+
+def test_functions_are_short_but_for_those_that_are_kept_whole():
+    longer = {
+        f"{module}.{node.name}"
+        for module, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and num_lines(node) > LONGEST
+    }
+    assert longer == {*KEPT_WHOLE}
+
+
 @pytest.mark.parametrize("name", cmsad_jax.__all__)
 def test_public_name_resolves_and_is_listed(name):
     assert getattr(cmsad_jax, name).__name__ == name
