@@ -89,54 +89,77 @@ def make_run(
                 case_id, case_id, fold, channels, truth, SPACING_MM, rule, detect=extras
             )
             if figures and number in (1, 2, cases_per_fold - 1):
-                image = rng.normal(size=(*SHAPE, len(modalities))) - 2.0 * truth[..., None]
-                image *= ellipsoid((4, 20, 24), (12, 18, 22))[..., None]
-                energy = probability.reshape(*SHAPE, -1)[..., -1][:, ::2, ::2]
-                attention = np.stack([np.stack([energy, energy**2], -1)] * len(modalities), -2)
-                np.savez_compressed(
-                    of_fold.figure(case_id),
-                    image=image.astype(np.float16),
-                    modalities=np.array(modalities),
-                    truth=truth,
-                    probability=probability.astype(np.float16),
-                    attention=np.round(255 * attention).astype(np.uint8),
-                    spacing_mm=np.array(SPACING_MM),
-                )
+                draw_figure(of_fold.figure(case_id), rng, modalities, truth, probability)
     results = Results(summarise(rows, list(done)), target, classes, rule.threshold, "last")
     if extras:
-        best = Best(200, 0.71)
-        results = dataclasses.replace(
-            results,
-            num_folds=num_folds,
-            folds_done=tuple(done),
-            baseline_mean_shape=MeanShape(0.123, 7),
-            best_checkpoint=dict.fromkeys(done, best),
-            fold_summaries=dict.fromkeys(
-                done,
-                FoldSummary(
-                    first_step_s=9.1,
-                    train_s=71.5,
-                    examples_per_s=25.0,
-                    steps_per_s=12.5,
-                    loss=0.5,
-                    skipped_updates=0,
-                    best=best,
-                    predict_s=6.0,
-                    peak_memory_gb=1.23,
-                ),
-            ),
-        )
-        config = {"seed": 0, "data": {"name": "phantom", "modalities": list(modalities)}}
-        write_record(run.config, RunRecord(config, "0123abcd"), schema=SCHEMA)
-        environment = Environment(
-            started="2030-01-02T03:04:05+00:00",
-            device="1 x cpu",
-            git_commit="abc123",
-            versions={"jax": "1.2.3", "orbax-checkpoint": None},
-        )
-        write_record(run.environment, environment, schema=SCHEMA)
+        results = write_extras(run, results, list(done), num_folds, modalities)
     run.write_results(results)
     return folder
+
+
+def draw_figure(
+    file: Path,
+    rng: np.random.Generator,
+    modalities: Sequence[str],
+    truth: np.ndarray,
+    probability: np.ndarray,
+) -> None:
+    """What a pictured case is drawn from: a body with a dark lesion, and attention to it."""
+    image = rng.normal(size=(*SHAPE, len(modalities))) - 2.0 * truth[..., None]
+    image *= ellipsoid((4, 20, 24), (12, 18, 22))[..., None]
+    energy = probability.reshape(*SHAPE, -1)[..., -1][:, ::2, ::2]
+    attention = np.stack([np.stack([energy, energy**2], -1)] * len(modalities), -2)
+    np.savez_compressed(
+        file,
+        image=image.astype(np.float16),
+        modalities=np.array(modalities),
+        truth=truth,
+        probability=probability.astype(np.float16),
+        attention=np.round(255 * attention).astype(np.uint8),
+        spacing_mm=np.array(SPACING_MM),
+    )
+
+
+def write_extras(
+    run: RunFolder,
+    results: Results,
+    done: Sequence[int],
+    num_folds: int,
+    modalities: Sequence[str],
+) -> Results:
+    """Write the files that a run may lack; the results with the keys that they may lack."""
+    best = Best(200, 0.71)
+    results = dataclasses.replace(
+        results,
+        num_folds=num_folds,
+        folds_done=tuple(done),
+        baseline_mean_shape=MeanShape(0.123, 7),
+        best_checkpoint=dict.fromkeys(done, best),
+        fold_summaries=dict.fromkeys(
+            done,
+            FoldSummary(
+                first_step_s=9.1,
+                train_s=71.5,
+                examples_per_s=25.0,
+                steps_per_s=12.5,
+                loss=0.5,
+                skipped_updates=0,
+                best=best,
+                predict_s=6.0,
+                peak_memory_gb=1.23,
+            ),
+        ),
+    )
+    config = {"seed": 0, "data": {"name": "phantom", "modalities": list(modalities)}}
+    write_record(run.config, RunRecord(config, "0123abcd"), schema=SCHEMA)
+    environment = Environment(
+        started="2030-01-02T03:04:05+00:00",
+        device="1 x cpu",
+        git_commit="abc123",
+        versions={"jax": "1.2.3", "orbax-checkpoint": None},
+    )
+    write_record(run.environment, environment, schema=SCHEMA)
+    return results
 
 
 def keep_one_figure(run: Path, image: np.ndarray) -> None:
