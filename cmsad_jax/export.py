@@ -364,7 +364,7 @@ class Model:
         present = np.ones((facts.batch_size, len(facts.modalities)), bool)
         jax.block_until_ready(self.programs[program](self.weights[0], windows, present))
 
-    def _check(self, image: np.ndarray, present: np.ndarray, program: str) -> None:
+    def _check(self, image: Any, present: np.ndarray, program: str) -> None:
         names = self.description.modalities
         shape = getattr(image, "shape", ())
         if shape[-1:] != (len(names),) or present.shape != (len(names),):

@@ -23,6 +23,7 @@ class Builder(CaseBuilder):
     """Cases 0 to ``num_cases - 1`` of the population ``seed``."""
 
     hashed_options = ("seed",)
+    remedy = "Use --data.phantom.num-cases=100."
 
     @property
     def options(self) -> PhantomOptions:
@@ -33,10 +34,7 @@ class Builder(CaseBuilder):
         """One entry for each case; a case is the same however many there are."""
         count, seed = self.options.num_cases, self.options.seed
         if count < 1:
-            raise DataError(
-                f"the phantom must have at least one case; got {count}. "
-                f"Use --data.{self.name}.num-cases=100."
-            )
+            raise DataError(f"the phantom must have at least one case; got {count}. " + self.remedy)
         if seed < 0:
             raise DataError(f"the phantom's seed must not be negative; got {seed}. Use 0.")
         return [PhantomCase(case_id_of(index), index) for index in range(count)]

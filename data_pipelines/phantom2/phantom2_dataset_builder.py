@@ -13,6 +13,7 @@ class Builder(FirstPhantom):
     """Cases 0 to ``num_cases - 1`` of the population ``seed``, as ``reader`` outlines them."""
 
     hashed_options = ("seed", "reader")
+    remedy = "Use --data.phantom2.num-cases=100."
 
     @property
     def options(self) -> Phantom2Options:
