@@ -196,7 +196,7 @@ class Account:
         Raises:
             OtherImagesError: they are those of other images.
         """
-        there = self.folder.image("masks", case_id).exists()
+        there = self.folder.mask(case_id).exists()
         if there and self.inputs.get(case_id, sha256) != sha256:
             raise OtherImagesError(
                 f"a result must not replace that of other images; {self.folder.path} holds one "

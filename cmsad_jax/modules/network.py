@@ -48,9 +48,7 @@ class NetworkConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; weights, norms' statistics, attention maps, losses and logits are float32."""
     matmul_precision: Literal["default", "high", "highest"] = "highest"
-    """Of convolutions and matrix products where dtype is float32: highest is float32 on every
-    platform; default is the platform's fastest, bfloat16 on TPUs and TF32 on NVIDIA GPUs; high lies
-    between on TPUs (three bfloat16 products). A CPU computes in float32 under all three."""
+    """Of products where dtype is float32: highest is float32 everywhere, default the fastest."""
     rematerialize: bool = False
     """Compute the inside of blocks again for the gradient: a third more work, far less memory."""
 

@@ -177,6 +177,10 @@ class PredictionFolder:
         """A volume of a case: its mask, a probability and the like."""
         return self.path / kind / f"{case_id}{suffix}.nii.gz"
 
+    def mask(self, case_id: str) -> Path:
+        """The mask of a case."""
+        return self.image("masks", case_id)
+
     def write(self, predictions: Predictions) -> None:
         """Write the record, whole or not at all."""
         write_record(self.record, predictions, schema=SCHEMA)

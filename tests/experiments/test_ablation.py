@@ -265,13 +265,13 @@ def test_rows_share_folds_and_what_is_done_is_not_done_again(
 
     def train(config, programs):
         source = loading.build(config.data)
-        folds = ablation.cross_validation.make_folds(config, source)
+        folds = cross_validation.make_folds(config, source)
         ran.append((config.output.parent.name, config.seed, folds.sha256))
         save(config.output, np.linspace(0.2, 0.8, 24))
         record = {"config": to_json(config)}
         (config.output / "config.json").write_text(json.dumps(record))
 
-    monkeypatch.setattr(ablation.cross_validation, "run", train)
+    monkeypatch.setattr(cross_validation, "run", train)
     monkeypatch.setattr(ablation.jobs, "compile_programs", lambda config, devices: None)
     asked = command(tmp_path, rows=("scff",), seeds=(1, 2), jobs=1)
     ablation.run(asked, [*TINY, cache])

@@ -238,7 +238,7 @@ def test_training_stops_when_nothing_is_finite_and_the_step_can_be_repeated(
     assert said.endswith("reproduced\n")
     recording.batch["image"][:] = 0
     assert reproduce.repeat(recording)["skipped"] == 0
-    assert cross_validation.run(config)["folds_done"] == [0]  # the step is not made again
+    assert cross_validation.run(config).folds_done == (0,)  # the step is not made again
 
 
 def test_a_single_step_that_is_not_finite_stops_where_none_may_be(
@@ -257,7 +257,7 @@ def test_a_single_step_that_is_not_finite_stops_where_none_may_be(
     assert reproduce.repeat(recording)["skipped"] == 1
     (kept,) = (config.output / "fold_0" / "checkpoints" / "last").iterdir()
     assert int(kept.name) == 1  # the next step has not been made
-    assert cross_validation.run(config)["folds_done"] == [0]
+    assert cross_validation.run(config).folds_done == (0,)
 
 
 def test_recorded_step_that_is_none_is_refused(tmp_path):

@@ -94,5 +94,5 @@ def test_what_cannot_be_told_is_refused(monkeypatch):
         fit.main(["--share=1.5"])
     monkeypatch.setattr(fit.memory, "estimate", lambda *_: None)
     pmap = dataclasses.replace(tiny_config(), parallel="pmap")
-    with pytest.raises(ConfigError, match="one program alone; got --parallel=pmap"):
+    with pytest.raises(ConfigError, match="under jit alone; got --parallel=pmap"):
         fit.step_bytes(pmap, jax.devices("cpu")[:1])

@@ -61,7 +61,9 @@ def test_hidden_labels_are_said_and_marked_in_the_batches(tmp_path, capsys):
     source = Source(num_cases=6)
     training = source.case_ids[:4]
     batches = list(
-        train_batches(dataclasses.replace(config, train=train), source, training, fold=1)
+        train_batches(
+            dataclasses.replace(config, train=train), source, Fold(1, training, (), tmp_path)
+        )
     )
     assert "fold 1: 2 training cases with a label, 2 without" in capsys.readouterr().out
     hidden = hidden_labels(source, training, share=0.5, seed=config.seed * 1000 + 1)

@@ -9,7 +9,7 @@ from data_pipelines.serving import loading
 from experiments import ablation
 from experiments.process.console import RunError
 from experiments.run_folder import RunFolder
-from experiments.studies import jobs
+from experiments.studies import cross_validation, jobs
 from tests.faults.job import tiny
 
 
@@ -43,7 +43,7 @@ def test_processes_give_what_one_gives_and_their_fault_ends_all(tmp_path, capsys
 
     config = tiny(tmp_path, tmp_path / "cache")
     source = loading.build(config.data)
-    folds_file = ablation.keep_folds(tmp_path, ablation.cross_validation.make_folds(config, source))
+    folds_file = ablation.keep_folds(tmp_path, cross_validation.make_folds(config, source))
     jobs.run_here(configs("here"), lambda folder: f"done {folder}")
     jobs.run_in_processes(configs("there"), 2, lambda folder: f"done {folder}")
     said = capsys.readouterr().out.splitlines()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.measuring.mean_shape import average, mean_shape
+from experiments.measuring.mean_shape import MeanShape, average, mean_shape
 
 
 def test_mean_shape_fits_the_cases_best():
@@ -29,8 +29,5 @@ def test_mean_shape_is_that_of_whole_volumes():
 
 
 def test_classes_have_equal_weight_whatever_the_number_of_their_cases():
-    assert average([[0.8, 0.8, 0.8, 0.8], [0.2], []]) == {
-        "mean_dice": pytest.approx(0.5),
-        "num_cases": 5,
-    }
-    assert average([[], []]) == {"mean_dice": None, "num_cases": 0}
+    assert average([[0.8, 0.8, 0.8, 0.8], [0.2], []]) == MeanShape(pytest.approx(0.5), 5)
+    assert average([[], []]) == MeanShape(None, 0)

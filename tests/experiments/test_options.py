@@ -15,6 +15,7 @@ from experiments import (
     evaluate,
     export,
     fit,
+    missing_modalities,
     predict,
     report,
     reproduce,
