@@ -19,7 +19,7 @@ from experiments.measuring.summary import summarise
 from experiments.run_folder import Results, RunFolder
 from experiments.settings.config import window
 from experiments.settings.stored import to_json
-from experiments.studies import ablation_table
+from experiments.studies import ablation_table, cross_validation
 from experiments.studies.ablation_table import folder_of_row, write_table
 from tests.experiments.fake_run import row_of
 
