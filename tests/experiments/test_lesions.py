@@ -21,7 +21,7 @@ def load(path):
 
 
 def from_map(case_id, found, truth, patient=None):
-    results, confidence, *_ = lesions.evaluate_case(found, truth.astype(np.int32))
+    results, confidence, *_ = lesions.picai_eval().evaluate_case(found, truth.astype(np.int32))
     return detection.DetectedCase(
         case_id,
         patient or case_id,
