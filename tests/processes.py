@@ -20,7 +20,7 @@ def start_two(
             env=environment or os.environ | {"JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
         for number in range(2)
     ]

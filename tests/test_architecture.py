@@ -78,7 +78,7 @@ def loaded_after(statement: str) -> set[str]:
     """Names in sys.modules of a fresh process that ran one statement."""
     code = f"{statement}\nimport json, sys; print(json.dumps(list(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, cwd=ROOT
     )
     return set(json.loads(done.stdout))
 
@@ -112,7 +112,9 @@ print(json.dumps(loaded))
 def test_help_and_refused_options_load_nothing_slow():
     assert len(COMMANDS) > 12, "commands are found"
     code = f"COMMANDS, SLOW = {COMMANDS}, {SLOW}\n{READ_A_COMMAND_LINE}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT
+    )
     assert not done.returncode, done.stderr
     expected = {name: ["jax"] if name.startswith("experiments") else [] for name in COMMANDS}
     assert json.loads(done.stdout) == expected

@@ -44,7 +44,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     for name in ("cmsad_jax", "data_pipelines", "experiments", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode:
         pytest.fail(
             "the wheel does not build; if packages are missing, run: "
@@ -87,7 +87,7 @@ def run_examples(python: str, site: str, folder: Path, absent=()) -> dict:
     done = subprocess.run(
         [python, "-I", "-c", code],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=folder,
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     )

@@ -202,7 +202,10 @@ def environment(num_devices):
 
 def test_eight_devices_and_folds_on_halves_of_them():
     done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES], env=environment(8), capture_output=True, text=True
+        [sys.executable, "-c", EIGHT_DEVICES],
+        env=environment(8),
+        capture_output=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert "EQUAL" in done.stdout

@@ -413,7 +413,7 @@ def test_four_devices_give_what_one_gives():
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
-        [sys.executable, "-c", FOUR_DEVICES], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", FOUR_DEVICES], env=environment, capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
     assert "EQUAL" in done.stdout

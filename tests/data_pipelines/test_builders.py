@@ -313,7 +313,9 @@ def run_build(config: DataConfig, *options: str) -> subprocess.CompletedProcess[
     command += [f"--data.path={config.path}", f"--data.cache={config.cache}"]
     command += ["--data.preprocess.size", "6", "16", "16"]
     command += ["--data.preprocess.spacing-mm", "3", "1", "1", *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[2]
+    )
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def watched(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "tests.data_pipelines.corruptions", str(folder)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=ROOT,
         timeout=300,
     )

@@ -53,7 +53,7 @@ def run(config: DataConfig, tmp_path: Path, *options: str) -> subprocess.Complet
     command += [f"--data.path={config.path}", f"--data.cache={config.cache}"]
     command += ["--data.preprocess.size", "6", "16", "16"]
     command += ["--data.preprocess.spacing-mm", "3", "1", "1", f"--output={tmp_path / 'out'}"]
-    return subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([*command, *options], capture_output=True, encoding="utf-8", cwd=ROOT)
 
 
 def plant_ten_faults(root: Path) -> tuple[DataConfig, dict[str, tuple[str, str, str]]]:

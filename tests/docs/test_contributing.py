@@ -73,7 +73,7 @@ def test_large_files_are_named(tmp_path):
     large.write_bytes(bytes(500_001))
     script = str(ROOT / ".ci/no_large_files")
     assert subprocess.run([script, small]).returncode == 0
-    done = subprocess.run([script, small, large], capture_output=True, text=True)
+    done = subprocess.run([script, small, large], capture_output=True, encoding="utf-8")
     assert done.returncode == 1
     assert re.fullmatch(
         rf"a committed file must have at most 500 kB; got 500001 bytes in {large}\. Keep .*\n",

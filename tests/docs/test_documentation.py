@@ -189,7 +189,7 @@ def test_paper_template_runs_what_it_holds(tmp_path):
         ["/bin/bash", str(PAPER), "--data.path=mine"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     words = ["-m", "experiments.cv", "--preset=volume3d", *paper_settings(), "--data.path=mine"]
@@ -285,7 +285,7 @@ echo "${{COMPREPLY[@]}}"
         cwd=ROOT,
         env={"PATH": path},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert done.stdout.split() == ["auto", "cpu", "gpu", "tpu"]

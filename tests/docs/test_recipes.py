@@ -81,7 +81,7 @@ def run(command: str, tree: Path) -> str:
         cwd=tree,
         env=os.environ | {"HOME": str(tree.parent), "PYTHONPATH": str(tree)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

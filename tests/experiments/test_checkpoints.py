@@ -281,7 +281,7 @@ for step in range(1, 10**6):
 
 def test_kill_at_any_moment_leaves_a_checkpoint(config, tmp_path):
     with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, encoding="utf-8"
     ) as process:
         assert process.stdout is not None
         for _ in range(6):
@@ -327,7 +327,7 @@ def test_another_device_count_reads_and_writes_the_same(tmp_path):
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, "-c", OTHER_DEVICES, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     resumed, record = Checkpoints(kept._directory, tiny(tmp_path, tmp_path)).resume(state())
     assert record["step"] == 6

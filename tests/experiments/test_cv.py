@@ -448,7 +448,7 @@ def test_mistake_on_the_command_line_has_no_traceback(tmp_path):
             f"--output={tmp_path / 'run'}",
         ],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -54,7 +54,7 @@ def holding(folder: Path, what: str) -> subprocess.Popen[str]:
         [sys.executable, "-c", HOLD, str(folder), what],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -365,7 +365,7 @@ def test_memory_of_one_call_serves_the_next():
             cwd=Path(__file__).parents[2],
             env=inherited | environment,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=True,
         )
         return int(shown.stdout)

@@ -111,8 +111,10 @@ def start(run: Path, cache: Path, *fault: str, strike: Strike | None = None) -> 
     command = [sys.executable, "-m", "tests.faults.job", str(run), str(cache), *fault]
     struck_s, lines = None, []
     with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
+        ) as process,
     ):
         assert process.stdout is not None
         watchdog = threading.Timer(TIMEOUT_S, process.kill)
