@@ -9,6 +9,7 @@ import tyro
 
 from data_pipelines.config import MOVED
 from data_pipelines.faults import DataError
+from data_pipelines.process import printing, say
 
 T = TypeVar("T")
 
@@ -35,29 +36,33 @@ def current_names(arguments: Sequence[str]) -> list[str]:
 def run(main: Callable[[T], int], arguments: type[T], *, module: str, description: str) -> NoReturn:
     """Run a program on its arguments and exit with its status; faults end in one message.
 
-    2 the data cannot work; 3 stopped by the storage; 130 by Ctrl-C: mend that and run it again.
+    2 the data cannot work; 3 stopped by the storage; 130 by Ctrl-C: mend that and run it again; 141
+    nobody reads its output any more.
     """
-    try:
-        status = main(
-            tyro.cli(
-                arguments,
-                args=current_names(sys.argv[1:]),
-                prog=f"python -m {module}",
-                description=description,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.DisallowNone),
+    status = 0
+    with printing():
+        try:
+            status = main(
+                tyro.cli(
+                    arguments,
+                    args=current_names(sys.argv[1:]),
+                    prog=f"python -m {module}",
+                    description=description,
+                    config=(tyro.conf.FlagConversionOff, tyro.conf.DisallowNone),
+                )
             )
-        )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except OSError as error:
-        print(
-            f"error: {error}. Repair the storage and run the same command again: finished cases "
-            "are kept.",
-            file=sys.stderr,
-        )
-        status = 3
-    except KeyboardInterrupt:
-        print("interrupted; finished cases are kept, run again to continue", file=sys.stderr)
-        status = 130
+        except DataError as error:
+            say(f"error: {error}")
+            status = 2
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            say(
+                f"error: {error}. Repair the storage and run the same command again: finished "
+                "cases are kept."
+            )
+            status = 3
+        except KeyboardInterrupt:
+            say("interrupted; finished cases are kept, run again to continue")
+            status = 130
     raise SystemExit(status)

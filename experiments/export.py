@@ -14,9 +14,11 @@ import tyro
 
 from cmsad_jax import export
 from cmsad_jax.named_weights import to_safetensors
+from cmsad_jax.types import ConfigError
 from experiments.exporting.artifact import write_artifact
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
+from experiments.process.storage import atomic_file
 from experiments.settings.options import REGISTRY
 
 
@@ -41,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = tyro.cli(
         ExportConfig, prog="python -m experiments.export", args=arguments, registry=REGISTRY
     )
+    if config.output.is_dir():
+        raise ConfigError(
+            f"an artifact is one file; got the folder {config.output}. Name a file in it: "
+            f"--output={config.output / 'model.cmsad'}."
+        )
     select_accelerator("auto")
     description = write_artifact(
         config.run, config.output, folds=config.folds, license=config.license
@@ -52,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if config.safetensors is not None:
         model = export.load(config.output)
-        config.safetensors.mkdir(parents=True, exist_ok=True)
         for member, weights in zip(description.members, model.weights, strict=True):
             file = config.safetensors / f"{member}.safetensors"
-            file.write_bytes(to_safetensors(weights))
+            with atomic_file(file) as partial:
+                partial.write_bytes(to_safetensors(weights))
             log(f"{file}: {len(weights)} arrays")
 
 

@@ -4,8 +4,9 @@
 whatever the data pipeline reads, one case or thousands. While one case is computed, the next ones
 are read and the ones before are written. A run is exported in memory first, so that a run and an
 artifact take one path. A case that cannot be predicted is named and passed over, and the exit
-status is then 4. An interrupted command goes on where it was; one that came to its end predicts
-every case again.
+status is then 4. Each case is recorded as soon as its files are written: a command that ended
+early, however it did, goes on where it was when it is run again, and makes again what was removed
+or changed since; one that came to its end predicts every case again.
 """
 
 import collections
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -174,6 +176,10 @@ class Account:
     """What is worth a look, by case."""
     refused: int = 0
     """Cases whose result would have replaced that of other images."""
+    on_disk: dict[str, str] = dataclasses.field(default_factory=dict)
+    """``inputs`` as they were last written."""
+    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+    """Cases are read, computed and written in threads of their own, and each of them says so."""
 
     @property
     def wall_s(self) -> float:
@@ -185,10 +191,11 @@ class Account:
         """Cases that could not be predicted."""
         return self.refused + sum(case.error is not None for case in self.cases)
 
-    def fail(self, entry: CaseFiles, error: Exception) -> None:
+    def fail(self, case_id: str, error: Exception) -> None:
         """Say that a case is passed over."""
-        print(f"error: case {entry.case_id} is passed over: {error}", file=sys.stderr, flush=True)
-        self.cases.append(PredictedCase(entry.case_id, error=str(error)))
+        print(f"error: case {case_id} is passed over: {error}", file=sys.stderr, flush=True)
+        with self.lock:
+            self.cases.append(PredictedCase(case_id, error=str(error)))
 
     def claim(self, case_id: str, sha256: str) -> None:
         """Say whose the results of this name are from now on.
@@ -196,37 +203,57 @@ class Account:
         Raises:
             OtherImagesError: they are those of other images.
         """
-        there = self.folder.mask(case_id).exists()
-        if there and self.inputs.get(case_id, sha256) != sha256:
-            raise OtherImagesError(
-                f"a result must not replace that of other images; {self.folder.path} holds one "
-                f"named {case_id} of others. Name another folder with --output; or give --input "
-                "the folder above, so that cases of equal names are told apart."
-            )
-        self.inputs[case_id] = sha256
+        with self.lock:
+            there = self.folder.mask(case_id).exists()
+            if there and self.inputs.get(case_id, sha256) != sha256:
+                raise OtherImagesError(
+                    "a result must not replace that of other images; "
+                    f"{self.folder.path} holds one named {case_id} of others. Name another folder "
+                    "with --output; or give --input the folder above, so that cases of equal names "
+                    "are told apart."
+                )
+            self.inputs[case_id] = sha256
 
     def keep(self, entry: CaseFiles, before: Sequence[PredictedCase], error: Exception) -> None:
         """Say that a case is passed over, and leave what there is of that name."""
         print(f"error: case {entry.case_id} is passed over: {error}", file=sys.stderr, flush=True)
-        self.refused += 1
-        there = {case.case_id for case in self.earlier}
-        kept = [case for case in before if case.case_id == entry.case_id]
-        self.earlier = [*self.earlier, *(case for case in kept if case.case_id not in there)]
+        with self.lock:
+            self.refused += 1
+            there = {case.case_id for case in self.earlier}
+            kept = [case for case in before if case.case_id == entry.case_id]
+            self.earlier = [*self.earlier, *(case for case in kept if case.case_id not in there)]
+
+    def begin(self, case_id: str) -> None:
+        """Have it on disk whose the files of this name are, before the first of them is written."""
+        with self.lock:
+            if self.on_disk.get(case_id) != self.inputs.get(case_id):
+                self.save(complete=False)
+
+    def finish(self, case: PredictedCase, seconds: float) -> None:
+        """Record a case whose files are all written, after ``seconds`` of a processor."""
+        with self.lock:
+            if warnings := self.warnings.get(case.case_id):
+                case = dataclasses.replace(case, warnings=warnings)
+            self.cases.append(case)
+            self.beside_s += seconds
+            self.save(complete=False)
 
     def save(self, *, complete: bool) -> None:
         """Write the record, whole or not at all."""
-        self.folder.write(
-            Predictions(
-                self.facts,
-                tuple(sorted([*self.earlier, *self.cases], key=lambda case: case.case_id)),
-                inputs=dict(sorted(self.inputs.items())),
-                complete=complete,
-                wall_s=round(self.wall_s, 3),
-                compute_s=round(self.computing_s, 3),
-                processor_s=round(time.process_time() - self.processor_started_s, 3),
-                processor_beside_s=round(self.beside_s, 3),
+        with self.lock:
+            self.folder.write(
+                Predictions(
+                    self.facts,
+                    tuple(sorted([*self.earlier, *self.cases], key=lambda case: case.case_id)),
+                    inputs=dict(sorted(self.inputs.items())),
+                    complete=complete,
+                    wall_s=round(self.wall_s, 3),
+                    compute_s=round(self.computing_s, 3),
+                    processor_s=round(time.process_time() - self.processor_started_s, 3),
+                    processor_beside_s=round(self.beside_s, 3),
+                )
             )
-        )
+            self.on_disk = dict(self.inputs)
 
 
 def run(command: PredictCommand) -> int:
@@ -251,30 +278,19 @@ def run(command: PredictCommand) -> int:
         command.input, description.modalities, with_gland=data.preprocess.centre == "gland"
     )
     folder = PredictionFolder(command.output)
-    facts = facts_of(model, Extras(command.attention, command.uncertainty))
-    old = folder.earlier(facts)
-    done = set()
-    if not old.complete and old.facts.extras == facts.extras:
-        done = {case.case_id for case in old.cases if case.error is None}
-    again = {entry.case_id for entry in entries}
-    done &= again
-    for name in ("predict", *(("attention",) if command.attention else ())):
-        model.compile(name)
-    log(
-        f"{len(entries) - len(done)} cases; {', '.join(description.classes)} from "
-        f"{', '.join(description.modalities)}, {len(description.members)} members, "
-        f"model {model.sha256[:12]}"
-        + (f"; {len(done)} were predicted before the interruption" if done else "")
-    )
-    kept = [case for case in old.cases if case.case_id not in again - done]
-    account = Account(folder, facts, kept, inputs=dict(old.inputs))
-    account.save(complete=False)  # says whose results these are, from the first one on
-    complete = False
-    try:
-        predict_cases(model, entries, data, account, old.cases, done)
-        complete = True
-    finally:
-        account.save(complete=complete)
+    with folder.opened():
+        facts = facts_of(model, Extras(command.attention, command.uncertainty))
+        account, before, done = open_account(folder, facts, [entry.case_id for entry in entries])
+        for name in ("predict", *(("attention",) if command.attention else ())):
+            model.compile(name)
+        log(
+            f"{len(entries) - len(done)} cases; {', '.join(description.classes)} from "
+            f"{', '.join(description.modalities)}, {len(description.members)} members, "
+            f"model {model.sha256[:12]}"
+            + (f"; {len(done)} were predicted before the interruption" if done else "")
+        )
+        with recorded(account):
+            predict_cases(model, entries, data, account, before, done)
     count, wall = len(account.cases) + account.refused, max(account.wall_s, 1e-9)
     log(
         f"{count - account.failed} of {count} cases predicted in {wall:.1f} s "
@@ -282,6 +298,52 @@ def run(command: PredictCommand) -> int:
         f"of it computing); {folder.record}"
     )
     return account.failed
+
+
+def open_account(
+    folder: PredictionFolder, facts: Facts, case_ids: Sequence[str]
+) -> tuple[Account, tuple[PredictedCase, ...], set[str]]:
+    """The account of the cases to predict, what the folder said before, and which of them are done.
+
+    What it said of a case is believed if the images of it are there and as they were written.
+
+    Raises:
+        ConfigError: the folder holds results of another model or other settings.
+    """
+    old = folder.earlier(facts)
+    again = set(case_ids)
+    done: set[str] = set()
+    if not old.complete and old.facts.extras == facts.extras:
+        cases = (case for case in old.cases if case.case_id in again)
+        done = {case.case_id for case in cases if folder.is_intact(case)}
+    kept = []
+    for case in old.cases:
+        if case.case_id in again - done:
+            continue
+        if case.error is None and case.case_id not in done and not folder.holds(case):
+            print(
+                f"warning: the record of case {case.case_id} is left out: its images in "
+                f"{folder.path} were removed or changed. Predict it again to have them back.",
+                file=sys.stderr,
+                flush=True,
+            )
+            continue
+        kept.append(case)
+    account = Account(folder, facts, kept, inputs=dict(old.inputs))
+    account.save(complete=False)
+    return account, old.cases, done
+
+
+@contextlib.contextmanager
+def recorded(account: Account) -> Iterator[None]:
+    """Write the record at the end, also of what came to it early."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # of a full disk, which is said already
+            account.save(complete=False)
+        raise
+    account.save(complete=True)
 
 
 def predict_cases(
@@ -336,13 +398,26 @@ def predict_cases(
             if isinstance(case, OtherImagesError):
                 account.keep(entry, before, case)
             elif isinstance(case, DataError):
-                account.fail(entry, case)
+                account.fail(entry.case_id, case)
             if not isinstance(case, Case):
                 continue
             started = time.perf_counter()
             computed = compute(model, case, attention=extras.attention)
             account.computing_s += time.perf_counter() - started
-            write(computed)
+            if np.isfinite(computed.prediction.probability).all():
+                write(computed)
+            else:
+                account.fail(entry.case_id, not_finite(model, case))
+
+
+def not_finite(model: export.Model, case: Case) -> DataError:
+    """What to say of a case for which the model gives no probabilities."""
+    image = np.abs(case.image.astype(np.float32) * np.float32(STORED_UNIT))
+    return DataError(
+        "probabilities must be finite; got NaN or infinity from model "
+        f"{model.sha256[:12]} for intensities of up to {image.max():.3g} standard deviations. "
+        "No mask is written. Use another model, or leave out the fold that gives them (--folds)."
+    )
 
 
 @contextlib.contextmanager
@@ -351,41 +426,28 @@ def writing(
 ) -> Iterator[Callable[[Computed], None]]:
     """Give a function that has a case written in a thread; up to ``READ_AHEAD`` wait for theirs.
 
-    In the end the account holds the cases whose files are all written, after an interruption too.
+    Each is recorded in that thread as soon as its files are written, after an interruption too.
     """
 
-    def write(computed: Computed) -> tuple[PredictedCase, float]:
+    def write(computed: Computed) -> None:
         started = time.thread_time()
+        account.begin(computed.case.case_id)
         case = account.folder.write_case(
             computed, description, uncertainty=account.facts.extras.uncertainty
         )
-        if warnings := account.warnings.get(case.case_id):
-            case = dataclasses.replace(case, warnings=warnings)
-        return case, time.thread_time() - started
+        account.finish(case, time.thread_time() - started)
 
-    def written(future: Future[tuple[PredictedCase, float]]) -> None:
-        case, seconds = future.result()
-        account.cases.append(case)
-        account.beside_s += seconds
-
-    pending: collections.deque[Future[tuple[PredictedCase, float]]] = collections.deque()
+    pending: collections.deque[Future[None]] = collections.deque()
 
     def submit(computed: Computed) -> None:
         while len(pending) >= READ_AHEAD:
-            written(pending[0])
-            pending.popleft()
+            pending.popleft().result()
         pending.append(writers.submit(write, computed))
 
-    try:
-        with ThreadPoolExecutor(1) as writers:
-            yield submit
-            while pending:
-                written(pending[0])
-                pending.popleft()
-    finally:
-        for future in pending:
-            if not future.exception():
-                written(future)
+    with ThreadPoolExecutor(1) as writers:
+        yield submit
+        while pending:
+            pending.popleft().result()
 
 
 def read_ahead(

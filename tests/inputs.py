@@ -29,6 +29,7 @@ from data_pipelines import build, command_line, validate
 from data_pipelines.case import Volume
 from experiments import evaluate, predict
 from experiments.process.console import run_main
+from experiments.process.signals import SIGNALS
 from experiments.settings.command_line import complete
 from tests.data_pipelines.fabricate import affine, raw_case, save, write_folder
 from tests.data_pipelines.test_dicom import dicom_slice
@@ -73,7 +74,7 @@ class Input:
 def run(command: str, options: Sequence[str]) -> tuple[int, str]:
     """Exit status and output of a command with this command line."""
     said = io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with (
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),

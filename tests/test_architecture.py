@@ -25,7 +25,7 @@ DATA_SETS = tuple(
 )
 FLOORS = {
     "data_pipelines": (
-        ("faults", "config", "case", "files", "modalities"),
+        ("faults", "config", "case", "files", "modalities", "process"),
         ("reading",),
         ("preparing",),
         ("building",),

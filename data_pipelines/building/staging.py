@@ -25,6 +25,7 @@ from data_pipelines.case import Case
 from data_pipelines.faults import DataError, Problem
 from data_pipelines.files import atomic_file
 from data_pipelines.preparing.examination import Examination, Facts
+from data_pipelines.process import end_with_parent
 
 _CASES_WORTH_A_POOL = 200
 _MAX_DEFAULT_WORKERS = 8
@@ -185,6 +186,7 @@ _worker: tuple[Examiner, Callable[[Examination], object]] | None = None
 
 def _start_worker(examiner: Examiner, keep: Callable[[Examination], object]) -> None:
     global _worker
+    end_with_parent()  # each case is written whole or not at all
     _worker = examiner, keep
 
 

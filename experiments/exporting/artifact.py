@@ -1,5 +1,6 @@
 """A finished run as one file: programs, weights, and all that surrounds them."""
 
+import contextlib
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from experiments.exporting.model_card import model_card
 from experiments.prediction.windows import attention_window, predict_window
 from experiments.process.records import encode
+from experiments.process.storage import naming_path
 from experiments.run_folder import Results, RunFolder, RunRecord, fold_name
 from experiments.settings.config import Config, window
 from experiments.training.checkpoints import load_params
@@ -66,14 +68,15 @@ def write_artifact(
         license=text.strip().splitlines()[0] if license else "unspecified",
     )
     card = model_card(description, sum(values.size for values in weights[0].values()))
-    export.save(
-        target,
-        description=description,
-        programs=programs,
-        weights=weights,
-        card=card,
-        license_text=text.strip() + "\n",
-    )
+    with naming_path(target) if isinstance(target, Path) else contextlib.nullcontext():
+        export.save(
+            target,
+            description=description,
+            programs=programs,
+            weights=weights,
+            card=card,
+            license_text=text.strip() + "\n",
+        )
     return description
 
 

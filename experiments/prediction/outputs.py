@@ -3,8 +3,9 @@
 No other file knows the names in that folder.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from experiments.measuring import lesions
 from experiments.measuring.lesions import Candidate
 from experiments.measuring.metrics import to_mask
 from experiments.process.records import INLINE, read_record, write_record
+from experiments.process.storage import file_sha256, locked, naming_path, remove_temporary_files
 
 RECORD = "predictions.json"
 KINDS = ("masks", "probabilities", "entropy", "disagreement", "attention")
@@ -45,6 +47,7 @@ class PredictedCase:
         highest_probability: of each class.
         candidates: of lesions, the most confident first; None for other targets.
         warnings: what is worth a look, if there is something.
+        files: sha256 of each image, by its path in the folder; None in records of before.
     """
 
     case_id: str
@@ -55,6 +58,7 @@ class PredictedCase:
     highest_probability: Mapping[str, float] | None = None
     candidates: tuple[Candidate, ...] | None = None
     warnings: tuple[str, ...] | None = None
+    files: Mapping[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +185,37 @@ class PredictionFolder:
         """The mask of a case."""
         return self.image("masks", case_id)
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Make the folder, hold it for this process, and remove what a killed one left unfinished.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        with naming_path(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            remove_temporary_files(self.path, deep=False)
+            for kind in KINDS:
+                remove_temporary_files(self.path / kind)
+            yield
+
+    def is_intact(self, case: PredictedCase) -> bool:
+        """Whether the images of a case are there, and are those that were written.
+
+        A record of before, which does not list them, is not known to be of these images.
+        """
+        if case.error is not None or not case.files:
+            return False
+        try:
+            return all(file_sha256(self.path / name) == sum_ for name, sum_ in case.files.items())
+        except OSError:
+            return False
+
+    def holds(self, case: PredictedCase) -> bool:
+        """Whether the images of a case may be believed to be there; records of before list none."""
+        return self.is_intact(case) if case.files else self.mask(case.case_id).is_file()
+
     def write(self, predictions: Predictions) -> None:
         """Write the record, whole or not at all."""
         write_record(self.record, predictions, schema=SCHEMA)
@@ -226,8 +261,13 @@ class PredictionFolder:
         def original(values: np.ndarray) -> np.ndarray:
             return preprocessing.to_original(values, case)
 
+        files: dict[str, str] = {}
+
         def write(kind: str, values: np.ndarray, suffix: str = "") -> None:
-            volume_io.write_nifti(self.image(kind, case.case_id, suffix), values, affine)
+            path = self.image(kind, case.case_id, suffix)
+            with naming_path(path):
+                volume_io.write_nifti(path, values, affine)
+                files[str(path.relative_to(self.path))] = file_sha256(path)
 
         if computed.attention is not None:
             for index, name in enumerate(description.modalities):
@@ -261,4 +301,5 @@ class PredictionFolder:
                 for index, name in enumerate(classes)
             },
             candidates=candidates,
+            files=files,
         )

@@ -1,5 +1,6 @@
 """What a command says, and how it ends: log lines, progress, errors without tracebacks."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -10,7 +11,8 @@ from tqdm import tqdm
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
-from experiments.process.signals import SIGNALS, Interrupted, Stop
+from data_pipelines.process import printing, say
+from experiments.process.signals import Interrupted, Stop, heeded
 
 T = TypeVar("T")
 
@@ -35,11 +37,20 @@ def log(message: str) -> None:
     """A line of the run's account on stdout, at once; of several processes, the first says it."""
     if jax.distributed.is_initialized() and jax.process_index() > 0:
         return
-    print(f"{message}\n", end="", flush=True)  # in one piece, whichever thread says it
+    try:
+        print(f"{message}\n", end="", flush=True)  # in one piece, whichever thread says it
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 class RunError(RuntimeError):
     """A run that cannot go on until its cause is removed; the message holds cause and remedy."""
+
+
+_OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+"""Faults of storage, also where Python does not say of which file."""
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -47,34 +58,36 @@ def run_main(main: Callable[[], object]) -> None:
 
     0 done; 1 a fault of the program, with a traceback; 2 the request or the data cannot work; 3
     stopped by something outside it (full disk, memory, values that are not finite): mend that and
-    run the same command again; 130 and 143 stopped by SIGINT and SIGTERM: run it again to continue.
+    run the same command again; 129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM: run it again
+    to continue; 141 nobody reads its output any more.
     """
 
     def interrupt(number: int, _: object) -> None:
         Stop.unanswered = number
         raise Interrupted(number)
 
-    for number in SIGNALS:
+    for number in heeded():
         signal.signal(number, interrupt)
-    try:
-        main()
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(3) from None
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(
-            f"error: {error.filename}: {error.strerror}. What was finished before is intact. "
-            "Repair the storage and run the same command again to continue.",
-            file=sys.stderr,
-        )
-        raise SystemExit(3) from None
-    except KeyboardInterrupt as error:
-        Stop.unanswered = None
-        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        print("interrupted; what is done is kept, run again to continue", file=sys.stderr)
-        raise SystemExit(128 + number) from None
+    with printing():
+        try:
+            main()
+        except (ConfigError, DataError) as error:
+            say(f"error: {error}")
+            raise SystemExit(2) from None
+        except RunError as error:
+            say(f"error: {error}")
+            raise SystemExit(3) from None
+        except OSError as error:
+            if error.filename is None and error.errno not in _OF_STORAGE:
+                raise
+            say(
+                f"error: {error.filename or 'a file'}: {error.strerror}. "
+                "What was finished before is intact. "
+                "Repair the storage and run the same command again to continue."
+            )
+            raise SystemExit(3) from None
+        except KeyboardInterrupt as error:
+            Stop.unanswered = None
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            say("interrupted; what is done is kept, run again to continue")
+            raise SystemExit(128 + number) from None

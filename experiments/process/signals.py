@@ -87,7 +87,7 @@ def share_signals() -> None:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[Stop]:
-    """Inside, SIGINT and SIGTERM only set ``number``, for the code to save and leave at its time.
+    """Inside, ``SIGNALS`` only set ``number``, for the code to save and leave at its time.
 
     A second signal ends the process at once, also while XLA compiles, when Python runs no handler:
     a thread reads the signals from a socket. ``Interrupted`` is raised at the end if one came.
@@ -121,7 +121,7 @@ def deferred_signals() -> Iterator[Stop]:
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()
-    handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    handlers = {number: signal.signal(number, lambda *_: None) for number in heeded()}
     wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     try:
         yield stop
@@ -136,4 +136,11 @@ def deferred_signals() -> Iterator[Stop]:
         raise Interrupted(stop.number)
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a scheduler or service that wants the machine, a terminal that was closed."""
+
+
+def heeded() -> list[signal.Signals]:
+    """``SIGNALS``, but for SIGHUP where whoever started the process has it ignored (``nohup``)."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not ignored]

@@ -21,6 +21,8 @@ from data_pipelines.faults import DataError
 def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process; the kernel frees it when the process ends, however it does.
 
+    The file that is locked stays, and is empty when no one holds it.
+
     Raises:
         ConfigError: another process holds it.
     """
@@ -30,26 +32,33 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ConfigError(
-                f"one process works on a run folder at a time; {folder} is in use by "
+                f"one process works on a folder at a time; {folder} is in use by "
                 f"{file.read().strip()}. Wait for it to end, or name another folder with --output."
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a file system that became read-only
+                file.truncate(0)
 
 
 LOCK = ".lock"
-"""File by which a process holds a run folder; it stays, and means nothing when no one holds it."""
+"""File by which a process holds a folder; it stays, and means nothing when no one holds it."""
 
 
 TEMPORARY = re.compile(r"\..+\.\d+(\.tmp)?(\.[a-z.]+)?")
 """Names under which files are written before they are renamed."""
 
 
-def remove_temporary_files(folder: Path) -> None:
-    """Remove what killed processes left half-written under ``folder``, which must be locked."""
-    for path in folder.rglob(".*"):
+def remove_temporary_files(folder: Path, *, deep: bool = True) -> None:
+    """Remove what killed processes left half-written in ``folder``, which must be locked.
+
+    ``deep`` looks into the folders within it as well.
+    """
+    for path in folder.rglob(".*") if deep else folder.glob(".*"):
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink()
 

@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import cast
 
 from cmsad_jax.types import ConfigError
+from data_pipelines.process import end_with_parent
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import RunError, log, progress, run_main
 from experiments.run_folder import folder_of
@@ -107,10 +109,14 @@ def run_in_processes(configs: Sequence[Config], jobs: int, done: Callable[[Path]
 
 
 def _run_apart(config: Config, cores: Sequence[int]) -> None:
-    """Run in a process of its own, which signals reach through its parent alone."""
+    """Run in a process of its own, which signals reach through its parent alone.
+
+    At the end of its parent, whatever ended that, it saves what it has and ends as well.
+    """
     from experiments.studies import cross_validation
 
     os.setsid()
+    end_with_parent(signal.SIGTERM)
     if sys.platform == "linux":
         os.sched_setaffinity(0, cores)
     account = _account(folder_of(config).path)

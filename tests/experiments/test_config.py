@@ -151,9 +151,12 @@ def test_numbers_out_of_bounds_are_refused(option, bad, good, message):
         parse([f"--{option}={bad}"])
 
 
-def test_missing_accelerator_is_named_with_a_remedy(monkeypatch):
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("Unable to initialize backend 'tpu'"), AssertionError()]
+)
+def test_missing_accelerator_is_named_with_a_remedy(raised, monkeypatch):
     def none_found():
-        raise RuntimeError("Unable to initialize backend 'tpu'")
+        raise raised  # an assertion: JAX without the plugin
 
     monkeypatch.setattr(accelerator.jax, "devices", none_found)
     monkeypatch.setattr(accelerator.jax.config, "update", lambda name, value: None)

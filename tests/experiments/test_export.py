@@ -1,7 +1,9 @@
 """From a run folder to an artifact: what goes in, what is said, what is refused."""
 
 import dataclasses
+import errno
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -123,6 +125,28 @@ def test_unfinished_folds_are_refused_with_a_way_out(tmp_path):
     with pytest.raises(ConfigError, match=r"lacks 1\. Run python -m .*, or pass --folds 0\."):
         export.main([str(tmp_path / "run"), "--output", str(tmp_path / "m.cmsad")])
     assert not (tmp_path / "m.cmsad").exists()
+
+
+def test_a_full_disk_leaves_no_half_an_artifact(run, tmp_path, monkeypatch):
+    class Full(zipfile.ZipFile):
+        def writestr(self, entry, content):
+            super().writestr(entry, content)
+            if "weights" in entry.filename:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile, "ZipFile", Full)
+    file = tmp_path / "model.cmsad"
+    file.write_bytes(b"of before")
+    with pytest.raises(OSError, match="cannot write: No space left") as stopped:
+        export.main([str(run[0]), "--output", str(file), "--folds", "0"])
+    assert stopped.value.filename == str(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.cmsad"]
+    assert file.read_bytes() == b"of before"
+
+
+def test_a_folder_is_no_place_for_an_artifact(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"one file; got the folder .*--output=.*model\.cmsad"):
+        export.main([str(run[0]), "--output", str(tmp_path)])
 
 
 def test_folder_without_a_run_is_refused(tmp_path):

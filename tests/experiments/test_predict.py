@@ -1,6 +1,8 @@
 """Prediction of new cases, from files to files, with models of random weights."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import threading
 import zipfile
@@ -22,6 +24,7 @@ from experiments.exporting.artifact import describe
 from experiments.measuring import lesions
 from experiments.prediction.inputs import find_inputs, read_case
 from experiments.prediction.outputs import PredictionFolder
+from experiments.process.storage import locked
 from experiments.run_folder import FoldFolder
 from experiments.studies import cross_validation
 from experiments.training.programs import compile_programs
@@ -52,6 +55,28 @@ def artifact(tmp_path_factory, run):
     file = tmp_path_factory.mktemp("artifacts") / "model.cmsad"
     export.main([str(run[0]), "--output", str(file)])
     return file
+
+
+@pytest.fixture
+def quick(config, tmp_path, monkeypatch):
+    """A path that stands for a model that is not compiled: brighter is more probable."""
+
+    def probability(weights, windows, present):
+        return 1 / (1 + np.exp(-windows.mean(-1, keepdims=True)))
+
+    members = ["fold_0", "fold_1"]
+    model = cmsad_jax.export.Model(
+        describe(config, members=members, provenance={}, metrics={}, license=""),
+        {"predict": probability, "attention": lambda _, windows, present: np.abs(windows)},
+        ({}, {}),
+        card="",
+        license_text="",
+        digests=("0", "1"),
+    )
+    monkeypatch.setattr(predict.export, "load", lambda _: model)
+    path = tmp_path / "quick.cmsad"
+    path.touch()
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +180,12 @@ def test_run_and_artifact_are_one_model(predicted, run, tmp_path, capsys):
     )
     assert "1 of 1 cases predicted" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {
+        ".lock",
         "masks",
         "probabilities",
         "predictions.json",
     }
+    assert (tmp_path / ".lock").read_text() == "", "no one holds the folder"
 
 
 def test_chosen_folds_and_windows_change_the_result(predicted, artifact, tmp_path):
@@ -181,10 +208,10 @@ def test_results_of_another_model_are_refused(predicted, artifact):
 
 
 def test_an_interrupted_prediction_goes_on_and_a_whole_one_begins_anew(
-    artifact, tmp_path, monkeypatch, capsys
+    quick, tmp_path, monkeypatch, capsys
 ):
     write_folder(tmp_path / "in", case_of("a"), case_of("b", seed=1), case_of("c", seed=2))
-    arguments = ["--model", str(artifact), "--input", str(tmp_path / "in"), "--output"]
+    arguments = ["--model", str(quick), "--input", str(tmp_path / "in"), "--output"]
     compute, computed = predict.compute, []
 
     def interrupted(model, case, *, attention):
@@ -211,11 +238,112 @@ def test_an_interrupted_prediction_goes_on_and_a_whole_one_begins_anew(
     assert [case["case_id"] for case in record["cases"]] == ["a", "b", "c"]
 
     computed.append("anew")
-    predict.main(["--model", str(artifact), "--input", str(tmp_path / "in/b"), *arguments[4:],
+    predict.main(["--model", str(quick), "--input", str(tmp_path / "in/b"), *arguments[4:],
                   str(tmp_path / "out")])  # fmt: skip
     assert computed[-2:] == ["anew", "b"], "what came to its end is predicted again"
     record = json.loads((tmp_path / "out/predictions.json").read_text("utf-8"))
     assert [case["case_id"] for case in record["cases"]] == ["a", "b", "c"], "others are kept"
+
+
+def test_a_killed_prediction_has_recorded_every_case_that_it_finished(
+    quick, tmp_path, monkeypatch, capsys
+):
+    write_folder(tmp_path / "in", *(case_of(name, seed=n) for n, name in enumerate("abcd")))
+    out = tmp_path / "out"
+    arguments = ["--model", str(quick), "--input", str(tmp_path / "in"), "--output", str(out)]
+    compute, computed = predict.compute, []
+
+    def watched(model, case, *, attention):
+        if case.case_id == "d" and "again" not in computed:
+            raise RuntimeError("as if killed")
+        computed.append(case.case_id)
+        return compute(model, case, attention=attention)
+
+    monkeypatch.setattr(predict, "compute", watched)
+    with monkeypatch.context() as killed:
+        killed.setattr(predict, "recorded", lambda account: contextlib.nullcontext())
+        with pytest.raises(RuntimeError, match="as if killed"):
+            predict.main(arguments)
+    record = record_of(out)
+    assert not record["complete"]
+    assert [case["case_id"] for case in record["cases"]] == ["a", "b", "c"]
+    assert {*record["inputs"]} >= {"a", "b", "c"}
+    assert {*record["cases"][0]["files"]} == {"masks/a.nii.gz", "probabilities/a.nii.gz"}
+
+    whole = (out / "probabilities/b.nii.gz").read_bytes()
+    (out / "masks/a.nii.gz").unlink()
+    (out / "probabilities/b.nii.gz").write_bytes(whole[:-1])
+    left = [out / "masks/.d.4242.nii.gz", out / ".predictions.4242.json"]
+    for path in left:
+        path.write_bytes(b"half")
+    computed.append("again")
+    predict.main(arguments)
+    assert computed[-4:] == ["again", "a", "b", "d"], "c alone is as it was written"
+    assert "1 were predicted before the interruption" in capsys.readouterr().out
+    assert (out / "masks/a.nii.gz").exists()
+    assert (out / "probabilities/b.nii.gz").read_bytes() == whole
+    assert not any(path.exists() for path in left)
+    assert [case["case_id"] for case in record_of(out)["cases"]] == [*"abcd"]
+    assert record_of(out)["complete"]
+
+    (out / "masks/a.nii.gz").unlink()
+    predict.main([*arguments[:2], "--input", str(tmp_path / "in/b"), *arguments[4:]])
+    assert "the record of case a is left out: its images in" in capsys.readouterr().err
+    assert [case["case_id"] for case in record_of(out)["cases"]] == [*"bcd"]
+
+
+def test_one_command_works_on_a_folder_at_a_time(quick, tmp_path):
+    write_folder(tmp_path / "in", case_of("a"))
+    (tmp_path / "out").mkdir()
+    arguments = ["--model", str(quick), "--input", str(tmp_path / "in")]
+    with (
+        locked(tmp_path / "out"),
+        pytest.raises(ConfigError, match=r"one process works on a folder at a time; .*/out is in"),
+    ):
+        predict.main([*arguments, "--output", str(tmp_path / "out")])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_case_without_finite_probabilities_is_passed_over(quick, tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path / "in", case_of("a"), case_of("b", seed=1))
+    compute = predict.compute
+
+    def diverged(model, case, *, attention):
+        computed = compute(model, case, attention=attention)
+        if case.case_id == "a":
+            computed.prediction.probability[0, 0, 0] = np.nan
+        return computed
+
+    monkeypatch.setattr(predict, "compute", diverged)
+    with pytest.raises(SystemExit) as stopped:
+        predict.main(
+            ["--model", str(quick), "--input", str(tmp_path / "in"),
+             "--output", str(tmp_path / "out")]
+        )  # fmt: skip
+    assert stopped.value.code == 4
+    assert "case a is passed over: probabilities must be finite" in capsys.readouterr().err
+    a, b = record_of(tmp_path / "out")["cases"]
+    assert "probabilities must be finite; got NaN" in a["error"]
+    assert "error" not in b
+    assert [path.name for path in (tmp_path / "out/masks").iterdir()] == ["b.nii.gz"]
+
+
+def test_a_full_disk_ends_with_the_path_and_keeps_what_is_done(quick, tmp_path, monkeypatch):
+    write_folder(tmp_path / "in", case_of("a"), case_of("b", seed=1))
+    out, save = tmp_path / "out", nib.save
+
+    def full(image, path):
+        save(image, path)
+        if ".b." in path.name and path.parent.name == "masks":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(nib, "save", full)
+    arguments = ["--model", str(quick), "--input", str(tmp_path / "in"), "--output", str(out)]
+    with pytest.raises(OSError, match="cannot write: No space left") as stopped:
+        predict.main(arguments)
+    assert stopped.value.filename == str(out / "masks/b.nii.gz")
+    assert [case["case_id"] for case in record_of(out)["cases"]] == ["a"]
+    assert [path.name for path in (out / "masks").iterdir()] == ["a.nii.gz"]
 
 
 def test_missing_modality_is_a_fault_unless_trained_for(artifact, tmp_path, capsys):
@@ -512,10 +640,10 @@ def record_of(output):
     return json.loads((output / "predictions.json").read_text("utf-8"))
 
 
-def test_a_result_never_replaces_that_of_other_images(artifact, tmp_path, capsys):
+def test_a_result_never_replaces_that_of_other_images(quick, tmp_path, capsys):
     for seed, patient in enumerate("AB"):
         write_folder(tmp_path / patient, case_of("mri", seed=seed))
-    arguments = ["--model", str(artifact), "--output", str(tmp_path / "out"), "--input"]
+    arguments = ["--model", str(quick), "--output", str(tmp_path / "out"), "--input"]
     predict.main([*arguments, str(tmp_path / "A/mri")])
     before = record_of(tmp_path / "out")["cases"]
     mask = (tmp_path / "out/probabilities/mri.nii.gz").read_bytes()
@@ -538,10 +666,10 @@ def test_a_result_never_replaces_that_of_other_images(artifact, tmp_path, capsys
     ]
 
 
-def test_what_was_done_before_an_interruption_must_be_of_the_same_images(artifact, tmp_path):
+def test_what_was_done_before_an_interruption_must_be_of_the_same_images(quick, tmp_path):
     for seed, patient in enumerate("AB"):
         write_folder(tmp_path / patient, case_of("mri", seed=seed))
-    arguments = ["--model", str(artifact), "--output", str(tmp_path / "out"), "--input"]
+    arguments = ["--model", str(quick), "--output", str(tmp_path / "out"), "--input"]
     predict.main([*arguments, str(tmp_path / "A/mri")])
     record = record_of(tmp_path / "out")
     (tmp_path / "out/predictions.json").write_text(json.dumps(record | {"complete": False}))
@@ -550,9 +678,9 @@ def test_what_was_done_before_an_interruption_must_be_of_the_same_images(artifac
     assert record_of(tmp_path / "out")["cases"] == record["cases"]
 
 
-def test_results_may_lie_within_the_input(artifact, tmp_path):
+def test_results_may_lie_within_the_input(quick, tmp_path):
     write_folder(tmp_path / "in", case_of("c9"))
-    arguments = ["--model", str(artifact), "--attention", "--input", str(tmp_path / "in")]
+    arguments = ["--model", str(quick), "--attention", "--input", str(tmp_path / "in")]
     for _ in range(2):
         predict.main([*arguments, "--output", str(tmp_path / "in/results")])
         record = record_of(tmp_path / "in/results")

@@ -17,7 +17,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments.process.accelerator import uncollected
 from experiments.process.console import RunError, run_main
-from experiments.process.signals import Interrupted, deferred_signals
+from experiments.process.signals import SIGNALS, Interrupted, deferred_signals
 from experiments.process.storage import (
     TEMPORARY,
     atomic_file,
@@ -78,6 +78,24 @@ def test_signal_lets_the_step_end_and_the_lock_is_held_until_then(tmp_path):
         pass
 
 
+def test_a_closed_terminal_lets_the_step_end_unless_it_is_ignored(tmp_path):
+    with holding(tmp_path, "steps") as process:
+        process.send_signal(signal.SIGHUP)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 129
+    assert "SIGHUP: finishing this step and saving" in out
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        with holding(tmp_path, "steps") as process:
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGTERM)
+            out, _ = process.communicate(timeout=60)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert process.returncode == 143
+    assert "SIGHUP" not in out
+
+
 def test_second_signal_ends_at_once_and_the_kernel_frees_the_lock(tmp_path):
     with holding(tmp_path, "call") as process:
         process.send_signal(signal.SIGINT)
@@ -129,7 +147,7 @@ def test_garbage_is_collected_again_after_a_function_that_is_traced(enabled):
 
 @pytest.fixture
 def handlers():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -199,7 +217,9 @@ def test_processes_of_one_run_stop_at_the_same_step(struck, number):
         (DataError("a; got b"), 2, "error: a; got b"),
         (RunError("a; got b"), 3, "error: a; got b"),
         (OSError(errno.ENOSPC, "No space left", "/run/a"), 3, "error: /run/a: No space left. What"),
+        (OSError(errno.ENOSPC, "No space left"), 3, "error: a file: No space left. What"),
         (KeyboardInterrupt(), 130, "interrupted; what is done is kept"),
+        (Interrupted(signal.SIGHUP), 129, "interrupted; what is done is kept"),
         (Interrupted(signal.SIGTERM), 143, "interrupted; what is done is kept"),
     ],
 )
