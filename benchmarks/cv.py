@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
         "first_step_s": first_s,
         "compile_s": first_s - first_steps * seconds / steps,
         "steps_per_call": compiled.steps_per_call,
-        "peak_memory_gb": peak_memory_bytes(devices[0]) / 1e9,
+        "peak_memory_gb": (peak_memory_bytes(devices[0]) or math.nan) / 1e9,
     }
     params, case = place.fetch_state(state)[0].average, source[training[0][0]]
     for name in ("predict", "measure"):

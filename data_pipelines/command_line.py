@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -12,6 +13,13 @@ from data_pipelines.faults import DataError
 from data_pipelines.process import printing, say
 
 T = TypeVar("T")
+
+
+def program(module: str) -> str:
+    """What a user types to start a command: ``cmsad cv``, or ``python -m experiments.cv``."""
+    if any(Path(word).stem == "cmsad" for word in sys.orig_argv[1:2]):
+        return f"cmsad {module.rpartition('.')[2]}"
+    return f"python -m {module}"
 
 
 def current_names(arguments: Sequence[str]) -> list[str]:
@@ -46,7 +54,7 @@ def run(main: Callable[[T], int], arguments: type[T], *, module: str, descriptio
                 tyro.cli(
                     arguments,
                     args=current_names(sys.argv[1:]),
-                    prog=f"python -m {module}",
+                    prog=program(module),
                     description=description,
                     config=(tyro.conf.FlagConversionOff, tyro.conf.DisallowNone),
                 )

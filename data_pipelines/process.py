@@ -14,11 +14,15 @@ from typing import TextIO
 
 _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
-READER_LEFT = 128 + signal.SIGPIPE
+READER_LEFT = 141  # 128 + SIGPIPE, which Windows does not have
 """Exit status of a program whose output nobody reads any more."""
 
 
-def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+_AT_ONCE = getattr(signal, "SIGKILL", signal.SIGTERM)
+"""The signal that ends a process whatever it does; on Windows every signal does."""
+
+
+def end_with_parent(number: signal.Signals = _AT_ONCE) -> None:
     """Have this process, which multiprocessing started, sent ``number`` when its parent ends.
 
     However the parent ends. On Linux the kernel sends the signal, also when the thread that started
@@ -87,7 +91,9 @@ def say(message: str) -> None:
 
 
 def _reader_left(stream: TextIO) -> bool:
-    """Whether a stream leads into a pipe whose other end is closed."""
+    """Whether a stream leads into a pipe whose other end is closed; so it is said on Windows."""
+    if not hasattr(select, "poll"):
+        return True
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)

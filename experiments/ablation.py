@@ -24,6 +24,7 @@ import tyro
 from cmsad_jax.modules import baselines
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import spacing_of
+from data_pipelines.command_line import program
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading, splits
 from experiments.measuring.cases import measure_case
@@ -342,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, options = tyro.cli(
         AblationConfig,
-        prog="python -m experiments.ablation",
+        prog=program("experiments.ablation"),
         args=arguments,
         return_unknown_args=True,
         registry=REGISTRY,

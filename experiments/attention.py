@@ -23,6 +23,7 @@ import tyro
 from cmsad_jax.losses.distillation import COLLAPSED
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case
+from data_pipelines.command_line import program
 from data_pipelines.faults import DataError
 from experiments.measuring import statistics
 from experiments.prediction.windows import predict_case
@@ -330,7 +331,7 @@ def run(command: AttentionCommand) -> tuple[list[Focus], list[Agreement]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    prog = "python -m experiments.attention"
+    prog = program("experiments.attention")
     run(tyro.cli(AttentionCommand, prog=prog, args=arguments, registry=REGISTRY))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
+from data_pipelines.command_line import program
 from data_pipelines.faults import DataError
 from experiments.measuring.rows import Row
 from experiments.measuring.statistics import (
@@ -241,7 +242,7 @@ class CompareConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     config = tyro.cli(
-        CompareConfig, prog="python -m experiments.compare", args=argv, registry=REGISTRY
+        CompareConfig, prog=program("experiments.compare"), args=argv, registry=REGISTRY
     )
     if len(config.runs) < 2:
         raise DataError(

@@ -4,6 +4,7 @@
 their own T2W files, measures, and writes the report. Folds that are done are not done again.
 """
 
+from data_pipelines.command_line import program
 from experiments.process import hosts
 from experiments.process.console import run_main
 from experiments.settings.command_line import parse
@@ -11,7 +12,7 @@ from experiments.settings.command_line import parse
 
 def main() -> None:
     """Command line."""
-    config = parse(prog="python -m experiments.cv")
+    config = parse(prog=program("experiments.cv"))
     hosts.join(config.distributed)
     from experiments.studies import cross_validation  # slow to load, and not needed for --help
 

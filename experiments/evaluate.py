@@ -20,6 +20,7 @@ import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import corners_apart
+from data_pipelines.command_line import program
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.reading.case_files import check_patients
 from data_pipelines.reading.tables import read_table
@@ -183,7 +184,7 @@ def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     config = tyro.cli(
-        EvaluateConfig, prog="python -m experiments.evaluate", args=argv, registry=REGISTRY
+        EvaluateConfig, prog=program("experiments.evaluate"), args=argv, registry=REGISTRY
     )
     summary = evaluate_folders(config)
     if config.output is not None:

@@ -15,6 +15,7 @@ import tyro
 from cmsad_jax import export
 from cmsad_jax.named_weights import to_safetensors
 from cmsad_jax.types import ConfigError
+from data_pipelines.command_line import program
 from experiments.exporting.artifact import write_artifact
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
@@ -41,7 +42,7 @@ class ExportConfig:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     config = tyro.cli(
-        ExportConfig, prog="python -m experiments.export", args=arguments, registry=REGISTRY
+        ExportConfig, prog=program("experiments.export"), args=arguments, registry=REGISTRY
     )
     if config.output.is_dir():
         raise ConfigError(

@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError, Device
+from data_pipelines.command_line import program
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.settings.command_line import parse
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     command, options = tyro.cli(
         FitCommand,
-        prog="python -m experiments.fit",
+        prog=program("experiments.fit"),
         args=list(sys.argv[1:] if argv is None else argv),
         return_unknown_args=True,
         registry=REGISTRY,

@@ -16,6 +16,7 @@ import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case, spacing_of
+from data_pipelines.command_line import program
 from data_pipelines.faults import DataError
 from experiments.measuring import statistics
 from experiments.measuring.cases import Rule, measure_case
@@ -287,7 +288,7 @@ def run(config: MissingConfig) -> tuple[list[Withheld], list[LossDifference]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    prog = "python -m experiments.missing_modalities"
+    prog = program("experiments.missing_modalities")
     run(tyro.cli(MissingConfig, prog=prog, args=arguments, registry=REGISTRY))
 
 

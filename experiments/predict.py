@@ -27,6 +27,7 @@ import tyro
 from cmsad_jax import export
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT, Case
+from data_pipelines.command_line import program
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
 from data_pipelines.reading import case_files
@@ -466,7 +467,7 @@ def read_ahead(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; exit status 4 if a case was passed over, else as ``run_main``."""
     command = tyro.cli(
-        PredictCommand, prog="python -m experiments.predict", args=arguments, registry=REGISTRY
+        PredictCommand, prog=program("experiments.predict"), args=arguments, registry=REGISTRY
     )
     if run(command):
         raise SystemExit(PASSED_OVER)

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from data_pipelines.command_line import program
 from experiments.process.console import run_main
 from experiments.run_folder import RunFolder
 
@@ -26,7 +27,7 @@ class ReportConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
-    config = tyro.cli(ReportConfig, prog="python -m experiments.report", args=argv)
+    config = tyro.cli(ReportConfig, prog=program("experiments.report"), args=argv)
     from experiments.reporting import page  # slow to load, and not needed for --help
 
     print(page.write_report(RunFolder(config.run)))

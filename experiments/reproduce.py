@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from cmsad_jax.training import TrainState
+from data_pipelines.command_line import program
 from data_pipelines.faults import DataError, MissingDataError
 from experiments.process.console import run_main
 from experiments.process.records import from_content
@@ -146,7 +147,7 @@ class ReproduceConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
-    config = tyro.cli(ReproduceConfig, prog="python -m experiments.reproduce", args=argv)
+    config = tyro.cli(ReproduceConfig, prog=program("experiments.reproduce"), args=argv)
     recording = read(config.file)
     metrics = repeat(recording)
     print(describe(recording, metrics))

@@ -21,6 +21,7 @@ from experiments.process import records
 from experiments.process.environment import Environment, environment
 from experiments.process.records import INLINE
 from experiments.process.storage import (
+    HOLDER,
     LOCK,
     TEMPORARY,
     file_sha256,
@@ -378,7 +379,8 @@ class RunFolder:
 
     def refuse_other(self, config: Config) -> None:
         """Raise ``ConfigError`` if the folder holds something that is not this run."""
-        begun = {LOCK, self.folds.name, self.environment.name}  # written before the configuration
+        # written before the configuration
+        begun = {LOCK, HOLDER, self.folds.name, self.environment.name}
         if not self.path.exists() or (
             self.path.is_dir()
             and all(p.name in begun or TEMPORARY.fullmatch(p.name) for p in self.path.iterdir())

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT, CaseInfo, spacing_of
+from data_pipelines.command_line import program
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.preparing.preprocessing import to_original
@@ -254,7 +255,7 @@ def _num_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Command line."""
     config = parse(
-        prog="python -m experiments.voxel_baseline",
+        prog=program("experiments.voxel_baseline"),
         description="What voxels tell by intensity, blurs and position; of a run's options, data, "
         "folds and seed count.",
     )

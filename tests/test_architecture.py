@@ -44,7 +44,17 @@ FLOORS = {
         ("exporting", "reporting"),
         ("studies",),
         (
-            *("ablation", "attention", "compare", "cv", "evaluate", "export", "fit", "missing"),
+            *(
+                "__main__",
+                "ablation",
+                "attention",
+                "compare",
+                "cv",
+                "evaluate",
+                "export",
+                "fit",
+                "missing",
+            ),
             *("missing_modalities",),
             *("predict", "report", "reproduce", "voxel_baseline"),
         ),
@@ -117,6 +127,7 @@ def test_help_and_refused_options_load_nothing_slow():
     )
     assert not done.returncode, done.stderr
     expected = {name: ["jax"] if name.startswith("experiments") else [] for name in COMMANDS}
+    expected["experiments.__main__"] = []  # before all others of its package
     assert json.loads(done.stdout) == expected
 
 

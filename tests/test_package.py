@@ -1,4 +1,4 @@
-"""What the wheel holds: the library and nothing else; and that it is enough for the examples."""
+"""What the wheel holds: library, data and commands; and what of it needs which packages."""
 
 import json
 import os
@@ -19,6 +19,7 @@ EXAMPLES = (
     "losses_under_shard_map",
 )
 NOT_REQUIRED = ("tensorflow_datasets", "grain", "nibabel", "SimpleITK", "tyro", "sklearn", "tqdm")
+PACKAGES = ("cmsad_jax", "data_pipelines", "experiments")
 RUN_EXAMPLES = """
 import json, runpy, sys
 sys.path.insert(0, {site!r})
@@ -54,15 +55,24 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
-def test_wheel_holds_the_library_alone(wheel):
+def test_wheel_holds_the_three_packages(wheel):
     top = {name.split("/")[0] for name in wheel.namelist()}
-    assert top == {"cmsad_jax", "cmsad_jax-0.1.0.dist-info"}
+    assert top == {*PACKAGES, "cmsad_jax-0.1.0.dist-info"}
 
 
-def test_wheel_holds_every_module_and_the_type_marker(wheel):
-    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "cmsad_jax").rglob("*.py")}
-    held = {name for name in wheel.namelist() if name.startswith("cmsad_jax/")}
-    assert held == expected | {"cmsad_jax/py.typed"}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_wheel_holds_every_file_that_runs_or_is_shown(wheel, package):
+    def wanted(file: Path) -> bool:
+        return file.is_file() and "__pycache__" not in file.parts and file.name != "RESULTS.md"
+
+    expected = {str(f.relative_to(ROOT)) for f in (ROOT / package).rglob("*") if wanted(f)}
+    held = {name for name in wheel.namelist() if name.startswith(f"{package}/")}
+    assert held == expected
+
+
+def test_wheel_installs_the_command(wheel):
+    text = wheel.read("cmsad_jax-0.1.0.dist-info/entry_points.txt").decode()
+    assert text == "[console_scripts]\ncmsad = experiments.__main__:main\n"
 
 
 def test_wheel_requires_jax_flax_optax_and_jaxtyping_only(wheel):
@@ -111,6 +121,34 @@ def test_examples_run_outside_the_checkout_with_what_the_wheel_requires(wheel, o
     site = outside / "site"
     wheel.extractall(site)
     check_results(run_examples(sys.executable, str(site), outside, NOT_REQUIRED), str(site))
+
+
+def run_installed(site: Path, folder: Path, *arguments: str, absent=()) -> tuple[int, str, str]:
+    """Status and output of ``cmsad`` from the wheel, outside the checkout."""
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(site)!r})\n"
+        f"for name in {absent!r}:\n    sys.modules[name] = None\n"
+        f"sys.argv = {['cmsad', *arguments]!r}\n"
+        "from experiments.__main__ import main\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, encoding="utf-8", cwd=folder
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_command_of_the_wheel_runs_in_any_folder_and_names_its_extra(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    status, said, _ = run_installed(tmp_path / "site", tmp_path, "report", "--help")
+    assert (status, "RUN" in said) == (0, True)
+    absent = NOT_REQUIRED
+    status, said, wrong = run_installed(tmp_path / "site", tmp_path, absent=absent)
+    assert (status, wrong) == (0, "")
+    assert "  cv  " in said
+    status, _, wrong = run_installed(tmp_path / "site", tmp_path, "cv", absent=absent)
+    assert status == 2
+    assert 'pip install "cmsad-jax[experiments]"' in wrong
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,6 +100,15 @@ class CaseBuilder(DataSet[E], tfds.core.GeneratorBasedBuilder, skip_registration
             keep=keep,
         )
 
+    def must_be_storable(self) -> None:
+        """Raise ``DataError`` where data sets cannot be stored, before hours of reading files."""
+        if importlib.util.find_spec("array_record") is None:
+            raise DataError(
+                "data sets are stored by the package array_record; got a Python without it, which "
+                "is how it is on Windows. Use Linux, macOS or WSL for what builds or trains; "
+                "validate, predict, evaluate and export run here."
+            )
+
     def is_prepared(self) -> bool:
         """Whether the data set is built: the information file is there only if all else is."""
         return (Path(self.data_dir) / _INFO_FILE).is_file()
@@ -124,6 +134,7 @@ class CaseBuilder(DataSet[E], tfds.core.GeneratorBasedBuilder, skip_registration
         """
         if self.is_prepared():
             return
+        self.must_be_storable()
         problems = self.check_list()
         if problems or beam_runner is None:
             found = self.examine_all(_problems, num_workers=num_workers, description="Building")

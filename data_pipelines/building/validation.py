@@ -57,6 +57,7 @@ def check(
     """
     if builder.is_prepared():
         return
+    builder.must_be_storable()
     findings = validate(builder, num_workers=num_workers)
     table = faults.format_table(findings.problems)
     if findings.num_errors:

@@ -6,7 +6,6 @@ import functools
 import gc
 import os
 import platform
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,14 +94,21 @@ def uncollected(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def peak_memory_bytes(device: Device) -> int:
-    """Most memory in use so far: of an accelerator, or of this process on a CPU."""
+def peak_memory_bytes(device: Device) -> int | None:
+    """Most memory in use so far: of an accelerator, or of this process on a CPU.
+
+    None where the system does not tell, as on Windows.
+    """
     stats = device.memory_stats()
     if stats is not None and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     if sys.platform == "linux":  # whose getrusage counts what a parent had before it forked
         status = Path("/proc/self/status").read_text("utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    try:
+        import resource  # POSIX alone
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

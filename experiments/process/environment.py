@@ -11,6 +11,9 @@ from pathlib import Path
 
 import jax
 
+ROOT = Path(__file__).resolve().parents[2]
+"""Of the checkout, or of the installed packages."""
+
 PACKAGES = (
     "cmsad-jax",
     "jax",
@@ -84,6 +87,8 @@ def git_commit() -> str | None:
         ).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None  # installed within the checkout of another project
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (subprocess.CalledProcessError, FileNotFoundError):
         return None

@@ -7,6 +7,7 @@ batch. With one process every function here does nothing.
 import contextlib
 import itertools
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -58,6 +59,11 @@ def join(config: DistributedConfig, environment: Mapping[str, str] = os.environ)
         config.launcher == "detect" or (config.launcher == "auto" and announced)
     ):
         return
+    if sys.platform == "win32":
+        raise ConfigError(
+            "several processes in one run stop by POSIX signals; got Windows. Use Linux or WSL, or "
+            "--distributed.launcher=none for one process."
+        )
     arguments: dict[str, Any] = {} if config.coordinator is None else given
     try:
         jax.distributed.initialize(**arguments)

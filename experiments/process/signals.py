@@ -136,11 +136,12 @@ def deferred_signals() -> Iterator[Stop]:
         raise Interrupted(stop.number)
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *(() if _HANGUP is None else (_HANGUP,)))
 """Ctrl-C, a scheduler or service that wants the machine, a terminal that was closed."""
 
 
 def heeded() -> list[signal.Signals]:
     """``SIGNALS``, but for SIGHUP where whoever started the process has it ignored (``nohup``)."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+    ignored = _HANGUP is not None and signal.getsignal(_HANGUP) is signal.SIG_IGN
+    return [number for number in SIGNALS if number != _HANGUP or not ignored]

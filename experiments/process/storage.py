@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -12,41 +11,43 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from cmsad_jax.types import ConfigError
 from data_pipelines import files
 from data_pipelines.faults import DataError
 
+LOCK = ".lock"
+"""File by which a process holds a folder; it stays, and means nothing when no one holds it."""
+
+HOLDER = ".lock.holder"
+"""Who holds the folder, for the message to others; Windows lets no one else read the lock."""
+
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the kernel frees it when the process ends, however it does.
-
-    The file that is locked stays, and is empty when no one holds it.
+    """Hold ``folder`` for this process; the system frees it when the process ends, however it does.
 
     Raises:
         ConfigError: another process holds it.
     """
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(
-                f"one process works on a folder at a time; {folder} is in use by "
-                f"{file.read().strip()}. Wait for it to end, or name another folder with --output."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # a file system that became read-only
-                file.truncate(0)
-
-
-LOCK = ".lock"
-"""File by which a process holds a folder; it stays, and means nothing when no one holds it."""
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    holder = folder / HOLDER
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        by = holder.read_text("utf-8").strip() if holder.is_file() else "another process"
+        raise ConfigError(
+            f"one process works on a folder at a time; {folder} is in use by {by}. "
+            "Wait for it to end, or name another folder with --output."
+        ) from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a file system that became read-only
+            holder.unlink()
+        lock.release()
 
 
 TEMPORARY = re.compile(r"\..+\.\d+(\.tmp)?(\.[a-z.]+)?")

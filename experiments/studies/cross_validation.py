@@ -246,17 +246,18 @@ def measure_fold(
     shutil.rmtree(folder.figures, ignore_errors=True)
     for case_id in cases_to_show(rows, config.predict.figures):
         save_figure(config, programs, params, source[case_id], folder.figure(case_id))
+    peak = peak_memory_bytes(jax.local_devices()[0])
     summary = dataclasses.replace(
         summary,
         predict_s=round(time.perf_counter() - started, 2),
-        peak_memory_gb=round(peak_memory_bytes(jax.local_devices()[0]) / 1e9, 2),
+        peak_memory_gb=None if peak is None else round(peak / 1e9, 2),
     )
     folder.write_results(FoldResults(tuple(rows), summary))
     log(
         f"{title}: {config.train.steps} steps in {summary.train_s:.0f} s "
         f"({summary.steps_per_s:.2f} steps/s, first step {summary.first_step_s:.0f} s, "
         f"{summary.input_wait_share:.1%} of the time waiting for input, "
-        f"peak memory {summary.peak_memory_gb:.1f} GB)"
+        f"peak memory {'unknown' if peak is None else f'{peak / 1e9:.1f} GB'})"
         f", loss {summary.loss or np.nan:.3f}; {len(validation)} cases predicted in "
         f"{summary.predict_s:.0f} s; {outcome(rows)}"
     )

@@ -40,6 +40,8 @@ def how_many(asked: int | None, platform: str) -> int:
                 "Use --jobs=1, or --accelerator=cpu."
             )
         return 1
+    if not hasattr(os, "sysconf"):  # Windows, where the memory is not known
+        return asked or 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return asked or max(1, min(len(_cores()), memory // (4 * 2**30)))
 
@@ -115,7 +117,8 @@ def _run_apart(config: Config, cores: Sequence[int]) -> None:
     """
     from experiments.studies import cross_validation
 
-    os.setsid()
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
     end_with_parent(signal.SIGTERM)
     if sys.platform == "linux":
         os.sched_setaffinity(0, cores)

@@ -15,6 +15,7 @@ import pytest
 import tyro
 
 import cmsad_jax
+from experiments.__main__ import COMMANDS as CMSAD
 from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.metrics import METRICS
 from experiments.measuring.summary import summarise
@@ -90,10 +91,10 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         text = page.read_text("utf-8")
         lines = [line for block in blocks(text, "", "bash") for line in block.splitlines()]
-        lines += re.findall(r"`((?:python -m|make) [^`]+)`", text)
+        lines += re.findall(r"`((?:python -m|make|cmsad) [^`]+)`", text)
         for line in lines:
             line = line.removeprefix("$ ").split("  #")[0].strip()
-            if re.match(r"(python|make|pip|bash) ", line) and "$" not in line:
+            if re.match(r"(python|make|pip|bash|cmsad) ", line) and "$" not in line:
                 found.append((str(page.relative_to(ROOT)), line))
     return found
 
@@ -126,11 +127,15 @@ def understood(module: str, arguments: list[str], monkeypatch) -> None:
 @pytest.mark.parametrize(("page", "command"), sorted({*commands()}))
 def test_command_of_the_documentation_is_understood(page, command, monkeypatch):
     words = shlex.split(command)
+    if words[0] == "cmsad":
+        words = ["python", "-m", CMSAD[words[1]][0], *words[2:]]
     if words[:3] == ["python", "-m", "pytest"]:
         files = [ROOT / word for word in words if word.startswith("tests/")]
         assert all(file.exists() for file in files)
         if "-k" in words and page != "CONTRIBUTING.md":  # whose recipes bring tests of their own
             assert words[words.index("-k") + 1] in files[0].read_text("utf-8")
+    elif words[:3] == ["python", "-m", "venv"]:
+        assert len(words) == 4
     elif words[:2] == ["python", "-m"]:
         package = ROOT / words[2].replace(".", "/")
         module = words[2] if package.with_suffix(".py").is_file() else f"{words[2]}.__main__"
@@ -148,7 +153,7 @@ def test_command_of_the_documentation_is_understood(page, command, monkeypatch):
         makefile = (ROOT / "Makefile").read_text("utf-8")
         assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
     else:
-        assert words[:2] == ["pip", "install"]
+        assert words[:2] in (["pip", "install"], ["pip", "download"])
         for extra in re.findall(r"\[([\w,]+)\]", command):
             project = (ROOT / "pyproject.toml").read_text("utf-8")
             for name in extra.split(","):
