@@ -75,9 +75,7 @@ def test_mistyped_command_is_told_with_the_nearest(typed, meant, monkeypatch, ca
 
 def test_command_runs_by_its_name_with_its_arguments(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cmsad", "report", "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
+    main()
     assert "usage: " in capsys.readouterr().out
 
 
