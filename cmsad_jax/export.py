@@ -97,6 +97,8 @@ class Description:
         provenance: configuration, versions, commit, fingerprint of the data.
         metrics: of the run, per class.
         license: terms of use of the weights.
+        operating_point: how confidences are to be read, as
+            ``experiments.measuring.operating_point.OperatingPoint``; empty where it is not known.
     """
 
     modalities: tuple[str, ...]
@@ -113,6 +115,7 @@ class Description:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     license: str = "unspecified"
+    operating_point: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def num_outputs(self) -> int:
@@ -575,7 +578,7 @@ def _check_description(facts: Description) -> None:
     for name in ("flip", "allow_missing"):
         if not isinstance(getattr(facts, name), bool):
             raise _odd(name, "true or false", getattr(facts, name))
-    for name in ("preprocess", "provenance", "metrics"):
+    for name in ("preprocess", "provenance", "metrics", "operating_point"):
         if not isinstance(getattr(facts, name), Mapping):
             raise _odd(name, "a table of values by name", getattr(facts, name))
     if not isinstance(facts.license, str) or "\n" in facts.license or not _is_plain(facts.license):

@@ -42,6 +42,7 @@ from experiments.prediction.outputs import (
     Predictions,
     Settings,
     facts_of,
+    operating_point,
 )
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, progress, run_main
@@ -80,8 +81,9 @@ class PredictCommand:
     """Average over the left-right mirror image. The model's own by default."""
     batch_size: int | None = None
     """Windows for each call; changes speed and memory alone. The model's own by default."""
-    threshold: float | None = None
-    """Probability above which a voxel belongs to the target. The model's own by default."""
+    threshold: float | Literal["learnt"] | None = None
+    """Probability above which a voxel belongs to the target; learnt: that of the model's operating
+    point, which gave the best Dice. The model's own by default."""
     attention: bool = False
     """Write the attention map of each modality too, scaled to a maximum of 1."""
     uncertainty: bool = False
@@ -110,6 +112,14 @@ def open_model(command: PredictCommand) -> export.Model:
         )
     changes = {field.name: getattr(command, field.name) for field in dataclasses.fields(Settings)}
     given = {name: value for name, value in changes.items() if value is not None}
+    point = operating_point(model.description)
+    if command.threshold == "learnt":
+        if point is None:
+            raise ConfigError(
+                "a threshold is learnt from two folds or more of a run that detects lesions; "
+                f"{command.model} has none. Leave --threshold out, or give a number."
+            )
+        given["threshold"] = point.threshold
     if "threshold" in given and len(model.description.classes) > 1:
         raise ConfigError(
             f"a threshold goes with one class; got {command.threshold} for "

@@ -57,6 +57,7 @@ def write_artifact(
         )
     file = Path(license)
     text = file.read_text("utf-8") if license and file.is_file() else license or UNSTATED_LICENSE
+    results = folder.read_results() if folder.metrics.is_file() else None
     description = describe(
         config,
         members=[fold_name(fold) for fold in chosen],
@@ -64,7 +65,10 @@ def write_artifact(
             **encode(_without_paths(record)),
             "environment": encode(folder.read_environment()),
         },
-        metrics=figures(folder.read_results()) if folder.metrics.is_file() else {},
+        metrics=figures(results) if results else {},
+        operating_point=encode(results.summary.operation.point)
+        if results and results.summary.operation
+        else {},
         license=text.strip().splitlines()[0] if license else "unspecified",
     )
     card = model_card(description, sum(values.size for values in weights[0].values()))
@@ -87,6 +91,7 @@ def describe(
     provenance: Mapping[str, object],
     metrics: Mapping[str, object],
     license: str,
+    operating_point: Mapping[str, object] | None = None,
 ) -> export.Description:
     """What an artifact of a run says of itself."""
     return export.Description(
@@ -104,6 +109,7 @@ def describe(
         provenance=provenance,
         metrics=metrics,
         license=license,
+        operating_point=operating_point or {},
     )
 
 

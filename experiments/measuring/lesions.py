@@ -25,8 +25,10 @@ and what this module measures would say nothing of it."""
 VOXEL_BINS = 20
 """Bins of equal width over the probabilities of voxels from 0 to 1, for calibration."""
 
+LEAST_PEAK = 0.01
+"""Probability that a candidate reaches somewhere."""
+
 _MOST_CANDIDATES = 5
-_LEAST_PEAK = 0.01
 _PEAK_TO_EDGE = 2.5
 _TOO_SMALL = 10  # voxels
 _NEIGHBOURS = np.ones((3, 3, 3), bool)
@@ -40,11 +42,16 @@ class Candidate:
         volume_ml: its volume.
         centre_mm: mean position of its voxels, x y z in RAS+.
         confidence: its highest probability.
+        probability: that it is a lesion; None where the model has no operating point
+            (``experiments.measuring.operating_point``).
+        called: whether it should be called one, by that point.
     """
 
     volume_ml: float
     centre_mm: tuple[float, float, float]
     confidence: float
+    probability: float | None = None
+    called: bool | None = None
 
 
 def candidates(probability: np.ndarray, affine: np.ndarray) -> tuple[Candidate, ...]:
@@ -81,12 +88,12 @@ def detection_map(probability: np.ndarray) -> np.ndarray:
     of voxels (8 s for a noisy map of 20 x 256 x 256; here 0.2 s).
     """
     found = np.zeros(probability.shape, np.float32)
-    box = _box(probability >= _LEAST_PEAK / _PEAK_TO_EDGE)
+    box = _box(probability >= LEAST_PEAK / _PEAK_TO_EDGE)
     if box is None:
         return found
     working, candidates = probability[box].astype(np.float32), found[box]  # a copy and a view
     count = 0
-    while count < _MOST_CANDIDATES and (peak := working.max()) >= _LEAST_PEAK:
+    while count < _MOST_CANDIDATES and (peak := working.max()) >= LEAST_PEAK:
         edge = peak / _PEAK_TO_EDGE
         labels = np.empty(working.shape, np.int32)
         scipy.ndimage.label(working >= edge, _NEIGHBOURS, output=labels)

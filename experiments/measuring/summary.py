@@ -10,6 +10,7 @@ from data_pipelines.faults import DataError
 from experiments.measuring import detection, statistics
 from experiments.measuring.detection import DetectedCase, DetectionSummary
 from experiments.measuring.metrics import METRICS
+from experiments.measuring.operating_point import Operation, operate
 from experiments.measuring.rows import Ends, Row, check_metrics
 
 Table = Mapping[str, Mapping[str, float | None]]
@@ -73,6 +74,7 @@ class Summary:
         folds_without_positives: folds in which no case has any foreground.
         per_fold: each fold.
         detection: of the rows that have it, if any.
+        operation: operating points learnt from the other folds, where there are two or more.
     """
 
     metric_per_case: tuple[Row, ...]
@@ -92,6 +94,7 @@ class Summary:
     folds_without_positives: tuple[int, ...]
     per_fold: tuple[OfFold, ...]
     detection: DetectionSummary | None = None
+    operation: Operation | None = None
 
     def __post_init__(self):
         tables = [fold.mean for fold in self.per_fold]
@@ -170,6 +173,12 @@ def summarise(rows: Sequence[Row], folds: Sequence[int] = ()) -> Summary:
         ),
         per_fold=per_fold,
         detection=detection.summarise(detected) if detected else None,
+        operation=operate(
+            {
+                fold: [r.detection for r in rows if r.fold == fold and r.detection is not None]
+                for fold in sorted(folds)
+            }
+        ),
     )
 
 
@@ -307,7 +316,20 @@ def format_summary(summary: Summary) -> str:
             + ", ".join(f"{_number(v)} at {rate}" for rate, v in found.sensitivity_at.items())
             + " false positives per case"
         )
+    if found := summary.operation:
+        lines.append(in_words(found))
     return "\n".join(lines)
+
+
+def in_words(operation: Operation) -> str:
+    """What came of the operating points."""
+    found = operation.found
+    return (
+        f"operating points from the other folds: {_number(found.sensitivity)} of the lesions are "
+        f"called, and something on {found.num_false_positive_cases} of {found.num_negatives} "
+        f"negatives; calibration error of cases {_number(found.expected_calibration_error)}; Dice "
+        f"at the voxel thresholds learnt {_number(found.dice)}"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -18,7 +18,8 @@ from data_pipelines.preparing import preprocessing
 from experiments.measuring import lesions
 from experiments.measuring.lesions import Candidate
 from experiments.measuring.metrics import to_mask
-from experiments.process.records import INLINE, read_record, write_record
+from experiments.measuring.operating_point import OperatingPoint
+from experiments.process.records import INLINE, RecordError, decode, read_record, write_record
 from experiments.process.storage import file_sha256, locked, naming_path, remove_temporary_files
 
 RECORD = "predictions.json"
@@ -46,6 +47,9 @@ class PredictedCase:
         volume_ml: of the mask, class by class.
         highest_probability: of each class.
         candidates: of lesions, the most confident first; None for other targets.
+        lesion_probability: that the case holds a lesion; None where the model has no operating
+            point.
+        called: whether a candidate of it is called, by that point.
         warnings: what is worth a look, if there is something.
         files: sha256 of each image, by its path in the folder; None in records of before.
     """
@@ -57,6 +61,8 @@ class PredictedCase:
     volume_ml: Mapping[str, float] | None = None
     highest_probability: Mapping[str, float] | None = None
     candidates: tuple[Candidate, ...] | None = None
+    lesion_probability: float | None = None
+    called: bool | None = None
     warnings: tuple[str, ...] | None = None
     files: Mapping[str, str] | None = None
 
@@ -134,6 +140,23 @@ def _without_candidates(content: dict[str, object]) -> dict[str, object]:
     assert isinstance(cases, list), "a record lists its cases"
     kept = [{key: v for key, v in case.items() if key != "candidates"} for case in cases]
     return {**content, "cases": kept, "complete": True}
+
+
+def operating_point(description: export.Description) -> OperatingPoint | None:
+    """That of a model; None where it has none.
+
+    Raises:
+        ConfigError: what the model has is none.
+    """
+    if not description.operating_point:
+        return None
+    try:
+        return decode(OperatingPoint, description.operating_point, "operating_point")
+    except RecordError as error:
+        raise ConfigError(
+            f"the operating point of a model must be as it was exported; {error}. "
+            "Export the run again."
+        ) from error
 
 
 def facts_of(model: export.Model, extras: Extras) -> Facts:
@@ -288,6 +311,11 @@ class PredictionFolder:
         candidates = None
         if description.target == lesions.TARGET:
             candidates = lesions.candidates(foreground[..., 0], affine)
+        case_probability, point = None, operating_point(description)
+        if candidates is not None and point is not None:
+            candidates = tuple(point.judge(candidate) for candidate in candidates)
+            strongest = max((candidate.confidence for candidate in candidates), default=0.0)
+            case_probability = round(point.cases(strongest), 6)
         return PredictedCase(
             case.case_id,
             modalities=tuple(name for name, there in has.items() if there),
@@ -301,5 +329,9 @@ class PredictionFolder:
                 for index, name in enumerate(classes)
             },
             candidates=candidates,
+            lesion_probability=case_probability,
+            called=None
+            if case_probability is None
+            else any(candidate.called for candidate in candidates or ()),
             files=files,
         )

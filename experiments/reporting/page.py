@@ -175,7 +175,7 @@ def _facts(run: RunFolder, results: Results, classes: Sequence[str]) -> dict[str
         "tiles": _tiles(summary, classes),
         "headline": [headline_table(summary, name) for name in classes],
         "counts": count_table(summary, classes),
-        "detection": summary.detection and detection_table(summary.detection),
+        "detection": summary.detection and detection_table(summary.detection, summary.operation),
         "detection_charts": []
         if summary.detection is None
         else detection_charts(summary.detection),

@@ -10,6 +10,7 @@ import numpy as np
 from data_pipelines.serving.splits import Folds
 from experiments.measuring.detection import DetectionSummary
 from experiments.measuring.metrics import METRICS
+from experiments.measuring.operating_point import Operation
 from experiments.measuring.summary import Summary
 from experiments.reporting.charts import History
 from experiments.reporting.wording import (
@@ -85,8 +86,8 @@ def count_table(summary: Summary, classes: Sequence[str]) -> Table:
     )
 
 
-def detection_table(detection: DetectionSummary) -> Table:
-    """Lesion detection with its intervals."""
+def detection_table(detection: DetectionSummary, operation: Operation | None) -> Table:
+    """Lesion detection with its intervals, and what came of the operating points."""
     ends, voxels, cases = (
         detection.interval,
         detection.calibration.voxels,
@@ -122,7 +123,23 @@ def detection_table(detection: DetectionSummary) -> Table:
             ("ECE of voxels", number(voxels.expected_calibration_error), ""),
             ("ECE of voxels above the lowest bin", number(above), ""),
             ("ECE of cases", number(cases.expected_calibration_error), ""),
+            *(() if operation is None else _operation_rows(operation)),
         ],
+    )
+
+
+def _operation_rows(operation: Operation) -> Sequence[tuple[str, str, str]]:
+    """At operating points that were learnt from the other folds."""
+    found = operation.found
+    return (
+        ("Lesions called, by operating points of the other folds", number(found.sensitivity), ""),
+        (
+            "Negatives on which something is called, by these",
+            f"{found.num_false_positive_cases} of {found.num_negatives}",
+            "",
+        ),
+        ("ECE of cases, by probabilities of these", number(found.expected_calibration_error), ""),
+        ("Dice at the voxel thresholds of these", number(found.dice), ""),
     )
 
 
