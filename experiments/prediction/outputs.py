@@ -5,7 +5,7 @@ No other file knows the names in that folder.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +159,22 @@ def operating_point(description: export.Description) -> OperatingPoint | None:
         ) from error
 
 
+def judged(
+    case: PredictedCase, candidates: Sequence[Candidate], point: OperatingPoint | None
+) -> PredictedCase:
+    """A case with its lesion candidates, and what an operating point says of them."""
+    if point is None:
+        return dataclasses.replace(case, candidates=tuple(candidates))
+    found = tuple(point.judge(candidate) for candidate in candidates)
+    strongest = max((candidate.confidence for candidate in found), default=0.0)
+    return dataclasses.replace(
+        case,
+        candidates=found,
+        lesion_probability=round(point.cases(strongest), 6),
+        called=any(candidate.called for candidate in found),
+    )
+
+
 def facts_of(model: export.Model, extras: Extras) -> Facts:
     """What is said of a model, its settings, and what is written beside masks."""
     description = model.description
@@ -308,16 +324,12 @@ class PredictionFolder:
         write("masks", mask)  # last: a mask is there only if all else is
         has = dict(zip(description.modalities, case.present, strict=True))
         voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-        candidates = None
+        found = PredictedCase(case.case_id)
         if description.target == lesions.TARGET:
             candidates = lesions.candidates(foreground[..., 0], affine)
-        case_probability, point = None, operating_point(description)
-        if candidates is not None and point is not None:
-            candidates = tuple(point.judge(candidate) for candidate in candidates)
-            strongest = max((candidate.confidence for candidate in candidates), default=0.0)
-            case_probability = round(point.cases(strongest), 6)
-        return PredictedCase(
-            case.case_id,
+            found = judged(found, candidates, operating_point(description))
+        return dataclasses.replace(
+            found,
             modalities=tuple(name for name, there in has.items() if there),
             missing_modalities=tuple(name for name, there in has.items() if not there),
             volume_ml={
@@ -328,10 +340,5 @@ class PredictionFolder:
                 name: round(float(foreground[..., index].max()), 6)
                 for index, name in enumerate(classes)
             },
-            candidates=candidates,
-            lesion_probability=case_probability,
-            called=None
-            if case_probability is None
-            else any(candidate.called for candidate in candidates or ()),
             files=files,
         )
