@@ -83,3 +83,44 @@ class DataConfig:
     def num_classes(self) -> int:
         """Network outputs ``k``: 1 (sigmoid) for one class, else the classes and background."""
         return 1 if len(self.classes) == 1 else len(self.classes) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a data set is, in words for pages and model cards.
+
+    Attributes:
+        text: its name, whether it shows patients, and where it comes from.
+        synthetic: whether it is drawn rather than measured; None where nobody knows.
+    """
+
+    text: str
+    synthetic: bool | None
+
+
+ORIGINS = {
+    "phantom": Origin("phantom, synthetic: drawn by this project's code, no patient", True),
+    "phantom2": Origin("phantom2, synthetic: drawn by this project's code, no patient", True),
+    "picai": Origin(
+        "picai, patients: the PI-CAI challenge's public set (zenodo.org/record/6517398, "
+        "CC BY-NC 4.0), three Dutch centres",
+        False,
+    ),
+    "prostate158": Origin(
+        "prostate158, patients: Charité Berlin (doi.org/10.5281/zenodo.6481141)", False
+    ),
+    "msd_prostate": Origin(
+        "msd_prostate, patients: Task05 of the Medical Segmentation Decathlon, Radboud University "
+        "(CC BY-SA 4.0)",
+        False,
+    ),
+    "nifti_folder": Origin(
+        "nifti_folder, the user's own files; whether of patients is not recorded", None
+    ),
+}
+"""Of the data sets that have a builder here."""
+
+
+def origin_of(name: str) -> Origin:
+    """What a data set is; of one that ``ORIGINS`` lacks, its name alone."""
+    return ORIGINS.get(name, Origin(f"{name}, of unrecorded origin", None))

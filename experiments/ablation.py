@@ -335,7 +335,7 @@ def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: in
             fold_summaries=None,
         )
     )
-    page.write_report(folder)
+    page.write_report(folder, base.report)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,22 +15,24 @@ import tyro
 from data_pipelines.command_line import program
 from experiments.process.console import run_main
 from experiments.run_folder import RunFolder
+from experiments.settings.config import ReportConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportConfig:
+class ReportCommand:
     """Write report.html and report.md of a run folder anew."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder of python -m experiments.cv."""
+    report: ReportConfig = ReportConfig()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
-    config = tyro.cli(ReportConfig, prog=program("experiments.report"), args=argv)
+    config = tyro.cli(ReportCommand, prog=program("experiments.report"), args=argv)
     from experiments.reporting import page  # slow to load, and not needed for --help
 
-    print(page.write_report(RunFolder(config.run)))
+    print(page.write_report(RunFolder(config.run), config.report))
 
 
 if __name__ == "__main__":

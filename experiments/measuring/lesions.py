@@ -146,6 +146,65 @@ def detect(probability: np.ndarray, truth: np.ndarray) -> Detection:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a lesion candidate is, or a lesion without one.
+
+    Attributes:
+        match: what it is, as ``detect`` says.
+        centre: mean index of its voxels, ``d h w``.
+        num_voxels: of the candidate, or of the lesion without one.
+    """
+
+    match: Match
+    centre: tuple[float, float, float]
+    num_voxels: int
+
+
+def locate(probability: np.ndarray, truth: np.ndarray) -> tuple[Place, ...]:
+    """What ``detect`` counts, with its places; arguments as there."""
+    candidates, found = _parts(detection_map(probability) > 0)
+    lesions, true = _parts(truth > 0)
+    common = np.zeros((len(true) + 1, len(found) + 1))
+    np.add.at(common, (lesions.ravel(), candidates.ravel()), 1)
+    common = common[1:, 1:]
+    sizes = np.add.outer([len(part) for part in true], [len(part) for part in found])
+    overlap = common / np.maximum(sizes - common, 1)
+    weight = np.where(overlap >= _LEAST_OVERLAP, 1 + overlap, 0)
+    pairs = zip(*scipy.optimize.linear_sum_assignment(weight, maximize=True), strict=True)
+    lesion_of = {candidate: lesion for lesion, candidate in pairs if weight[lesion, candidate]}
+    places = []
+    for number, part in enumerate(found):
+        confidence = float(probability[tuple(part.T)].max())
+        if number in lesion_of:
+            match = Match(1, confidence, float(overlap[lesion_of[number], number]))
+        elif weight[:, number].any():
+            continue  # a second candidate on a lesion is neither right nor wrong
+        else:
+            match = Match(0, confidence, 0.0)
+        places.append(_place(match, part))
+    missed = sorted({*range(len(true))} - {*lesion_of.values()})
+    return (*places, *(_place(Match(1, 0.0, 0.0), true[number]) for number in missed))
+
+
+_LEAST_OVERLAP = 0.1
+
+
+def _parts(mask: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Numbers of the connected parts, from 1, and the indices ``n 3`` of the voxels of each."""
+    labels = np.zeros(mask.shape, np.int32)
+    scipy.ndimage.label(mask, _NEIGHBOURS, output=labels)
+    return labels, [
+        np.argwhere(labels[box] == number) + [axis.start for axis in box]
+        for number, box in enumerate(scipy.ndimage.find_objects(labels), 1)
+    ]
+
+
+def _place(match: Match, voxels: np.ndarray) -> Place:
+    d, h, w = voxels.mean(0)
+    return Place(match, (float(d), float(h), float(w)), len(voxels))
+
+
 def picai_eval() -> ModuleType:
     """Its evaluation; the package takes seconds to load, and prints a request for citation."""
     with contextlib.redirect_stdout(io.StringIO()):

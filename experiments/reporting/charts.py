@@ -195,9 +195,12 @@ def curve_chart(history: History, name: str, identity: str) -> Drawing:
             if name not in columns or not columns[name].values.size:
                 continue
             step, value = map(_binned, columns[name])
+            smooth = smoothed(value)
             marker = "o" if value.size <= 20 else None
+            if smooth is not value:
+                axes.plot(step, value, color=fold_color(fold), linewidth=0.8, alpha=0.3)
             axes.plot(
-                step, value, color=fold_color(fold), linewidth=1.6, marker=marker, markersize=4
+                step, smooth, color=fold_color(fold), linewidth=1.6, marker=marker, markersize=4
             )
         axes.set_xlabel("Training step")
         axes.set_ylabel(curve_label(name).removesuffix(" (reference grid)"))
@@ -208,6 +211,21 @@ def curve_chart(history: History, name: str, identity: str) -> Drawing:
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
 
     return chart(curve_label(name), identity, draw)
+
+
+SMOOTHING = 0.06
+"""Width of the running mean of a curve, as a share of its length."""
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Running mean over ``SMOOTHING`` of the values, narrower at the ends; short curves as is."""
+    half = round(values.size * SMOOTHING / 2)
+    if not half or values.size <= 20:
+        return values
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    place = np.arange(values.size)
+    reach = np.minimum(half, np.minimum(place, values.size - 1 - place))
+    return (total[place + reach + 1] - total[place - reach]) / (2 * reach + 1)
 
 
 def _binned(values: np.ndarray) -> np.ndarray:

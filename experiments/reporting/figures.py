@@ -1,5 +1,6 @@
 """What is kept of some cases of a fold for the report's pictures."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,21 +17,29 @@ from experiments.training.programs import Programs
 
 
 def cases_to_show(rows: Sequence[Row], count: int) -> list[str]:
-    """Best, median and worst case by Dice, and the lesion-free one with most false positives."""
+    """Best, median and worst case by Dice, and the lesion-free one with most false positives.
+
+    Where more are asked for, lesion-free ones and the others follow, the worst first.
+    """
     ranked = sorted((row.dice, row.case_id) for row in rows if row.dice is not None)
     negatives = sorted(
         (row.false_positive_volume_ml, row.case_id) for row in rows if row.dice is None
     )
     chosen = [ranked[i][1] for i in (-1, len(ranked) // 2, 0)] if ranked else []
-    chosen += [case_id for _, case_id in reversed(negatives)]
+    falsely = [case_id for _, case_id in reversed(negatives)]
+    rest = [case_id for _, case_id in ranked if case_id not in chosen]
+    chosen += falsely[:1]
+    for pair in itertools.zip_longest(rest, falsely[1:]):
+        chosen += [case_id for case_id in pair if case_id is not None]
     return list(dict.fromkeys(chosen))[:count]
 
 
 def save_figure(config: Config, programs: Programs, params: Params, case: Case, file: Path) -> None:
     """Keep a case's images, truth, probability and attention maps for the report's pictures.
 
-    Attention is kept as uint8 ``d h w m s``, each map relative to its largest value and averaged
-    in plane down to about 64 voxels: its own resolution is coarse. Early fusion has none.
+    All lie on the network's grid; where that and the T2W file's lie is kept too, and the truth on
+    the latter. Attention is kept as uint8 ``d h w m s``, each map relative to its largest value and
+    averaged in plane down to about 64 voxels: its own resolution is coarse. Early fusion has none.
     """
     modalities, num_stages = config.data.modalities, config.network.encoder.num_stages
     maps: dict[str, np.ndarray] = {}
@@ -48,11 +57,23 @@ def save_figure(config: Config, programs: Programs, params: Params, case: Case, 
             allow_pickle=False,
             image=scaled_image(case).astype(np.float16),
             modalities=np.array(modalities),
-            truth=case.label,
             probability=probability.astype(np.float16),
-            spacing_mm=np.array(spacing_of(case.affine)),
+            **grids(case),
             **maps,
         )
+
+
+def grids(case: Case) -> dict[str, np.ndarray]:
+    """The truth, and where the network's grid and that of the T2W file lie."""
+    return {
+        "truth": case.label,
+        "spacing_mm": np.array(spacing_of(case.affine)),
+        "affine": case.affine,
+        "original_affine": case.original_affine,
+        "original_shape": np.array(case.original_shape),
+        "original_truth": case.truth,
+        "truth_offset": np.array(case.truth_offset),
+    }
 
 
 def mean_pool(image: np.ndarray, largest: int = 64) -> np.ndarray:

@@ -1,10 +1,16 @@
 """The report's two pages from what a run folder holds."""
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from data_pipelines.config import origin_of
+from experiments.measuring.detection import DetectionSummary
+from experiments.measuring.lesions import Place, locate
 from experiments.measuring.metrics import METRICS
 from experiments.measuring.statistics import FEW_PATIENTS, few_patients_warning
 from experiments.measuring.summary import Summary
@@ -19,7 +25,9 @@ from experiments.reporting.charts import (
     read_history,
     result_charts,
 )
-from experiments.reporting.pictures import pictures_of, viewer_of
+from experiments.reporting.lesion_list import Located, lesion_table, located
+from experiments.reporting.pictures import KeptCase, caption_of, kept_cases, pictures_of
+from experiments.reporting.sprites import Viewer, share_out
 from experiments.reporting.tables import (
     beside_table,
     best_table,
@@ -33,6 +41,7 @@ from experiments.reporting.tables import (
     headline_table,
     timing_table,
 )
+from experiments.reporting.views import View
 from experiments.reporting.wording import (
     Table,
     class_label,
@@ -44,6 +53,7 @@ from experiments.reporting.wording import (
     volume,
 )
 from experiments.run_folder import Results, RunFolder
+from experiments.settings.config import ReportConfig
 
 CHECKPOINT_LABELS = {
     "last": "last training step",
@@ -106,19 +116,60 @@ DEFINITIONS = (
 )
 
 
-def write_report(run: RunFolder) -> Path:
+PICTURES_SHARE = 0.25
+"""Of a page, for the pictures that are there without JavaScript."""
+
+PROGRAM_BYTES = 60_000
+"""For the viewer's controls and script, and the tags around its cases."""
+
+BYTES_PER_PLACE = 60
+"""Of a row in the list of lesions, for where it is."""
+
+SCALED_UNITS = "intensities as the network saw them, mean 0 and sd 1"
+
+
+def write_report(run: RunFolder, report: ReportConfig = ReportConfig()) -> Path:  # noqa: B008
     """Write ``report.html`` and ``report.md`` of a run folder; returns the HTML's path.
 
     ``metrics.json`` must be there; any other file may be missing, and the report then says so or
     leaves its section out.
 
+    Args:
+        run: the folder.
+        report: its size, in 10^6 bytes. The slices of the cases are thinned, and the least wrong
+            ones left out, until it holds; tables and charts are there in any case.
+
     Raises:
         MissingDataError: the folder holds no ``metrics.json``.
         DataError: another version wrote it, with other metrics.
     """
+    limit = int(report.max_mb * 1e6)
     results = run.read_results()
     classes = results.classes or results.summary.classes
-    facts = _facts(run, results, classes)
+    names = run.read_folds().names if run.folds.is_file() else ()
+    rows, kept = results.summary.metric_per_case, kept_cases(run, results)
+    threshold = 0.5 if results.threshold is None else results.threshold
+    facts = _facts(run, results, classes, names) | {
+        "max_mb": f"{report.max_mb:g}",
+        "pictures": pictures_of(kept, results, classes, int(limit * PICTURES_SHARE)),
+        "not_kept": results.summary.num_cases - len(kept),
+        "lesions": lesion_table(rows, {}, names, threshold),
+        "viewer": None,
+    }
+    templates = page_templates()
+    markdown, html = (templates.get_template(f"report.{kind}.j2") for kind in ("md", "html"))
+    places_bytes = BYTES_PER_PLACE * (len(facts["lesions"].rows) if facts["lesions"] else 0)
+    room = limit - len(html.render(facts).encode()) - PROGRAM_BYTES - places_bytes
+    viewer, places = _viewer(results, classes, kept, room)
+    facts["viewer"] = viewer
+    facts["lesions"] = lesion_table(rows, places, names, threshold)
+    write_text(run.report_markdown, markdown.render(facts))
+    write_text(run.report_html, html.render(facts))
+    return run.report_html
+
+
+def page_templates() -> jinja2.Environment:
+    """The templates of the pages, beside this file."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: bool(name and ".html" in name),
@@ -129,21 +180,34 @@ def write_report(run: RunFolder) -> Path:
     )
     templates.filters["markdown"] = _markdown
     templates.policies["json.dumps_kwargs"] = {}  # modalities keep their order
-    markdown, html = (templates.get_template(f"report.{kind}.j2") for kind in ("md", "html"))
-    write_text(run.report_markdown, markdown.render(facts))
-    room = PAGE_BYTES - len(html.render({**facts, "viewer": None}).encode()) - VIEWER_PROGRAM_BYTES
-    viewer = viewer_of(run, results, classes, room)
-    write_text(run.report_html, html.render({**facts, "viewer": viewer}))
-    return run.report_html
+    return templates
 
 
-PAGE_BYTES = 15_000_000
+def _viewer(
+    results: Results, classes: Sequence[str], kept: Mapping[str, KeptCase], room: int
+) -> tuple[Viewer | None, dict[str, list[tuple[Place, Located]]]]:
+    """What the viewer shows within ``room`` bytes, and where the lesions of its cases are."""
+    places: dict[str, list[tuple[Place, Located]]] = {}
+    if not kept:
+        return None, places
+    detected = results.summary.detection is not None
 
+    def opened(case_id: str) -> View:
+        case = kept[case_id]
+        title = f"{case_id}: {caption_of(case.rows)}"
+        view = dataclasses.replace(case.view(title, len(classes), results.threshold), caption="")
+        if detected:
+            places[case_id] = [
+                (place, located(view, place))
+                for place in locate(view.foreground, view.truth_or_empty)
+            ]
+        return view
 
-PICTURES_BYTES = 5_000_000
-
-
-VIEWER_PROGRAM_BYTES = 50_000  # controls, script, and what JSON and HTML escape
+    views = {case_id: functools.partial(opened, case_id) for case_id in kept}
+    viewer = share_out(views, SCALED_UNITS, room)
+    for case_id in viewer["left_out"]:
+        places.pop(case_id, None)
+    return viewer, places
 
 
 def _markdown(table: Table) -> str:
@@ -158,16 +222,18 @@ def _markdown(table: Table) -> str:
     return f"## {table.title}\n\n{body}\n"
 
 
-def _facts(run: RunFolder, results: Results, classes: Sequence[str]) -> dict[str, object]:
-    """Everything the two templates show but the viewer, which gets the room that is left."""
+def _facts(
+    run: RunFolder, results: Results, classes: Sequence[str], names: Sequence[str]
+) -> dict[str, Any]:
+    """What the two templates show of the results and of how they came about."""
     summary = results.summary
     target = results.target or classes[0]
-    names = run.read_folds().names if run.folds.is_file() else ()
     environment = run.read_environment()
     return {
         "title": f"Cross-validation: {target} segmentation",
         "run": run.path.resolve().name,
         "target": target,
+        "data_line": _data_line(run, summary),
         "started": environment.started,
         "device": environment.device,
         "checkpoint": CHECKPOINT_LABELS.get(results.checkpoint or "", "not recorded"),
@@ -187,13 +253,27 @@ def _facts(run: RunFolder, results: Results, classes: Sequence[str]) -> dict[str
             for index, name in enumerate(classes)
             for chart in result_charts(summary, name, f"r{index}")
         ],
-        "pictures": pictures_of(run, results, classes, PICTURES_BYTES),
         "per_case": case_table(summary, names),
         "timing": timing_table(results.fold_summaries or {}, names),
         **_fold_facts(run, results, classes, names),
         **_training_facts(run, summary, names),
         **_provenance(run, environment),
     }
+
+
+def _data_line(run: RunFolder, summary: Summary) -> str:
+    """What the data are: name, whether patients or synthetic, origin, and how many."""
+    patients = len({row.patient_id for row in summary.metric_per_case})
+    counted = f"{plural(summary.num_cases, 'case')} of {plural(patients, 'patient')}"
+    if not run.config.is_file():
+        return f"Data: not recorded; {counted}."
+    data = run.read_record().config.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    origin = origin_of(str(data.get("name", "not recorded")))
+    folder = f", read from the folder {Path(str(data['path'])).name}" if data.get("path") else ""
+    if origin.synthetic:
+        counted = counted.replace("patient", "simulated patient")
+    return f"Data: {origin.text}{folder}; {counted}."
 
 
 def _rule(results: Results, classes: Sequence[str]) -> str:
@@ -297,6 +377,7 @@ def _tiles(summary: Summary, classes: Sequence[str]) -> list[dict[str, str]]:
                     else "undefined: no positive case",
                 }
             )
+    tiles += _detection_tiles(summary.detection)
     if len(classes) > 1:
         return tiles
     (name,) = classes
@@ -319,3 +400,34 @@ def _tiles(summary: Summary, classes: Sequence[str]) -> list[dict[str, str]]:
             }
         )
     return tiles
+
+
+def _detection_tiles(detection: DetectionSummary | None) -> list[dict[str, str]]:
+    """Average precision of lesions and AUROC of cases."""
+    if detection is None:
+        return []
+    ends, cases = detection.interval, detection.num_cases
+    figures = (
+        (
+            "AP of lesions",
+            detection.average_precision,
+            ends.average_precision,
+            plural(detection.num_lesions, "lesion"),
+            "undefined: no lesion",
+        ),
+        (
+            "AUROC of cases",
+            detection.auroc,
+            ends.auroc,
+            f"{detection.num_positive} of {plural(cases, 'case')} with a lesion",
+            "undefined: cases with and without a lesion are needed",
+        ),
+    )
+    return [
+        {
+            "label": label,
+            "value": number(value),
+            "note": without if value is None else f"95 % interval {interval(between)}; {rests_on}",
+        }
+        for label, value, between, rests_on, without in figures
+    ]

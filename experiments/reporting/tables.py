@@ -218,6 +218,7 @@ def case_table(summary: Summary, names: Sequence[str]) -> Table:
             )
             for row in summary.metric_per_case
         ],
+        [{"case": row.case_id} for row in summary.metric_per_case],
     )
 
 

@@ -1,7 +1,7 @@
 """How the report says things: labels of classes and curves, numbers as text, tables, drawings."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
@@ -27,11 +27,15 @@ UNDEFINED = "\u2013"
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of texts; the first column names the row, the others are right-aligned figures."""
+    """A table of texts; the first column names the row, the others are right-aligned figures.
+
+    ``facts`` of the rows, if any, are for the page's scripts: what to open on a click.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    facts: Sequence[Mapping[str, str]] = ()
 
 
 @dataclasses.dataclass(frozen=True)

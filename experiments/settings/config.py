@@ -1,12 +1,14 @@
 """What a run is asked to be: frozen dataclasses, composed of those of the library and the data."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
 from cmsad_jax.augmentation import AugmentationConfig
 from cmsad_jax.modules.network import NetworkConfig
 from cmsad_jax.training import LossConfig, OptimizerConfig
+from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig
 
 Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
@@ -77,6 +79,21 @@ class PredictConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """The page that is written in the end."""
+
+    max_mb: float = 20.0
+    """Size of the page: slices are thinned, and cases left out, to keep to it; the page says so."""
+
+    def __post_init__(self):
+        if not 0 < self.max_mb < math.inf:
+            raise ConfigError(
+                f"the size of a page must be above 0 MB; got {self.max_mb:g}. "
+                "Use --report.max-mb=20."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One cross-validation run."""
 
@@ -112,6 +129,7 @@ class Config:
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
+    report: ReportConfig = ReportConfig()
 
 
 def window(config: Config) -> tuple[int, ...]:

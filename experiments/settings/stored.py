@@ -35,6 +35,7 @@ _NOT_IDENTITY = (
     "network.rematerialize",
     "train.checkpoint_every",
     "train.max_skipped",
+    "report.max_mb",
 )
 
 

@@ -343,6 +343,6 @@ def finish(config: Config, folder: RunFolder, baseline: MeanShape) -> Results:
     if missing:
         log(f"folds still to run: {' '.join(missing)} (the same command with --folds, or without)")
     with naming_path(folder.report_html):
-        html = page.write_report(folder)
+        html = page.write_report(folder, config.report)
     log(f"report: {html}")
     return results

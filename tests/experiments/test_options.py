@@ -34,7 +34,7 @@ COMMANDS = {
     "fit": fit.FitCommand,
     "missing_modalities": missing_modalities.MissingConfig,
     "predict": predict.PredictCommand,
-    "report": report.ReportConfig,
+    "report": report.ReportCommand,
     "reproduce": reproduce.ReproduceConfig,
 }
 
