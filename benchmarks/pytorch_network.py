@@ -40,10 +40,11 @@ class Network:
 
     def __init__(self, config: Config, weights: Mapping[str, Any]):
         network = config.network
-        if network.num_classes != 1 or network.encoder.norm != "instance":
+        found = network.num_classes, network.encoder.norm, network.encoder.slices
+        if found != (1, "instance", "none"):
             raise ValueError(
-                "the PyTorch network has one logit and instance norm; got "
-                f"{network.num_classes} and {network.encoder.norm!r}. Leave its row out."
+                "the PyTorch network has one logit, instance norm and no attention across slices; "
+                f"got {found}. Leave its row out."
             )
         self.config = network
         self.weights = weights

@@ -29,6 +29,7 @@ from cmsad_jax.training import init_state, train_step
 from experiments.process.accelerator import select_accelerator
 from experiments.settings.config import Config, window
 from experiments.settings.presets import PRESETS
+from experiments.settings.systems import SYSTEMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,10 @@ def variants(config: Config) -> dict[str, Config]:
             config, network=concat, loss=no_distillation
         ),
         "no augmentation": dataclasses.replace(config, train=still),
+        **{
+            name: dataclasses.replace(system(config), loss=no_distillation)
+            for name, system in SYSTEMS.items()
+        },
     }
 
 

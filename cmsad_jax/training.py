@@ -23,7 +23,9 @@ from cmsad_jax.augmentation import AugmentationConfig, augment
 from cmsad_jax.losses import distillation, segmentation
 from cmsad_jax.losses.distillation import AttentionConfig, parse_pairs
 from cmsad_jax.modules.blocks import resize
+from cmsad_jax.modules.encoder import EncoderConfig
 from cmsad_jax.modules.network import CMSAD, NetworkConfig, NetworkOutput, apply
+from cmsad_jax.modules.slices import seen_slices
 from cmsad_jax.types import ConfigError, Labels, Present, check_choices, check_number
 
 Batch = Mapping[str, Shaped[Array | np.ndarray, "b ..."]]
@@ -246,6 +248,7 @@ class LossConfig:
             yield f"network.fusion.kind is {kind}", ["share_encoders"]
         if network.num_classes > 1:
             yield "there are several classes", ["head_bias"]
+        yield from _idle_slice_settings(network.encoder)
 
     @property
     def taught_by_modalities(self) -> bool:
@@ -279,6 +282,17 @@ class LossConfig:
                 f"got {stages}. Set loss.stages to existing stages."
             )
         return stages
+
+
+def _idle_slice_settings(encoder: EncoderConfig) -> Iterator[tuple[str, Sequence[str]]]:
+    """Why, and which, settings of attention across slices change nothing."""
+    of_csam, of_cat = ("reduction", "kernel", "expansion", "sampling"), ("heads", "pooling")
+    idle = {"none": ("stages", *of_csam, "rank", *of_cat), "csam": of_cat, "cat": of_csam}
+    why = f"network.encoder.slices is {encoder.slices}"
+    yield why, [f"encoder.slice_attention.{name}" for name in idle[encoder.slices]]
+    drawn = encoder.slices == "csam" and encoder.slice_attention.sampling
+    if encoder.slices != "none" and not drawn:
+        yield "no attention across slices is drawn", ["encoder.slice_attention.rank"]
 
 
 def _is_changed(config: Any, setting: str) -> bool:
@@ -618,7 +632,9 @@ def loss_fn(
     Args:
         params: the weights.
         batch: what the network sees; where the averaged network teaches also ``available``, the
-            modalities that are there, of which ``present`` leaves some out.
+            modalities that are there, of which ``present`` leaves some out. With attention across
+            slices also ``slices``, those that are there, and where it is drawn ``drawn``, a key of
+            ``jax.random`` for each example.
         step: sets the warm-up of the distillation terms.
         network: the model.
         config: terms and weights.
@@ -627,12 +643,15 @@ def loss_fn(
     """
     config.check(network.config)
     present = batch["present"]
-    output = apply(network, params, batch["image"], present)
+    slices, drawn = batch.get("slices"), batch.get("drawn")
+    drawn = None if drawn is None else jnp.asarray(drawn)
+    output = apply(network, params, batch["image"], present, slices, drawn)
     taught, withheld = None, None
     if config.taught_by_average:
         available = batch["available"]
         withheld = jnp.any(available & ~present, -1)
-        taught = jax.lax.stop_gradient(apply(network, average, batch["image"], available))
+        seen = apply(network, average, batch["image"], available, slices)
+        taught = jax.lax.stop_gradient(seen)
     ramp = jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     total, metrics = jnp.zeros(()), {}
     for name, (weight, warms_up, value) in loss_terms(
@@ -713,7 +732,9 @@ def train_step(
             f"a batch must hold {', '.join(BATCH)}; got {', '.join(batch)}. "
             f"Add {', '.join(lacking)}; present is all True where no modality lacks."
         )
-    keys = jax.vmap(lambda key: jax.random.split(key, 2))(_typed(batch.pop("key")))
+    own = _typed(batch.pop("key"))
+    keys = jax.vmap(lambda key: jax.random.split(key, 2))(own)
+    batch |= _of_slices(batch, network.config.encoder, own)
     if augmentation is not None:
         batch["image"], batch["label"] = augment(
             batch["image"],
@@ -753,6 +774,19 @@ def train_step(
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
     metrics["skipped"] = 1.0 - finite
     return jax.tree.map(partial(jnp.where, finite), updated, state), metrics
+
+
+def _of_slices(
+    batch: Batch, encoder: EncoderConfig, keys: Shaped[Array, " b"]
+) -> dict[str, Shaped[Array, "b ..."]]:
+    """What attention across slices needs of a batch that is not augmented yet."""
+    if encoder.slices == "none":
+        return {}
+    present = batch["present"].reshape(len(batch["present"]), 1, 1, 1, -1)
+    found = {"slices": seen_slices(jnp.where(present, batch["image"], 0))}
+    if encoder.slices == "csam" and encoder.slice_attention.sampling:
+        found["drawn"] = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
+    return found
 
 
 def _typed(keys: Shaped[Array | np.ndarray, "b ..."]) -> Shaped[Array, " b"]:

@@ -33,6 +33,16 @@ settings=(
   --network.encoder.blocks 1 1 2 2 2 2
   --network.encoder.norm instance
   --network.encoder.block residual
+  # Attention across slices (none in the abstract): CSAM or CAT-Net, and their constants
+  --network.encoder.slices none
+  --network.encoder.slice-attention.stages None
+  --network.encoder.slice-attention.reduction 16
+  --network.encoder.slice-attention.kernel 7
+  --network.encoder.slice-attention.expansion 4
+  --network.encoder.slice-attention.sampling False
+  --network.encoder.slice-attention.rank 5
+  --network.encoder.slice-attention.heads 3
+  --network.encoder.slice-attention.pooling 4
   --network.share-encoders False
   # Spatial correlated feature fusion: its form (the abstract: complementary correlation, non-linear)
   --network.fusion.kind scff

@@ -6,6 +6,7 @@ Further options are those of ``experiments.cv`` and hold for all rows, ``--sweep
 
     python -m experiments.ablation --data.name=picai --data.path=/data/picai
     python -m experiments.ablation --rows full --sweep loss.attention.exponent=1,4 loss.stages="1 2"
+    python -m experiments.ablation --rows slice2d csam cat
 
 What is done is not done again: the same command continues, and one with more rows or seeds trains
 those alone. The table is written after each row, and holds what the last command asked for. On a
@@ -36,6 +37,7 @@ from experiments.settings.command_line import complete, parse
 from experiments.settings.config import Config, DistributedConfig, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
+from experiments.settings.systems import SYSTEMS
 from experiments.studies import jobs
 from experiments.studies.ablation_table import (
     FULL,
@@ -68,7 +70,8 @@ ROWS: dict[str, Mapping[str, object]] = {
     "early-resenc": {"network": baselines.residual_encoder_unet, **_NO_DISTILLATION},
 }
 """What each row changes in the configuration; a function replaces the field by its result. One row
-for each modality by itself, and their average (late fusion), are added to these."""
+for each modality by itself, and their average (late fusion), are added to these; the systems of
+``experiments.settings.systems``, without distillation, where they are asked for."""
 
 _PRESETS: dict[str, tuple[tuple[int, ...], dict[str, list[str]]]] = {
     "quick": ((0,), {"--folds": ["0", "1"], "--train.steps": ["110"]}),
@@ -93,7 +96,7 @@ class AblationConfig:
     seeds: tuple[int, ...] | None = None
     """Seeds of weights, sampling and augmentation, not of the folds. By default the preset's."""
     rows: tuple[str, ...] | None = None
-    """Rows to run; all by default. The full model, which others are tested against, always is."""
+    """Rows to run; by default all of the method. The full model, tested against, always is."""
     sweep: tuple[str, ...] = ()
     """Further rows, each the full model with one field changed: field=value,value,..."""
     jobs: int | None = None
@@ -118,8 +121,9 @@ def variants(base: Config, options: Sequence[str], command: AblationConfig) -> l
     if len(singles) > 1:
         for row, name in singles.items():
             table[row] = {"data.modalities": (name,), **_NO_DISTILLATION}
-    names = [*table, *([LATE] if len(singles) > 1 else [])]
-    asked = list(names if command.rows is None else command.rows)
+    default = [*table, *([LATE] if len(singles) > 1 else [])]
+    names = [*default, *SYSTEMS]
+    asked = list(default if command.rows is None else command.rows)
     if unknown := [row for row in asked if row not in names]:
         raise ConfigError(
             f"rows must be among {', '.join(names)}; got {', '.join(unknown)}. "
@@ -131,6 +135,11 @@ def variants(base: Config, options: Sequence[str], command: AblationConfig) -> l
         Variant(row, complete(_changed(base, table[row])))
         for row in table
         if row == FULL or row in asked
+    ]
+    found += [
+        Variant(row, complete(_changed(system(base), _NO_DISTILLATION)))
+        for row, system in SYSTEMS.items()
+        if row in asked
     ]
     found += [
         Variant(f"{field}={value}", parse([*options, f"--{field}", *value.split()]))

@@ -172,3 +172,80 @@ def dice_loss(probability, target, smooth):
     """One minus the overlap of one class of one example."""
     overlap = (probability * target).sum()
     return 1 - (2 * overlap + smooth) / (probability.sum() + target.sum() + smooth)
+
+
+def sigmoid(x):
+    """``1 / (1 + exp(-x))``."""
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+def dense(x, weights):
+    """A dense layer."""
+    return x @ np.asarray(weights["kernel"], np.float64) + np.asarray(weights["bias"], np.float64)
+
+
+def two_layers(x, weights):
+    """Dense, ReLU, dense."""
+    return dense(np.maximum(dense(x, weights["hidden"]), 0), weights["output"])
+
+
+def csam(x, params, noise=None):
+    """CSAM of the slices of one volume ``d h w c``, all of which are there.
+
+    ``noise``: standard normal, of the factors and then of the slices; None takes ``a`` itself.
+    """
+    x = np.asarray(x, np.float64)
+    pooled = x.max((0, 1, 2)), x.mean((0, 1, 2))
+    x = x * sigmoid(sum(two_layers(p, params["semantic"]) for p in pooled))
+    planes = np.stack([x.max((0, 3)), x.mean((0, 3))], -1)
+    scores = convolution(planes[None], params["positional"]["kernel"], (1, 1))[0]
+    x = x * sigmoid(scores + np.asarray(params["positional"]["bias"]))
+    pooled = x.max((1, 2, 3)), x.mean((1, 2, 3))
+    a = sum(two_layers(p, params["slice"]) for p in pooled)
+    if noise is not None:
+        rectified, depth = np.maximum(a, 0), len(x)
+        factor = dense(rectified, params["slice_factor"]).reshape(depth, -1)
+        root = np.sqrt(np.exp(dense(rectified, params["slice_log_diagonal"])))
+        rank = factor.shape[1]
+        a = dense(rectified, params["slice_mean"]) + factor @ noise[:rank] + root * noise[rank:]
+    return x * sigmoid(a)[:, None, None, None]
+
+
+def cat(x, params, heads, pooling):
+    """CAT-Net's attention among the slices of one volume, each normalised by itself."""
+    x = np.asarray(x, np.float64)
+    depth, height, width, channels = x.shape
+    y = x.copy()
+    for i, c in itertools.product(range(depth), range(channels)):
+        angle = i / 10_000 ** ((c - c % 2) / channels)
+        y[i, ..., c] += np.cos(angle) if c % 2 else np.sin(angle)
+    rows, columns = min(pooling, height), min(pooling, width)
+    cells = np.array(
+        [
+            [
+                [
+                    y[i, r * rows : (r + 1) * rows, s * columns : (s + 1) * columns].mean((0, 1))
+                    for s in range(width // columns)
+                ]
+                for r in range(height // rows)
+            ]
+            for i in range(depth)
+        ]
+    )
+    kernels = {
+        name: np.asarray(params[name]["kernel"], np.float64)[0, 0].reshape(channels, heads, -1)
+        for name in ("query", "key", "value")
+    }
+    outs = []
+    for head in range(heads):
+        query, key = ((cells @ kernels[n][:, head]).reshape(depth, -1) for n in ("query", "key"))
+        scores = query @ key.T / np.sqrt(query.shape[1])
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        outs.append(np.einsum("ij,jhwc->ihwc", weights, y @ kernels["value"][:, head]))
+    join = {**params["join"], "kernel": np.asarray(params["join"]["kernel"])[0, 0]}
+    z = y + dense(np.concatenate(outs, -1), join)
+    mean, variance = z.mean((1, 2), keepdims=True), z.var((1, 2), keepdims=True)
+    z = (z - mean) / np.sqrt(variance + 1e-6) * np.asarray(params["scale"])
+    z += np.asarray(params["bias"])
+    return z * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from cmsad_jax.modules.encoder import EncoderConfig
 from cmsad_jax.modules.network import CMSAD, NetworkConfig, apply
 
 _RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6)
@@ -46,6 +47,15 @@ def residual_encoder_unet(config: NetworkConfig) -> NetworkConfig:
         fusion=dataclasses.replace(config.fusion, kind="early"),
         decoder_block="plain",
         decoder_blocks=1,
+    )
+
+
+def in_plane(encoder: EncoderConfig) -> EncoderConfig:
+    """The encoder as one of slices: what its kernels and strides do in plane."""
+    return dataclasses.replace(
+        encoder,
+        kernels=tuple(kernel[-2:] for kernel in encoder.kernels),
+        strides=tuple(stride[-2:] for stride in encoder.strides),
     )
 
 

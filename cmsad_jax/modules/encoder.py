@@ -6,11 +6,22 @@ import numbers
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from cmsad_jax.modules.blocks import Block, Norm, block_class
+from cmsad_jax.modules.slices import (
+    SliceAttentionConfig,
+    SliceMask,
+    Slices,
+    seen_slices,
+    slice_attention,
+    slices_apart,
+    slices_at,
+    slices_together,
+)
 from cmsad_jax.types import ConfigError, check_choices
 
 
@@ -34,6 +45,9 @@ class EncoderConfig:
     """Two convolutions with a shortcut, or one plain convolution."""
     norm: Norm = "instance"
     """Normalisation over one example: each channel, or groups of 8 (else of their GCD with 8)."""
+    slices: Slices = "none"
+    """Attention across slices behind each stage; with kernels h w, crops then have depth (2.5D)."""
+    slice_attention: SliceAttentionConfig = SliceAttentionConfig()
 
     def __post_init__(self):
         check_choices(self)
@@ -84,6 +98,21 @@ class EncoderConfig:
                 f"kernel sizes must be odd and at least 1; got {self.kernels}. "
                 "Use 1, 3 or 5 along each axis."
             )
+        self._check_slices()
+
+    def _check_slices(self) -> None:
+        """Whether the stages that have attention across slices are there."""
+        if not isinstance(self.slice_attention, SliceAttentionConfig):
+            raise ConfigError(
+                "slice_attention must be a SliceAttentionConfig; got "
+                f"{self.slice_attention!r:.80}. Use slice_attention=SliceAttentionConfig()."
+            )
+        stages = self.slice_attention.stages
+        if stages is not None and not (stages and {*stages} <= {*range(self.num_stages)}):
+            raise ConfigError(
+                "the stages of attention across slices must be one or more of the encoder's 0 to "
+                f"{self.num_stages - 1}; got {stages}. Name existing stages, or use slices=none."
+            )
 
     @property
     def num_stages(self) -> int:
@@ -92,8 +121,20 @@ class EncoderConfig:
 
     @property
     def rank(self) -> int:
-        """Axes of space: 2 for slices, 3 for volumes."""
-        return len(self.kernels[0])
+        """Axes of space of what it is given: 2 for slices, 3 for volumes and crops of slices."""
+        return 2 if self.slices == "none" and len(self.kernels[0]) == 2 else 3
+
+    @property
+    def apart(self) -> bool:
+        """Whether slices of one crop meet in the attention across slices alone (2.5D)."""
+        return self.rank > len(self.kernels[0])
+
+    @property
+    def slice_stages(self) -> tuple[int, ...]:
+        """Stages that have attention across slices."""
+        stages = self.slice_attention.stages
+        every = tuple(range(self.num_stages)) if stages is None else stages
+        return () if self.slices == "none" else every
 
     def stage_shapes(self, space: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Spatial shape of each stage for an input of shape ``space``.
@@ -109,8 +150,9 @@ class EncoderConfig:
             )
         shapes = []
         for stage, strides in enumerate(self.strides):
-            space = tuple(-(-n // step) for n, step in zip(space, strides, strict=True))
-            if math.prod(space) == 1:
+            steps = (1,) * self.apart + strides
+            space = tuple(-(-n // step) for n, step in zip(space, steps, strict=True))
+            if math.prod(space[self.apart :]) == 1:
                 raise ConfigError(
                     "every encoder stage must keep more than one voxel; "
                     f"stage {stage} of strides {self.strides} shrinks to {space}. "
@@ -129,7 +171,8 @@ def _whole_numbers(value: Any) -> bool:
 class Encoder(nn.Module):
     """Encoder: the first block of stage ``s`` strides, the others follow.
 
-    Returns the output of every stage, shallowest first: ``b d_s h_s w_s c_s``, in ``dtype``.
+    Returns the output of every stage, shallowest first: ``b d_s h_s w_s c_s``, in ``dtype``. With
+    attention across slices that is what comes of it, and what goes into the next stage.
     """
 
     config: EncoderConfig = EncoderConfig()
@@ -137,18 +180,37 @@ class Encoder(nn.Module):
     rematerialize: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b *space c"]) -> tuple[Float[Array, "b ..."], ...]:
-        """Encode one array; raises ``ConfigError`` as ``EncoderConfig.stage_shapes`` does."""
+    def __call__(
+        self,
+        x: Float[Array, "b *space c"],
+        slices: SliceMask | None = None,
+        keys: Shaped[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b ..."], ...]:
+        """Encode one array.
+
+        Args:
+            x: one modality, or several stacked.
+            slices: which slices are there; None means those that are not 0 throughout. What the
+                others hold changes nothing. Of attention across slices alone.
+            keys: one for each example, where ``EncoderConfig.slice_attention`` draws.
+
+        Raises:
+            ConfigError: as ``EncoderConfig.stage_shapes`` does.
+        """
         config = self.config
         if not hasattr(x, "shape"):
             raise ConfigError(
                 "an encoder must be given one array of shape (batch, *space, channels); "
                 f"got {type(x).__name__}. Give each modality an encoder of its own."
             )
-        config.stage_shapes(x.shape[1:-1])
+        shapes = config.stage_shapes(x.shape[1:-1])
         block_type = block_class(config.block, rematerialize=self.rematerialize)
         features = []
+        if config.slices != "none":
+            slices = seen_slices(x) if slices is None else slices
+            x = jnp.where(jnp.asarray(slices)[:, :, None, None, None], x, 0)
         for stage in range(config.num_stages):
+            x = slices_apart(x) if config.apart else x
             for block in range(config.blocks[stage]):
                 x = block_type(
                     config.channels[stage],
@@ -158,5 +220,32 @@ class Encoder(nn.Module):
                     self.dtype,
                     name=f"stage{stage}_block{block}",
                 )(x)
+            x = slices_together(x, shapes[stage][0]) if config.apart else x
+            if slices is not None and config.slices != "none":
+                slices = slices if config.apart else slices_at(slices, config.strides[stage][0])
+                x = self._across_slices(stage, x, slices, keys)
             features.append(x)
         return tuple(features)
+
+    def _across_slices(
+        self,
+        stage: int,
+        x: Float[Array, "b d h w c"],
+        slices: SliceMask,
+        keys: Shaped[Array, " b"] | None,
+    ) -> Float[Array, "b d h w c"]:
+        """What comes of attention across slices where the stage has it."""
+        config = self.config
+        if stage not in config.slice_stages:
+            return x
+        if keys is not None:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, stage))(keys)
+        return slice_attention(
+            config.slices,
+            config.slice_attention,
+            norm=config.norm,
+            apart=config.apart,
+            dtype=self.dtype,
+            rematerialize=self.rematerialize,
+            name=f"stage{stage}_slices",
+        )(x, slices, keys)

@@ -1,18 +1,21 @@
 """CMSAD assembled: encoders, fusion at every stage, decoder. The whole network on one page."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from cmsad_jax.modules.blocks import Block
 from cmsad_jax.modules.decoder import Decoder
 from cmsad_jax.modules.encoder import Encoder, EncoderConfig
 from cmsad_jax.modules.fusion import Fusion, FusionConfig
+from cmsad_jax.modules.slices import SliceMask, seen_slices, slices_apart, slices_together
 from cmsad_jax.types import (
     ConfigError,
     Image,
@@ -23,6 +26,9 @@ from cmsad_jax.types import (
     check_number,
     check_present,
 )
+
+Keys = Shaped[Array, " b"]
+"""One key of ``jax.random`` for each example."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,72 +123,161 @@ class CMSAD(nn.Module):
     config: NetworkConfig = NetworkConfig()
 
     @nn.compact
-    def __call__(self, image: Image, present: Present | None = None) -> NetworkOutput:
+    def __call__(
+        self,
+        image: Image,
+        present: Present | None = None,
+        slices: SliceMask | None = None,
+        keys: Keys | None = None,
+    ) -> NetworkOutput:
         """Segment a batch.
 
         Args:
             image: scaled intensities; 0 where there is nothing.
             present: which modalities each example has; None means all. Whatever an absent one
                 holds, NaN and inf included, changes neither the output nor a gradient.
+            slices: with attention across slices, those that each example has; None means those that
+                are not 0 throughout. Whatever the others hold changes nothing.
+            keys: with attention across slices that is drawn, one key of ``jax.random`` for each
+                example; None takes the means.
 
         Raises:
-            ConfigError: if the channels are not the configured modalities, ``present`` is no mask
-                of them, or a stage would shrink to one voxel.
+            ConfigError: if the channels are not the configured modalities, ``present`` or
+                ``slices`` is no mask of them, or a stage would shrink to one voxel.
         """
         if self.config.dtype != "float32":
-            return self._segment(image, present)
+            return self._segment(image, present, slices, keys)
         with jax.default_matmul_precision(self.config.matmul_precision):
-            return self._segment(image, present)
+            return self._segment(image, present, slices, keys)
 
-    def _segment(self, image: Image, present: Present | None) -> NetworkOutput:
+    def _segment(
+        self, image: Image, present: Present | None, slices: SliceMask | None, keys: Keys | None
+    ) -> NetworkOutput:
         config = self.config
-        dtype = jnp.dtype(config.dtype)
-        names = config.modalities
+        names, encoder = config.modalities, config.encoder
         present = _checked(image, present, names)
         masks = [present[:, m].reshape(-1, *(1,) * (image.ndim - 1)) for m in range(len(names))]
         inputs = [jnp.where(mask, image[..., m : m + 1], 0) for m, mask in enumerate(masks)]
+        slices = _checked_slices(encoder, inputs, slices)
         features: dict[str, tuple[Array, ...]] = {}
-        remat = config.rematerialize
-        fused, gates, losses = [], [], []
         if config.fusion.kind == "early":
-            fused += Encoder(config.encoder, dtype, remat, name="encoder")(
-                jnp.concatenate(inputs, -1)
-            )
-            gates += [None] * len(fused)
-            losses.append(jnp.zeros(image.shape[0]))
+            fused = self._encoder("encoder")(jnp.concatenate(inputs, -1), slices, keys)
+            fused, gates = [_apart(encoder, f) for f in fused], [None] * encoder.num_stages
+            losses = [jnp.zeros(image.shape[0])]
         else:
-            shared = None
-            if config.share_encoders:
-                shared = Encoder(config.encoder, dtype, remat, name="encoder")
-            for name, mask, channel in zip(names, masks, inputs, strict=True):
-                encoder = shared or Encoder(config.encoder, dtype, remat, name=f"encoder_{name}")
-                features[name] = tuple(jnp.where(mask, f, 0) for f in encoder(channel))
-            for stage, channels in enumerate(config.encoder.channels):
-                fusion = config.fusion
-                if fusion.kind == "scff" and stage not in config.scff_stages:
-                    fusion = dataclasses.replace(fusion, kind="concat")
-                output = Fusion(channels, names, fusion, dtype, name=f"fusion{stage}")(
-                    {name: features[name][stage] for name in names}, present
-                )
-                fused.append(output.fused)
-                gates.append(output.gates)
-                if fusion.kind == config.fusion.kind:
-                    losses.append(output.correlation_loss)
+            features = self._encode(inputs, masks, slices, keys)
+            fused, gates, losses = self._fuse(features, present, slices)
         logits, deep_logits = Decoder(
             config.num_classes,
-            config.encoder.kernels,
+            encoder.kernels,
             config.deep_supervision,
-            config.encoder.norm,
+            encoder.norm,
             config.head_bias if config.num_classes == 1 else 0.0,
-            dtype,
+            jnp.dtype(config.dtype),
             config.decoder_block,
             config.decoder_blocks,
-            remat,
+            config.rematerialize,
             name="decoder",
         )(fused)
+        loss = jnp.stack(losses).mean(0)
+        if not encoder.apart:
+            return NetworkOutput(logits, deep_logits, features, tuple(fused), tuple(gates), loss)
+        depth = image.shape[1]
         return NetworkOutput(
-            logits, deep_logits, features, tuple(fused), tuple(gates), jnp.stack(losses).mean(0)
+            slices_together(logits, depth),
+            tuple(slices_together(deep, depth) for deep in deep_logits),
+            features,
+            tuple(slices_together(f, depth) for f in fused),
+            tuple(g if g is None else slices_together(g, depth) for g in gates),
+            loss,
         )
+
+    def _encoder(self, name: str) -> Encoder:
+        config = self.config
+        return Encoder(config.encoder, jnp.dtype(config.dtype), config.rematerialize, name=name)
+
+    def _encode(
+        self,
+        inputs: Sequence[Array],
+        masks: Sequence[Array | np.ndarray],
+        slices: SliceMask | None,
+        keys: Keys | None,
+    ) -> dict[str, tuple[Array, ...]]:
+        """The features of every modality and stage, 0 where it is absent."""
+        config = self.config
+        shared = self._encoder("encoder") if config.share_encoders else None
+        features = {}
+        for m, name in enumerate(config.modalities):
+            encoder = shared or self._encoder(f"encoder_{name}")
+            if keys is not None:
+                own = jax.vmap(lambda key, m=m: jax.random.fold_in(key, m))(keys)
+            else:
+                own = None
+            features[name] = tuple(
+                jnp.where(masks[m], f, 0) for f in encoder(inputs[m], slices, own)
+            )
+        return features
+
+    def _fuse(
+        self, features: dict[str, tuple[Array, ...]], present: Present, slices: SliceMask | None
+    ) -> tuple[list[Array], list[Array | None], list[Array]]:
+        """Fused feature and gates of every stage, slices apart in 2.5D; correlation losses."""
+        config = self.config
+        encoder, names, dtype = config.encoder, config.modalities, jnp.dtype(config.dtype)
+        if encoder.apart:
+            depth = features[names[0]][0].shape[1]
+            every = jnp.broadcast_to(present[:, None], (present.shape[0], depth, len(names)))
+            present = slices_apart(every)
+        fused, gates, losses = [], [], []
+        for stage, channels in enumerate(encoder.channels):
+            fusion = config.fusion
+            if fusion.kind == "scff" and stage not in config.scff_stages:
+                fusion = dataclasses.replace(fusion, kind="concat")
+            output = Fusion(channels, names, fusion, dtype, name=f"fusion{stage}")(
+                {name: _apart(encoder, features[name][stage]) for name in names}, present
+            )
+            fused.append(output.fused)
+            gates.append(output.gates)
+            if fusion.kind == config.fusion.kind:
+                loss = output.correlation_loss
+                losses.append(
+                    _over_slices(loss, slices) if slices is not None and encoder.apart else loss
+                )
+        return fused, gates, losses
+
+
+def _apart(encoder: EncoderConfig, feature: Array) -> Array:
+    """What fusion and decoder see of a feature: in 2.5D, each slice by itself."""
+    return slices_apart(feature) if encoder.apart else feature
+
+
+def _over_slices(loss: Float[Array, " bd"], slices: SliceMask) -> Float[Array, " b"]:
+    """Mean over the slices that are there."""
+    of_slices = jnp.where(slices, slices_together(loss, slices.shape[1]), 0)
+    return of_slices.sum(1) / jnp.maximum(jnp.asarray(slices).sum(1), 1)
+
+
+def _checked_slices(
+    encoder: EncoderConfig, inputs: Sequence[Array], slices: SliceMask | None
+) -> SliceMask | None:
+    """Which slices each example has; None without attention across slices."""
+    if encoder.slices == "none":
+        if slices is not None:
+            raise ConfigError(
+                "a mask of slices is for attention across slices; got one and "
+                "encoder.slices none. Leave it out, or use encoder.slices csam or cat."
+            )
+        return None
+    image = jnp.concatenate(inputs, -1)
+    encoder.stage_shapes(image.shape[1:-1])
+    if slices is None:
+        return seen_slices(image)
+    if slices.shape != image.shape[:2] or slices.dtype != bool:
+        raise ConfigError(
+            "slices must be a bool mask with one row for each example and one column for each "
+            f"slice; got {slices.dtype} of shape {slices.shape}. Use shape {image.shape[:2]}."
+        )
+    return slices
 
 
 def _checked(image: Image, present: Present | None, names: tuple[str, ...]) -> Present:
@@ -204,10 +299,15 @@ def _checked(image: Image, present: Present | None, names: tuple[str, ...]) -> P
 
 
 def apply(
-    network: CMSAD, params: PyTree, image: Image, present: Present | None = None
+    network: CMSAD,
+    params: PyTree,
+    image: Image,
+    present: Present | None = None,
+    slices: SliceMask | None = None,
+    keys: Keys | None = None,
 ) -> NetworkOutput:
     """``network.apply`` with the weights alone and with the type of what it returns."""
-    output = network.apply({"params": params}, image, present)
+    output = network.apply({"params": params}, image, present, slices, keys)
     assert isinstance(output, NetworkOutput)
     return output
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from cmsad_jax.modules.encoder import EncoderConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.command_line import current_names
 from data_pipelines.config import DataConfig
@@ -101,7 +102,7 @@ def complete(config: Config) -> Config:
         config.network, modalities=data.modalities, num_classes=data.num_classes
     )
     _check_ranges(config)
-    _check_crop(train.crop, data.preprocess.size, network.encoder.rank)
+    _check_crop(train.crop, data.preprocess.size, network.encoder)
     network.encoder.stage_shapes(window(config))
     config.loss.check(network)
     if config.loss.taught_by_average and not train.modality_dropout:
@@ -138,15 +139,21 @@ def _check_ranges(config: Config) -> None:
         )
 
 
-def _check_crop(crop: tuple[int, ...], size: tuple[int, ...], rank: int) -> None:
-    """Whether a crop fits into the volume, and is a slice for a network of slices."""
+def _check_crop(crop: tuple[int, ...], size: tuple[int, ...], encoder: EncoderConfig) -> None:
+    """Whether a crop fits into the volume, and is as many slices as the network takes."""
     if any(n > limit for n, limit in zip(crop, size, strict=True)):
         raise ConfigError(
             f"the crop must fit into the volume; got crop {crop} and volume {size}. "
             f"Use --train.crop {' '.join(map(str, size))} or less, "
             "or a larger --data.preprocess.size."
         )
-    if rank == 2 and crop[0] != 1:
+    if encoder.slices != "none" and crop[0] == 1:
+        raise ConfigError(
+            "attention across slices needs crops of more than one slice; "
+            f"got {crop} and network.encoder.slices {encoder.slices}. "
+            f"Use --train.crop {size[0]} {crop[1]} {crop[2]}, or --network.encoder.slices=none."
+        )
+    if encoder.rank == 2 and crop[0] != 1:
         raise ConfigError(
             f"a network of slices takes crops of depth 1; got {crop}. "
             f"Use --train.crop 1 {crop[1]} {crop[2]}."

@@ -68,6 +68,24 @@ def test_rows_are_those_of_the_method(tmp_path):
     assert rows["early-resenc"].network.encoder.blocks == (1, 3, 4, 6)
 
 
+def test_systems_are_rows_where_they_are_asked_for(tmp_path):
+    rows = rows_of(tmp_path, rows=("slice2d", "csam", "cat"))
+    assert list(rows) == ["full", "slice2d", "csam", "cat"]
+    full = rows.pop("full")
+    for name, config in rows.items():
+        encoder = config.network.encoder
+        assert encoder.slices == ("none" if name == "slice2d" else name)
+        assert encoder.kernels == ((3, 3),) * 4
+        assert not config.loss.distils_maps
+        voxels = config.train.batch_size * np.prod(config.train.crop)
+        assert voxels == full.train.batch_size * np.prod(full.train.crop)
+        assert window(config) == full.train.crop[-encoder.rank :]
+    slices = rows_of(tmp_path, config="slice2d", rows=("csam",))
+    assert slices["full"].train.crop[0] == 1
+    assert slices["csam"].train.crop == (20, *slices["full"].train.crop[1:])
+    assert slices["csam"].train.batch_size == 1
+
+
 def test_options_hold_for_all_rows_and_replace_those_of_the_preset(tmp_path):
     rows = rows_of(tmp_path, ["--train.steps=7", "--train.batch-size", "3"])
     assert {config.train.steps for config in rows.values()} == {7}

@@ -1,0 +1,49 @@
+"""Systems around the method as changes of a run: rows of ablations and of benchmarks.
+
+What is known of each, and what is ours: docs/comparison.md.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+from cmsad_jax.modules import baselines
+from cmsad_jax.modules.slices import Slices
+from experiments.settings.config import Config
+
+
+def slices_alone(config: Config) -> Config:
+    """A network of slices, which sees as many of them a step as the volumes of a batch hold."""
+    depth, *plane = config.train.crop
+    train = dataclasses.replace(
+        config.train, crop=(1, *plane), batch_size=config.train.batch_size * depth
+    )
+    network = dataclasses.replace(
+        config.network, encoder=baselines.in_plane(config.network.encoder)
+    )
+    return dataclasses.replace(config, network=network, train=train)
+
+
+def across_slices(config: Config, kind: Slices) -> Config:
+    """The same network with attention across the slices of a crop (2.5D).
+
+    Of a run on slices, crops are as deep as the volume, and as many fewer.
+    """
+    depth, *plane = config.train.crop
+    train = config.train
+    if depth == 1:
+        depth = config.data.preprocess.size[0]
+        train = dataclasses.replace(
+            train, crop=(depth, *plane), batch_size=max(1, train.batch_size // depth)
+        )
+    encoder = dataclasses.replace(baselines.in_plane(config.network.encoder), slices=kind)
+    network = dataclasses.replace(config.network, encoder=encoder)
+    return dataclasses.replace(config, network=network, train=train)
+
+
+SYSTEMS: dict[str, Callable[[Config], Config]] = {
+    "slice2d": slices_alone,
+    "csam": partial(across_slices, kind="csam"),
+    "cat": partial(across_slices, kind="cat"),
+}
+"""By the name of its row."""
