@@ -732,21 +732,13 @@ def train_step(
             f"a batch must hold {', '.join(BATCH)}; got {', '.join(batch)}. "
             f"Add {', '.join(lacking)}; present is all True where no modality lacks."
         )
-    own = _typed(batch.pop("key"))
-    keys = jax.vmap(lambda key: jax.random.split(key, 2))(own)
-    batch |= _of_slices(batch, network.config.encoder, own)
-    if augmentation is not None:
-        batch["image"], batch["label"] = augment(
-            batch["image"],
-            batch["label"],
-            present=batch["present"],
-            keys=keys[:, 0],
-            config=augmentation,
-        )
-    if loss.taught_by_average:
-        batch["available"] = batch["present"]
-    if modality_dropout:
-        batch["present"] = drop_modalities(batch["present"], keys=keys[:, 1], rate=modality_dropout)
+    batch = _drawn(
+        batch,
+        encoder=network.config.encoder,
+        augmentation=augmentation,
+        modality_dropout=modality_dropout,
+        keep_available=loss.taught_by_average,
+    )
     differentiate = partial(
         jax.grad(loss_fn, has_aux=True),
         network=network,
@@ -774,6 +766,34 @@ def train_step(
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
     metrics["skipped"] = 1.0 - finite
     return jax.tree.map(partial(jnp.where, finite), updated, state), metrics
+
+
+def _drawn(
+    batch: Batch,
+    *,
+    encoder: EncoderConfig,
+    augmentation: AugmentationConfig | None,
+    modality_dropout: float,
+    keep_available: bool,
+) -> Batch:
+    """The batch with everything random drawn, in place of its keys: what ``loss_fn`` takes."""
+    batch = dict(batch)
+    own = _typed(batch.pop("key"))
+    keys = jax.vmap(lambda key: jax.random.split(key, 2))(own)
+    batch |= _of_slices(batch, encoder, own)
+    if augmentation is not None:
+        batch["image"], batch["label"] = augment(
+            batch["image"],
+            batch["label"],
+            present=batch["present"],
+            keys=keys[:, 0],
+            config=augmentation,
+        )
+    if keep_available:
+        batch["available"] = batch["present"]
+    if modality_dropout:
+        batch["present"] = drop_modalities(batch["present"], keys=keys[:, 1], rate=modality_dropout)
+    return batch
 
 
 def _of_slices(

@@ -101,6 +101,10 @@ SMALL = PRESETS["small"]
             "crops of depth 1",
         ),
         (
+            lambda: parse(["--preset=slice2d", "--network.encoder.slices=cat"]),
+            r"got \(1, 192, 192\) and network.encoder.slices cat. Use --train.crop 20 192 192, or",
+        ),
+        (
             lambda: complete(
                 dataclasses.replace(
                     SMALL,
