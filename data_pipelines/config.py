@@ -35,6 +35,9 @@ class PreprocessConfig:
     """How labels go between grids: the class of the largest linear weight, or the nearest voxel."""
     clip_percentiles: tuple[float, float] = (0.5, 99.5)
     """Intensities are clipped to these percentiles of the crop before they are scaled."""
+    scales: tuple[str, ...] = ()
+    """Modalities that keep their unit: name=centre/width, as adc=1200/500; others are scaled to
+    mean 0 and standard deviation 1 of each case."""
 
 
 MOVED = {

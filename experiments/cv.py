@@ -5,18 +5,19 @@ their own T2W files, measures, and writes the report. Folds that are done are no
 """
 
 from data_pipelines.command_line import program
+from experiments.planning import configure
 from experiments.process import hosts
 from experiments.process.console import run_main
-from experiments.settings.command_line import parse
 
 
 def main() -> None:
     """Command line."""
-    config = parse(prog=program("experiments.cv"))
-    hosts.join(config.distributed)
+    planned = configure.configure(prog=program("experiments.cv"))
+    if planned.plan is None:
+        hosts.join(planned.config.distributed)
     from experiments.studies import cross_validation  # slow to load, and not needed for --help
 
-    cross_validation.run(config)
+    cross_validation.run(planned.config, plan=planned.plan)
 
 
 if __name__ == "__main__":

@@ -279,6 +279,11 @@ class RunFolder:
         return self.path / "config.json"
 
     @property
+    def plan(self) -> Path:
+        """The plan that the run follows, if it follows one."""
+        return self.path / "plan.json"
+
+    @property
     def environment(self) -> Path:
         """Versions, commit, device, time."""
         return self.path / "environment.json"

@@ -41,6 +41,7 @@ FLOORS = {
         ("run_folder",),
         ("prediction",),
         ("training",),
+        ("planning",),
         ("exporting", "reporting"),
         ("studies",),
         (
@@ -56,7 +57,7 @@ FLOORS = {
                 "missing",
             ),
             *("missing_modalities",),
-            *("predict", "report", "reproduce", "voxel_baseline"),
+            *("plan", "predict", "report", "reproduce", "voxel_baseline"),
         ),
     ),
 }

@@ -109,6 +109,11 @@ class CaseBuilder(DataSet[E], tfds.core.GeneratorBasedBuilder, skip_registration
                 "validate, predict, evaluate and export run here."
             )
 
+    @property
+    def state_sha256(self) -> str:
+        """Hash of settings, files and code: what is known of the data holds while it is equal."""
+        return self._identity.of_all()
+
     def is_prepared(self) -> bool:
         """Whether the data set is built: the information file is there only if all else is."""
         return (Path(self.data_dir) / _INFO_FILE).is_file()

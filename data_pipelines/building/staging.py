@@ -32,13 +32,15 @@ _MAX_DEFAULT_WORKERS = 8
 
 
 E = TypeVar("E", contravariant=True)
+F = TypeVar("F", covariant=True)
+R = TypeVar("R")
 K = TypeVar("K")
 
 
-class Examiner(Protocol[E]):
+class Examiner(Protocol[E, F]):
     """What works through the cases; picklable."""
 
-    def examine_entry(self, entry: E) -> Examination:
+    def examine_entry(self, entry: E) -> F:
         """Examine one case, or take what was kept of it."""
         ...
 
@@ -97,20 +99,20 @@ def _facts(fields: Mapping[str, Any]) -> Facts:
     )
 
 
-def default_workers(num_cases: int) -> int:
+def default_workers(num_cases: int, *, worth_a_pool: int = _CASES_WORTH_A_POOL) -> int:
     """One process for a small data set, whose start would cost more than it gives."""
-    if num_cases < _CASES_WORTH_A_POOL:
+    if num_cases < worth_a_pool:
         return 1
     return min(os.cpu_count() or 1, _MAX_DEFAULT_WORKERS)
 
 
 def examine_all(
-    examiner: Examiner[E],
+    examiner: Examiner[E, R],
     entries: Sequence[E],
     *,
     num_workers: int,
     description: str,
-    keep: Callable[[Examination], K],
+    keep: Callable[[R], K],
 ) -> list[K]:
     """Examine all entries, in this process or in spawned ones, with a progress bar.
 
@@ -146,7 +148,7 @@ def examine_all(
 
 
 def _serially(
-    examiner: Examiner[E], entries: Sequence[E], keep: Callable[[Examination], K], bar: tqdm
+    examiner: Examiner[E, R], entries: Sequence[E], keep: Callable[[R], K], bar: tqdm
 ) -> Iterator[K]:
     for entry in entries:
         yield keep(examiner.examine_entry(entry))
@@ -154,10 +156,10 @@ def _serially(
 
 
 def _in_pool(
-    examiner: Examiner[E],
+    examiner: Examiner[E, R],
     entries: Sequence[E],
     num_workers: int,
-    keep: Callable[[Examination], K],
+    keep: Callable[[R], K],
     bar: tqdm,
 ) -> list[K]:
     context = multiprocessing.get_context("spawn")  # a fork after JAX has started can hang
@@ -181,10 +183,10 @@ def _in_pool(
     return [future.result() for future in futures]
 
 
-_worker: tuple[Examiner, Callable[[Examination], object]] | None = None
+_worker: tuple[Examiner, Callable[[Any], object]] | None = None
 
 
-def _start_worker(examiner: Examiner, keep: Callable[[Examination], object]) -> None:
+def _start_worker(examiner: Examiner, keep: Callable[[Any], object]) -> None:
     global _worker
     end_with_parent()  # each case is written whole or not at all
     _worker = examiner, keep

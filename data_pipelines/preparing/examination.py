@@ -9,7 +9,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from data_pipelines.case import Case, RawCase, Volume
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, DataErrors, Problem
+from data_pipelines.preparing.fingerprint import spread
 from data_pipelines.preparing.geometry import canonical, coverage, overlaps, parts_of
 from data_pipelines.preparing.preprocessing import preprocess_case, reference_grid, reference_image
 
@@ -356,8 +356,8 @@ def fingerprint(facts: Mapping[str, Facts], config: DataConfig) -> str:
         if cases:
             lines.append(
                 f"{name:<10} {len(cases)} cases; voxels d h w "
-                f"{_spread([case.size[name] for case in cases], 'd')}; mm "
-                f"{_spread([case.spacing_mm[name] for case in cases], '.2f')}"
+                f"{spread([case.size[name] for case in cases], 'd')}; mm "
+                f"{spread([case.spacing_mm[name] for case in cases], '.2f')}"
             )
     if positives:
         volumes = [sum(case.lesion_ml) for case in positives]
@@ -373,14 +373,3 @@ def fingerprint(facts: Mapping[str, Facts], config: DataConfig) -> str:
             sources[case.label_source] += 1
     lines += [f"labels     {count} from {source}" for source, count in sorted(sources.items())]
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[Sequence[Any]], spec: str) -> str:
-    """Median of each axis, and its range where it varies."""
-    axes = []
-    for column in zip(*values, strict=True):
-        low, high = min(column), max(column)
-        middle = sorted(column)[len(column) // 2]
-        text = f"{middle:{spec}}"
-        axes.append(text if low == high else f"{text} ({low:{spec}}-{high:{spec}})")
-    return " x ".join(axes)

@@ -5,6 +5,7 @@ alike for training and for prediction, and no statistic crosses from validation 
 """
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ from data_pipelines.case import (
 )
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError, MissingDataError, raise_all
+from data_pipelines.modalities import plain
 from data_pipelines.preparing.geometry import (
     TIE,
     canonical,
@@ -42,6 +44,7 @@ MOST_OUTSIDE = 0.5
 """Largest share of a label's or mask's foreground that may lie outside the reference image."""
 
 _MAX_STORED = 32767
+_SCALE = re.compile(r"([^=]+)=(-?\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)")
 
 
 def reference_grid(
@@ -112,6 +115,33 @@ def check_preprocess(data: DataConfig) -> None:
             f"percentiles must rise within 0 to 100; got {low} and {high}. Use "
             "--data.preprocess.clip-percentiles 0.5 99.5."
         )
+    absent = sorted(scales_of(config).keys() - {*data.modalities})
+    if absent:
+        raise DataError(
+            "a scale must be one of a modality that is used; got one for "
+            f"{', '.join(absent)} and the modalities {', '.join(data.modalities)}. Correct "
+            "--data.preprocess.scales."
+        )
+
+
+def scales_of(config: PreprocessConfig) -> dict[str, tuple[float, float]]:
+    """Centre and width of each modality that keeps its unit.
+
+    Raises:
+        DataError: an entry is not of the form name=centre/width, or a name is there twice.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for entry in config.scales:
+        match = _SCALE.fullmatch(entry)
+        width = float(match[3]) if match else 0.0
+        if not match or not width or plain(match[1]) in found:
+            raise DataError(
+                "the scale of a modality with a unit must be written name=centre/width, with a "
+                f"width above 0, once for each modality; got {entry!r}. Use "
+                "--data.preprocess.scales adc=1200/500."
+            )
+        found[plain(match[1])] = float(match[2]), width
+    return found
 
 
 def reference_image(raw: RawCase, data: DataConfig) -> Volume:
@@ -126,9 +156,10 @@ def preprocess_case(raw: RawCase, data: DataConfig, *, require_label: bool = Tru
     first modality present. A modality coarser than it is interpolated linearly; a finer one is
     smoothed first as scikit-image does for ``resize`` (sd of (ratio - 1) / 2 voxels), lest its
     noise be aliased. Each is then clipped to its percentiles within the crop, shifted and
-    divided to mean 0 and sd 1, and set to 0 outside its field of view. Labels are sampled as
-    ``data.preprocess.label_sampling`` says; outside their own grid is background. For targets of
-    one class every positive label value (such as an ISUP grade) is 1.
+    divided to mean 0 and sd 1, or by the centre and width of its ``scales``, and set to 0 outside
+    its field of view. Labels are sampled as ``data.preprocess.label_sampling`` says; outside their
+    own grid is background. For targets of one class every positive label value (such as an ISUP
+    grade) is 1.
 
     Args:
         raw: what the reader found.
@@ -297,12 +328,13 @@ def _scaled(
         )
     low, high = np.percentile(values[inside], config.clip_percentiles)
     values = np.clip(values.astype(np.float64), low, high)
-    mean, sd = values[inside].mean(), values[inside].std()
+    mean, sd = float(values[inside].mean()), float(values[inside].std())
     if not sd > 1e-6 * max(abs(mean), 1e-6):
         raise DataError(
             f"'{name}' must vary within the crop; got the constant {mean:g}. Check the file or "
             "leave out the case."
         )
+    mean, sd = scales_of(config).get(name, (mean, sd))
     units = np.clip(np.rint((values - mean) / sd / STORED_UNIT), -_MAX_STORED, _MAX_STORED)
     return np.where(inside, units, 0).astype(np.int16)
 

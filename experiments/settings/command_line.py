@@ -58,38 +58,81 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
 """What fields of a run must be, where no other part of the configuration has a say."""
 
 
+DESCRIPTION = (
+    "Cross-validation of CMSAD over patients, from files to a report. "
+    "Sizes are in the order d h w: slices, rows, columns."
+)
+"""What ``--help`` says first."""
+
+
 def parse(
     arguments: Sequence[str] | None = None,
     *,
     prog: str | None = None,
-    description: str = "Cross-validation of CMSAD over patients, from files to a report. "
-    "Sizes are in the order d h w: slices, rows, columns.",
+    description: str = DESCRIPTION,
 ) -> Config:
     """Configuration from command-line arguments: preset first, then each option.
 
     ``prog`` and ``description`` are what ``--help`` says of the program.
     """
+    config = read(arguments, prog=prog, description=description)
+    if config.preset == "auto" or config.plan is not None:
+        raise ConfigError(
+            "this command plans nothing and follows no plan; got "
+            f"{'--plan' if config.plan is not None else '--preset=auto'}. Use --preset=small, or "
+            "run python -m experiments.cv."
+        )
+    return complete(config)
+
+
+def read(
+    arguments: Sequence[str] | None = None,
+    *,
+    default: Config | None = None,
+    prog: str | None = None,
+    description: str = DESCRIPTION,
+) -> Config:
+    """What was typed, over a preset or another configuration, neither completed nor checked.
+
+    Raises:
+        ConfigError: no such preset.
+    """
     arguments = current_names(sys.argv[1:] if arguments is None else arguments)
-    name = "small"
-    for i, argument in enumerate(arguments):
-        if argument == "--preset" and i + 1 < len(arguments):
-            name = arguments[i + 1]
-        elif argument.startswith("--preset="):
-            name = argument.removeprefix("--preset=")
+    name = typed(arguments, "preset") or "small"
     if name not in PRESETS:
         raise ConfigError(
             f"preset must be one of {', '.join(PRESETS)}; got {name!r}. Use --preset=small."
         )
-    config = tyro.cli(
+    return tyro.cli(
         Config,
         prog=prog,
         description=description,
         args=arguments,
-        default=PRESETS[name],
+        default=PRESETS[name] if default is None else default,
         config=(tyro.conf.FlagConversionOff,),
         registry=REGISTRY,
     )
-    return complete(config)
+
+
+def typed(arguments: Sequence[str], option: str) -> str | None:
+    """The word that follows an option, if it is there."""
+    found = None
+    for i, argument in enumerate(arguments):
+        if argument == f"--{option}" and i + 1 < len(arguments):
+            found = arguments[i + 1]
+        elif argument.startswith(f"--{option}="):
+            found = argument.removeprefix(f"--{option}=")
+    return found
+
+
+def typed_fields(arguments: Sequence[str]) -> frozenset[str]:
+    """Names of the fields whose options were typed; of a stage's, also that of all stages."""
+    names = {
+        argument.removeprefix("--").partition("=")[0].replace("-", "_")
+        for argument in current_names(arguments)
+        if argument.startswith("--")
+    }
+    return frozenset(names | {name.rpartition(".")[0] for name in names})
 
 
 def complete(config: Config) -> Config:
@@ -114,18 +157,24 @@ def complete(config: Config) -> Config:
     _check_execution(config)
     config = dataclasses.replace(config, network=network)
     if config.output is None:
-        parts = [config.preset, data.name, data.target]
-        if data.modalities != DataConfig().modalities:
-            parts.append("+".join(data.modalities))
-        config = dataclasses.replace(config, output=Path("runs") / "-".join(parts))
+        config = dataclasses.replace(config, output=usual_output(config))
     return config
+
+
+def usual_output(config: Config) -> Path:
+    """The run folder where none is named: after preset, data, target and modalities."""
+    data = config.data
+    parts = [config.preset, data.name, data.target]
+    if data.modalities != DataConfig().modalities:
+        parts.append("+".join(data.modalities))
+    return Path("runs") / "-".join(parts)
 
 
 def _check_ranges(config: Config) -> None:
     """Whether each number is one that its setting can have."""
     for rule, holds, fields in _RULES:
         for field in fields:
-            value, usual = (_field(tree, field) for tree in (config, Config()))
+            value, usual = (value_of(tree, field) for tree in (config, Config()))
             if not holds(value):
                 option = field.replace("_", "-")
                 raise ConfigError(
@@ -185,5 +234,6 @@ def _check_execution(config: Config) -> None:
         )
 
 
-def _field(config: Config, name: str) -> Any:
+def value_of(config: Config, name: str) -> Any:
+    """Value of a field by its name, as on the command line."""
     return functools.reduce(getattr, name.split("."), config)

@@ -97,8 +97,11 @@ class ReportConfig:
 class Config:
     """One cross-validation run."""
 
-    preset: Literal["small", "volume3d", "slice2d"] = "small"
-    """Defaults to start from: a small network for CPUs, or volumes or slices for accelerators."""
+    preset: Literal["auto", "small", "volume3d", "slice2d"] = "small"
+    """Defaults to start from: a small network for CPUs, volumes or slices for accelerators, or
+    auto: planned from the data and the device."""
+    plan: Path | None = None
+    """Plan to follow, as python -m experiments.plan wrote it, edited or not."""
     accelerator: Accelerator = "auto"
     """Where to compute; auto takes the best there is."""
     parallel: Literal["jit", "pmap"] = "jit"

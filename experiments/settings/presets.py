@@ -26,6 +26,7 @@ _FINE_GRID = PreprocessConfig(spacing_mm=(3.0, 0.5, 0.5), size=(20, 256, 256))
 
 
 PRESETS: dict[str, Config] = {
+    "auto": Config(preset="auto"),
     "small": Config(preset="small"),
     "volume3d": Config(
         preset="volume3d",
@@ -59,4 +60,5 @@ PRESETS: dict[str, Config] = {
         predict=PredictConfig(batch_size=8),
     ),
 }
-"""Named starting points: a small one for CPUs, and two for accelerators in the style of nnU-Net."""
+"""Named starting points: a small one for CPUs, two for accelerators in the style of nnU-Net, and
+what ``experiments.planning`` fills in."""

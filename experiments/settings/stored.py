@@ -18,6 +18,7 @@ _NOT_IDENTITY = (
     "accelerator",
     "deterministic",
     "output",
+    "plan",
     "folds",
     "folds_at_once",
     "parallel",

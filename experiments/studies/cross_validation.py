@@ -25,6 +25,8 @@ from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.mean_shape import MeanShape
 from experiments.measuring.metrics import to_mask
 from experiments.measuring.rows import Row
+from experiments.planning import record
+from experiments.planning.record import Plan
 from experiments.prediction.windows import Params, predict_case
 from experiments.process import hosts
 from experiments.process.accelerator import (
@@ -59,10 +61,13 @@ from experiments.training.loop import train_folds
 from experiments.training.programs import Programs, compile_programs, folds_at_once, groups
 
 
-def run(config: Config, programs: Programs | None = None) -> Results | None:
+def run(
+    config: Config, programs: Programs | None = None, *, plan: Plan | None = None
+) -> Results | None:
     """Run the folds asked for and report on all that are done; returns what ``metrics.json`` holds.
 
-    ``programs`` are those of a run that differs in seed and folder alone; None compiles them. Of
+    ``programs`` are those of a run that differs in seed and folder alone; None compiles them.
+    ``plan`` is that which ``config`` follows, and is kept in the run folder. Of
     several processes (``experiments.process.hosts``) the first alone writes and returns something.
 
     Raises:
@@ -96,6 +101,8 @@ def run(config: Config, programs: Programs | None = None) -> Results | None:
                 folder.refuse_other(config)
                 remove_temporary_files(folder.path)
                 folder.open(config, source, folds)
+                if plan is not None:
+                    record.write(plan, folder.plan)
         return run_folds(config, devices, programs, source, folds)
 
 
@@ -112,7 +119,8 @@ def digest_of(config: Config, source: loading.CaseSource, folds: splits.Folds) -
     asked = {
         key: value
         for key, value in flatten(to_json(config)).items()
-        if key not in ("distributed.process_id", "data.cache", "data.path", "folds_file", "output")
+        if key
+        not in ("distributed.process_id", "data.cache", "data.path", "folds_file", "output", "plan")
     }
     facts = [asked, source.fingerprint, folds.sha256]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,8 @@ import tyro
 from cmsad_jax.types import ConfigError
 from data_pipelines import build, validate
 from data_pipelines.faults import DataError
-from experiments import ablation, compare, evaluate, export, fit, predict
+from experiments import ablation, compare, evaluate, export, plan, predict
+from experiments.planning import fits
 from experiments.settings import command_line
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,8 @@ def programs() -> dict[str, Callable[[list[str]], object]]:
         "experiments.compare": of(compare.CompareConfig, []),
         "experiments.evaluate": of(evaluate.EvaluateConfig, []),
         "experiments.export": of(export.ExportConfig, ["--run", "r", *paths]),
-        "experiments.fit": of(fit.FitCommand, []),
+        "experiments.fit": of(fits.FitCommand, []),
+        "experiments.plan": of(plan.PlanCommand, [], **strict),
         "experiments.predict": of(predict.PredictCommand, ["--model", "m", "--input", "i", *paths]),
         "data_pipelines.build": of(build.Arguments, [], **strict),
         "experiments.cv": command_line.parse,

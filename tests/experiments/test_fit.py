@@ -6,8 +6,9 @@ import jax
 import pytest
 
 from cmsad_jax.types import ConfigError
-from experiments import fit
-from experiments.settings.command_line import complete
+from experiments import fit, plan
+from experiments.planning import fits
+from experiments.settings.command_line import complete, parse
 from experiments.settings.presets import PRESETS
 from experiments.training.memory import GIB
 from tests.experiments.untrained_run import tiny_config
@@ -23,16 +24,16 @@ def account(monkeypatch):
         each = config.train.batch_size // len(devices)
         return GIB * (1 + each * config.train.crop[1] * config.train.crop[2] / 48**2)
 
-    monkeypatch.setattr(fit, "step_bytes", step_bytes)
+    monkeypatch.setattr(fits, "step_bytes", step_bytes)
     return asked
 
 
 def test_largest_batches_by_hand(account, capsys):
-    rows = fit.run(fit.FitCommand(memory_gib=10, share=0.5), ["--accelerator=cpu"])
+    rows = fits.run(fits.FitCommand(10, 0.5), parse(["--accelerator=cpu"]))
     assert rows == [
-        fit.Fit((12, 24, 24), 16, 5 * GIB),
-        fit.Fit((12, 32, 32), 9, 5 * GIB),
-        fit.Fit((12, 48, 48), 4, 5 * GIB),
+        fits.Fit((12, 24, 24), 16, 5 * GIB),
+        fits.Fit((12, 32, 32), 9, 5 * GIB),
+        fits.Fit((12, 48, 48), 4, 5 * GIB),
     ]
     assert account == [1, 2, 4]
     printed = capsys.readouterr().out
@@ -43,7 +44,7 @@ def test_largest_batches_by_hand(account, capsys):
 
 def test_several_devices_share_a_batch(account):
     devices = [jax.devices("cpu")[0]] * 4
-    assert fit.table(complete(PRESETS["small"]), devices, 3 * GIB)[-1].batch_size == 8
+    assert fits.table(complete(PRESETS["small"]), devices, 3 * GIB)[-1].batch_size == 8
     assert account == [4, 8]
 
 
@@ -52,22 +53,24 @@ def test_accumulated_steps_take_batches_in_whole_parts(monkeypatch):
         assert config.train.batch_size % config.train.accumulation == 0
         return GIB * (1 + config.train.batch_size // config.train.accumulation)
 
-    monkeypatch.setattr(fit, "step_bytes", step_bytes)
+    monkeypatch.setattr(fits, "step_bytes", step_bytes)
     config = complete(PRESETS["small"])
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
-    assert fit.table(config, jax.devices("cpu")[:1], 4.5 * GIB)[-1].batch_size == 6
+    assert fits.table(config, jax.devices("cpu")[:1], 4.5 * GIB)[-1].batch_size == 6
 
 
 def test_where_no_example_fits_it_is_said(account, capsys):
-    rows = fit.run(fit.FitCommand(memory_gib=1.5, share=1.0), ["--accelerator=cpu"])
+    rows = fits.run(fits.FitCommand(1.5, 1.0), parse(["--accelerator=cpu"]))
     assert [row.batch_size for row in rows] == [2, 1, 0]
     assert "| 12 48 48 | none | 2.00 |\nNo example of 12 48 48 fits. Use" in capsys.readouterr().out
 
 
 def test_batch_that_compiles_to_more_than_the_line_told_is_reduced(monkeypatch, capsys):
     account = {1: 2 * GIB, 2: 3 * GIB, 9: 12 * GIB, 7: 9 * GIB}
-    monkeypatch.setattr(fit, "step_bytes", lambda config, devices: account[config.train.batch_size])
-    rows = fit.run(fit.FitCommand(memory_gib=10, share=1.0), ["--accelerator=cpu"])
+    monkeypatch.setattr(
+        fits, "step_bytes", lambda config, devices: account[config.train.batch_size]
+    )
+    rows = fits.run(fits.FitCommand(10, 1.0), parse(["--accelerator=cpu"]))
     assert rows[-1].batch_size == 7
     assert "--train.batch-size=7 takes 9.00 GiB" in capsys.readouterr().out
 
@@ -80,7 +83,7 @@ def test_memory_of_a_batch_is_on_the_line_through_two_smaller_ones():
         # Crops as here would need less than the optimizer, which is not of the batch.
         crop = tuple(2 * size for size in config.train.crop)
         train = dataclasses.replace(config.train, batch_size=batch_size, crop=crop)
-        of_batch[batch_size] = fit.step_bytes(dataclasses.replace(config, train=train), devices)
+        of_batch[batch_size] = fits.step_bytes(dataclasses.replace(config, train=train), devices)
     assert of_batch[1] < of_batch[2] < of_batch[5]
     line = of_batch[1] + 4 * (of_batch[2] - of_batch[1])
     # Of some megabytes; that of the preset small at 44 examples was 0.6 % from the line.
@@ -88,11 +91,19 @@ def test_memory_of_a_batch_is_on_the_line_through_two_smaller_ones():
 
 
 def test_what_cannot_be_told_is_refused(monkeypatch):
-    with pytest.raises(ConfigError, match="memory of a device must be known; cpu has no limit"):
+    with (
+        pytest.raises(ConfigError, match="memory of a device must be known; cpu has no limit"),
+        pytest.warns(FutureWarning, match="experiments.plan --table=True"),
+    ):
         fit.main(["--accelerator=cpu"])
     with pytest.raises(ConfigError, match=r"share must be above 0 and at most 1; got 1\.5"):
-        fit.main(["--share=1.5"])
-    monkeypatch.setattr(fit.memory, "estimate", lambda *_: None)
+        fits.run(fits.FitCommand(share=1.5), parse([]))
+    monkeypatch.setattr(fits.memory, "estimate", lambda *_: None)
     pmap = dataclasses.replace(tiny_config(), parallel="pmap")
     with pytest.raises(ConfigError, match="under jit alone; got --parallel=pmap"):
-        fit.step_bytes(pmap, jax.devices("cpu")[:1])
+        fits.step_bytes(pmap, jax.devices("cpu")[:1])
+
+
+def test_plan_prints_the_table_of_a_preset(account, capsys):
+    plan.main(["--table=True", "--preset=small", "--accelerator=cpu", "--memory-gib=10"])
+    assert "| 12 48 48 | 8 | 9.00 |" in capsys.readouterr().out

@@ -1,0 +1,99 @@
+"""A plan for a data set and a device: reads the files, asks the compiler."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines.building import fingerprints
+from data_pipelines.building.builders import open_builder
+from data_pipelines.building.case_builder import CaseBuilder
+from data_pipelines.config import PreprocessConfig
+from data_pipelines.faults import DataError
+from data_pipelines.preparing.fingerprint import Fingerprint
+from data_pipelines.serving import splits
+from experiments.planning import chips, fits, planner, record
+from experiments.planning.record import Plan
+from experiments.process.accelerator import keep_compiled, select_accelerator
+from experiments.settings.config import Config
+
+UNPLANNED = PreprocessConfig()
+"""Grid under which the fingerprint of a data set is kept: it does not depend on one."""
+
+
+def plan_for(
+    asked: Config,
+    given: Mapping[str, Any],
+    *,
+    chip: str | None = None,
+    memory_gib: float | None = None,
+    compiling: bool = True,
+) -> Plan:
+    """Measure the data, choose the device, make the plan.
+
+    Args:
+        asked: data, folds, accelerator.
+        given: values by hand, by field.
+        chip: one of ``chips.CHIPS`` that is not at hand; None is the device at hand.
+        memory_gib: instead of that of the device.
+        compiling: ask the compiler for the memory of a step.
+
+    Raises:
+        ConfigError, DataError: nothing to plan for, or nothing that fits.
+    """
+    data = dataclasses.replace(asked.data, preprocess=UNPLANNED, allow_missing=True)
+    builder = open_builder(data)
+    found = fingerprints.take(builder)
+    folds = folds_of(asked, found, given)
+    if chip is not None:
+        device, compiled = chips.absent(chip, memory_gib), None
+    else:
+        devices = select_accelerator(asked.accelerator)
+        if asked.compilation_cache:
+            keep_compiled(asked.data.cache / "compiled")
+        device = chips.at_hand(devices, memory_gib)
+        compiled = (lambda config: fits.step_bytes(config, devices)) if compiling else None
+    plan = planner.make(found, folds, asked, given, device, compiled)
+    return dataclasses.replace(plan, notes=(*plan.notes, *_grid_cost(builder, found, plan, asked)))
+
+
+def folds_of(asked: Config, found: Fingerprint, given: Mapping[str, Any]) -> splits.Folds:
+    """The folds of the run, whose training patients' statistics may be used."""
+    if asked.folds_file is not None:
+        return splits.load_published(asked.folds_file, found.infos)
+    if asked.group_by is not None:
+        return splits.group_folds(found.infos, group=asked.group_by)
+    patients = len({case.patient_id for case in found.cases})
+    if patients < 2:
+        raise DataError(
+            f"a plan needs patients to train on and others to validate; got {patients} patient. "
+            "Add patients, or say in patients.csv who is whose."
+        )
+    count = given.get("num_folds", max(2, min(5, patients)))
+    return splits.make_folds(found.infos, num_folds=count, seed=asked.seed)
+
+
+def _grid_cost(builder: CaseBuilder, found: Fingerprint, plan: Plan, asked: Config) -> list[str]:
+    """What the way to the grid and back costs in Dice; on one twice as fine in plane, too."""
+    positives = [case.case_id for case in found.cases if case.positive]
+    if not positives:
+        return []
+    config = record.applied(plan.base, plan.values, asked)
+    said = []
+    (d, h, w), (depth, height, width) = (
+        config.data.preprocess.spacing_mm,
+        config.data.preprocess.size,
+    )
+    for spacing, size in (
+        ((d, h, w), (depth, height, width)),
+        ((d, h / 2, w / 2), (depth, 2 * height, 2 * width)),
+    ):
+        grid = dataclasses.replace(config.data.preprocess, spacing_mm=spacing, size=size)
+        data = dataclasses.replace(config.data, preprocess=grid)
+        dice = fingerprints.grid_cost(builder, data, positives)
+        said.append(
+            f"{sum(dice) / len(dice):.3f} at {spacing[0]:g} x {spacing[1]:g} x {spacing[2]:g} mm"
+        )
+    return [
+        f"note: labels taken to the grid and back keep a Dice of {said[0]} ({len(dice)} cases), "
+        f"which no network can exceed; {said[1]}."
+    ]
