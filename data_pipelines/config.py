@@ -36,8 +36,7 @@ class PreprocessConfig:
     clip_percentiles: tuple[float, float] = (0.5, 99.5)
     """Intensities are clipped to these percentiles of the crop before they are scaled."""
     scales: tuple[str, ...] = ()
-    """Modalities that keep their unit: name=centre/width, as adc=1200/500; others are scaled to
-    mean 0 and standard deviation 1 of each case."""
+    """Modalities that keep their unit, as adc=1200/500 (centre/width); others: mean 0, sd 1."""
 
 
 MOVED = {

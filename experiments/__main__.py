@@ -19,7 +19,8 @@ COMMANDS = {
     "compare": ("experiments.compare", "paired differences between runs on the same folds"),
     "export": ("experiments.export", "pack a run into one file"),
     "report": ("experiments.report", "write the report of a run folder again"),
-    "fit": ("experiments.fit", "which batches and crops fit into the memory of a device"),
+    "plan": ("experiments.plan", "plan a run from the data set and the device, and say why"),
+    "fit": ("experiments.fit", "which batches and crops fit; a part of plan, by its old name"),
     "ablation": ("experiments.ablation", "every part of the method switched off, and baselines"),
     "missing_modalities": (
         "experiments.missing_modalities",

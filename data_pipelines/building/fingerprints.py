@@ -83,7 +83,7 @@ def take(builder: CaseBuilder, *, num_workers: int | None = None) -> Fingerprint
         builder.sorted_entries,
         num_workers=num_workers,
         description=f"Measuring {builder.name}",
-        keep=tuple,
+        keep=_whole,
     )
     cases = tuple(facts for _, facts, _ in measured if facts is not None)
     unreadable = {case_id: why for case_id, facts, why in measured if facts is None}
@@ -98,6 +98,11 @@ def take(builder: CaseBuilder, *, num_workers: int | None = None) -> Fingerprint
             json.dumps({"schema": SCHEMA, **dataclasses.asdict(found)}), encoding="utf-8"
         )
     return found
+
+
+def _whole(measured: tuple[str, CaseFacts | None, str]) -> tuple[str, CaseFacts | None, str]:
+    """All that was measured is kept."""
+    return measured
 
 
 def _file(builder: CaseBuilder) -> Path:

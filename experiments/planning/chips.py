@@ -75,7 +75,7 @@ def absent(name: str, memory_gib: float | None = None) -> Target:
 def at_hand(devices: Sequence[Device], memory_gib: float | None = None) -> Target:
     """The devices of this machine, all alike."""
     first = devices[0]
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(first.platform, first.platform)
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(first.platform) or first.platform
     limit = limit_bytes(first)
     if memory_gib is None:
         memory_gib = CPU_SHARE * _machine_gib() if limit is None else limit / GIB

@@ -227,8 +227,8 @@ def _decide_by_memory(making: Making) -> None:
             raise ConfigError(
                 f"a training step must fit into memory; got {making.trials[-1].gib:.1f} GiB for "
                 f"{record.trial_in_words(making.trials[-1])}, and "
-                f"{making.limit / GIB:.1f} GiB. Use --network.encoder.channels 8 16 32, or a "
-                "device with more memory."
+                f"{making.limit / GIB:.1f} GiB. Use a device with more memory, or "
+                "narrower --network.encoder.channels."
             )
         last = fitting[-1]
         found = Search(

@@ -129,12 +129,13 @@ class Known:
     def extent_mm(self) -> np.ndarray:
         """Field of view that 95 % of the cases do not exceed, without empty margins."""
         content = [
-            np.minimum(case.extent_mm, 2 * np.array(case.content_mm))
-            if any(case.content_mm)
-            else case.extent_mm
+            np.minimum(
+                case.extent_mm,
+                2 * np.array(case.content_mm if any(case.content_mm) else (np.inf,) * 3),
+            )
             for case in self.cases
         ]
-        return np.percentile(content, 95, axis=0, method="lower")
+        return np.percentile(np.array(content), 95, axis=0, method="lower")
 
 
 # Folds and modalities ---------------------------------------------------------------------------
@@ -283,7 +284,7 @@ class Stages(NamedTuple):
 
 
 def stages_of(
-    spacing_mm: Sequence[float], crop: Sequence[int], *, most: int, alike: float = 2.0
+    spacing_mm: Sequence[float], crop: Sequence[int] | np.ndarray, *, most: int, alike: float = 2.0
 ) -> Stages:
     """Stages by nnU-Net's rule (get_pool_and_conv_props).
 

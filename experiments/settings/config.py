@@ -98,8 +98,7 @@ class Config:
     """One cross-validation run."""
 
     preset: Literal["auto", "small", "volume3d", "slice2d"] = "small"
-    """Defaults to start from: a small network for CPUs, volumes or slices for accelerators, or
-    auto: planned from the data and the device."""
+    """Defaults: for CPUs, for volumes or slices on accelerators; auto plans by data and device."""
     plan: Path | None = None
     """Plan to follow, as python -m experiments.plan wrote it, edited or not."""
     accelerator: Accelerator = "auto"

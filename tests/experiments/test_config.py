@@ -82,7 +82,10 @@ SMALL = PRESETS["small"]
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: parse(["--preset", "huge"]), "preset must be one of small, volume3d, slice2d"),
+        (
+            lambda: parse(["--preset", "huge"]),
+            "preset must be one of auto, small, volume3d, slice2d",
+        ),
         (
             lambda: complete(
                 dataclasses.replace(

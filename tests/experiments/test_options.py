@@ -14,12 +14,13 @@ from experiments import (
     compare,
     evaluate,
     export,
-    fit,
     missing_modalities,
+    plan,
     predict,
     report,
     reproduce,
 )
+from experiments.planning import fits
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
 from experiments.settings.presets import PRESETS
@@ -31,8 +32,9 @@ COMMANDS = {
     "cv": Config,
     "evaluate": evaluate.EvaluateConfig,
     "export": export.ExportConfig,
-    "fit": fit.FitCommand,
+    "fit": fits.FitCommand,
     "missing_modalities": missing_modalities.MissingConfig,
+    "plan": plan.PlanCommand,
     "predict": predict.PredictCommand,
     "report": report.ReportCommand,
     "reproduce": reproduce.ReproduceConfig,

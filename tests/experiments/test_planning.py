@@ -166,11 +166,11 @@ def test_adc_keeps_its_unit_only_where_it_is_right():
     assert rules.scales(known_of(made.PICAI)).value == ("adc=1200/500",)
     other = {"adc": (0.0002, 0.0013, 0.0026)}  # mm2/s
     wrong = Fingerprint(
-        tuple(dataclasses.replace(c, intensity=c.intensity | other) for c in made.THREE.cases)
+        tuple(dataclasses.replace(c, intensity={**c.intensity, **other}) for c in made.THREE.cases)
     )
     assert rules.scales(known_of(wrong)).value == ()
     # one of three: two folds train on it, one does not, and the folds disagree
-    one = changed(made.THREE, 0, intensity=made.THREE.cases[0].intensity | other)
+    one = changed(made.THREE, 0, intensity={**made.THREE.cases[0].intensity, **other})
     assert rules.scales(known_of(one)).value == ()
     assert rules.scales(known_of(made.BRATS)).value == ()
 
