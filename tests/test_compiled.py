@@ -1,30 +1,26 @@
 """What the compilers of accelerators make of the train step, on a machine that has none.
 
 In an environment of its own, ``pip install "jax[tpu]"`` and ``pip install --no-deps
-jax-cuda13-plugin jax-cuda13-pjrt``, each in the version of JAX; then ``JAX_PLATFORMS=cpu
-TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 python -m pytest -m compile``. Where a compiler is
+jax-cuda13-plugin jax-cuda13-pjrt``, each in the version of JAX; then ``JAX_PLATFORMS=cpu python -m
+pytest -m compile``. Where a compiler is
 not installed, its tests are skipped.
 """
 
 import dataclasses
-import importlib.util
 import re
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
-from cmsad_jax.modules import CMSAD, EncoderConfig
-from cmsad_jax.training import TrainState
-from experiments.settings.config import window
+from cmsad_jax.modules import EncoderConfig
+from experiments.process import chips
+from experiments.process.chips import absent_devices, has_compiler
 from experiments.settings.presets import PRESETS
+from experiments.training.compiled import shapes_of_batch, shapes_of_state
 from experiments.training.programs import compile_programs
 
 pytestmark = pytest.mark.compile
 
-H100 = Path(__file__).parent / "h100.txtpb"
 CHIPS = {"v5e": 16, "h100": 4}
 
 # Of a step of two examples a chip, beside arguments and results.
@@ -33,20 +29,9 @@ MOST_TEMPORARY_BYTES = {"v5e": 40e6, "h100": 40e6}
 
 def devices(chip):
     """Absent ones, as many as ``CHIPS`` says."""
-    package = {"v5e": "libtpu", "h100": "jax_plugins.xla_cuda13"}[chip]
-    try:
-        found = importlib.util.find_spec(package)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        pytest.skip(f"the compiler {package} is not installed")
-    if chip == "v5e":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
-    else:
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology="1x1x4", target_config=H100.read_text("utf-8")
-        )
-    return topology.devices[: CHIPS[chip]]
+    if not has_compiler(chips.CHIPS[chip].platform):
+        pytest.skip(f"the compiler for {chip} is not installed")
+    return absent_devices(chip, CHIPS[chip])
 
 
 def two_stages(count):
@@ -73,24 +58,10 @@ def compiled(request):
     """The chip, the shapes of the state, and the compiled step."""
     chip = request.param
     config = two_stages(CHIPS[chip])
-    network = CMSAD(config.network)
-    optimizer = config.train.optimizer.optimizer(config.train.steps)
-    space, channels = window(config), len(config.data.modalities)
-
-    def fresh(key):
-        params = network.init(key, jnp.zeros((1, *space, channels)))["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
-
-    state = jax.eval_shape(fresh, jax.random.key(0))
-    examples = config.train.batch_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((examples, *space, channels), jnp.float32),
-        "label": jax.ShapeDtypeStruct((examples, *space), jnp.int32),
-        "present": jax.ShapeDtypeStruct((examples, channels), jnp.bool_),
-        "key": jax.ShapeDtypeStruct((examples, 2), jnp.uint32),
-    }
+    state = shapes_of_state(config)
+    batch = shapes_of_batch(config, config.train.batch_size)
     traced = compile_programs(config, devices(chip)).step.step.trace(state, batch)
-    platform = {"v5e": "tpu", "h100": "cuda"}[chip]
+    platform = chips.CHIPS[chip].platform
     return chip, state, traced.lower(lowering_platforms=(platform,)).compile()
 
 
