@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install cv test test-versions faults lint benchmark docs
+.PHONY: help install cv test test-versions faults lint benchmark accelerator docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,9 @@ lint: $(VENV)/.dev ## ruff, its formatter, pyright
 
 benchmark: $(VENV)/.experiments ## every benchmark in one table, e.g. make benchmark ARGS=--quick
 	@$(RUN) benchmarks $(ARGS)
+
+accelerator: $(VENV)/.dev ## the first nine minutes on a GPU or TPU: tests, kernels, train steps, a short run
+	@$(RUN) benchmarks.accelerator $(ARGS)
 
 docs: $(VENV)/.dev ## build the documentation into site/, or serve it: make docs ARGS=serve
 	@$(RUN) mkdocs $(or $(ARGS),build --strict)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -69,19 +70,21 @@ class Row:
     versions: str = ""
 
 
+def _lowered(jitted: Any, state: Any, batch: Any, platform: str) -> Lowered:
+    return jitted.trace(state, batch).lower(lowering_platforms=(platform,))
+
+
 def _step(config: Config, devices: Sequence[Device], platform: str) -> Lowered:
     batch = shapes_of_batch(config, config.train.batch_size)
     step = compile_programs(config, devices).step.step
-    return step.trace(shapes_of_state(config), batch).lower(lowering_platforms=(platform,))
+    return _lowered(step, shapes_of_state(config), batch, platform)
 
 
 def _several(config: Config, devices: Sequence[Device], platform: str) -> Lowered:
     programs = compile_programs(config, devices)
     batch = shapes_of_batch(config, config.train.batch_size, programs.steps_per_call)
     assert programs.several is not None
-    return programs.several.step.trace(shapes_of_state(config), batch).lower(
-        lowering_platforms=(platform,)
-    )
+    return _lowered(programs.several.step, shapes_of_state(config), batch, platform)
 
 
 def _accumulated(config: Config, devices: Sequence[Device], platform: str) -> Lowered:
@@ -105,7 +108,7 @@ def _folds(config: Config, devices: Sequence[Device], platform: str) -> Lowered:
         lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree
     )
     batch = stack(shapes_of_batch(one, one.train.batch_size))
-    return step.step.trace(stack(shapes_of_state(one)), batch).lower(lowering_platforms=(platform,))
+    return _lowered(step.step, stack(shapes_of_state(one)), batch, platform)
 
 
 def _window(name: str) -> Callable[[Config, Sequence[Device], str], Lowered]:
@@ -208,7 +211,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--chips", nargs="+", default=["v5e:1", "v5e:4", "h100:1", "h100:4"])
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["small"])
     parser.add_argument("--programs", nargs="+", choices=list(PROGRAMS), default=["step"])

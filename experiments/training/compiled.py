@@ -18,7 +18,7 @@ from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.training import TrainState
 from experiments.process.chips import Chip
 from experiments.settings.config import Config, window
-from experiments.training.memory import Estimate
+from experiments.training.memory import Estimate, of_compiled
 
 _BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
@@ -107,17 +107,13 @@ class _Instruction:
 def account(lowered: Lowered) -> Account:
     """Compile a program and read what came."""
     compiled = lowered.compile()
-    analysis = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
+    memory = of_compiled(compiled)
+    assert memory is not None, "every compiler of accelerators gives an account of memory"
+    before, cost = (stage.cost_analysis() or {} for stage in (lowered, compiled))
     text = CompiledText(compiled.as_text() or "")
     return Account(
-        memory=Estimate(
-            analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes,
-            analysis.temp_size_in_bytes,
-        ),
-        operations=cost.get("flops") or (lowered.cost_analysis() or {})["flops"],
+        memory=memory,
+        operations=cost.get("flops") or before["flops"],
         accessed_bytes=cost.get("bytes accessed") or text.accessed_bytes(),
         collectives=text.collectives(),
         gathers=text.gathers(),
@@ -187,11 +183,9 @@ class CompiledText:
             elif current is not None and (found := _INSTRUCTION.match(line)):
                 current.append(_Instruction(*found.groups()))
 
-    def executed(
-        self, name: str | None = None, times: int = 1
-    ) -> Iterator[tuple[str, _Instruction, int]]:
+    def executed(self, name: str = "", times: int = 1) -> Iterator[tuple[str, _Instruction, int]]:
         """What runs: computation, instruction, and how often; loops as often as XLA knows."""
-        name = self.entry if name is None else name
+        name = name or self.entry
         for instruction in self.computations.get(name, ()):
             inner = None
             if instruction.opcode == "while":

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.stages import Compiled
 
 from cmsad_jax.types import Device
 from experiments.process.console import RunError, log
@@ -35,7 +36,12 @@ class Estimate(NamedTuple):
 def estimate(step: Callable[..., object], state: object, batch: object) -> Estimate | None:
     """Memory for a call of ``step``; None where XLA cannot tell. Compiles, or takes what is."""
     lower = getattr(step, "lower", None)  # the pmap adapter is a plain function
-    analysis = lower(state, batch).compile().memory_analysis() if lower else None
+    return of_compiled(lower(state, batch).compile()) if lower else None
+
+
+def of_compiled(compiled: Compiled) -> Estimate | None:
+    """Memory that a compiled program takes; None where XLA cannot tell."""
+    analysis = compiled.memory_analysis()
     if analysis is None:
         return None
     return Estimate(
