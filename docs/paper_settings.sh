@@ -12,6 +12,7 @@ settings=(
   --data.preprocess.centre image
   --data.preprocess.label-sampling linear
   --data.preprocess.clip-percentiles 0.5 99.5
+  --data.preprocess.scales
   # Folds (the abstract: five, of 358 cases)
   --num-folds 5
   --folds-file None
