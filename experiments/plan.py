@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tyro
 
+from cmsad_jax.types import ConfigError
 from data_pipelines.command_line import program
 from experiments.process.console import log, run_main
 from experiments.settings import command_line
@@ -30,10 +31,14 @@ class PlanCommand:
     """File for the plan."""
     chip: str | None = None
     """Plan for a chip that is not at hand, such as h100, a100-40, t4 or v5e."""
+    chips: int = 1
+    """How many of them."""
     memory_gib: float | None = None
     """Memory of each device in GiB; by default that of the device at hand or the chip's."""
-    compile: bool = True
-    """Ask the compiler of the device at hand which step fits; else it is estimated."""
+    compile: bool | None = None
+    """Ask the compiler which step fits; else it is estimated. By default it is asked for the device
+    at hand; for another chip it takes minutes, and a compiler that is installed. It then also tells
+    the operations, bytes and hours of the run."""
     table: bool = False
     """Print, for the plan or a preset, the largest batch for crops around its own."""
 
@@ -44,6 +49,11 @@ def run(command: PlanCommand, options: Sequence[str]) -> None:
     Raises:
         ConfigError, DataError: nothing to plan for, or nothing that fits.
     """
+    if command.chip is None and command.chips != 1:
+        raise ConfigError(
+            f"a number of chips goes with their name; got --chips={command.chips} and no --chip. "
+            "Use --chip=v5e, or leave --chips out: the devices at hand are counted."
+        )
     from experiments.planning import configure, fits, record
 
     preset = command_line.typed(options, "preset")
@@ -55,12 +65,17 @@ def run(command: PlanCommand, options: Sequence[str]) -> None:
             asked,
             configure.given_values(asked, options),
             chip=command.chip,
+            chips_count=command.chips,
             memory_gib=command.memory_gib,
             compiling=command.compile,
         )
         record.write(plan, command.write)
         log(f"{command.write}: follow it with python -m experiments.cv --plan={command.write}")
         config = configure.followed(plan, asked, options)
+    if command.chip is not None and command.compile:
+        from experiments.planning import forecast
+
+        log(forecast.in_words(config, command.chip, command.chips))
     if command.table:
         fits.run(fits.FitCommand(command.memory_gib), config)
 

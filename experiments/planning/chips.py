@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 from cmsad_jax.types import ConfigError, Device
+from experiments.process.chips import CHIPS as COMPILED_FOR
 from experiments.training.memory import GIB, limit_bytes
 
 
@@ -42,14 +43,13 @@ CHIPS: dict[str, Target] = {
     "rtx4090": Target("gpu", "rtx4090", 24),
     "l4": Target("gpu", "l4", 24),
     "l40s": Target("gpu", "l40s", 48),
-    "a100-40": Target("gpu", "a100-40", 40),
-    "a100-80": Target("gpu", "a100-80", 80),
-    "h100": Target("gpu", "h100", 80),
-    "h200": Target("gpu", "h200", 141),
     "v4": Target("tpu", "v4", 32, lanes=128),
-    "v5e": Target("tpu", "v5e", 16, lanes=128),
-    "v5p": Target("tpu", "v5p", 95, lanes=128),
-    "v6e": Target("tpu", "v6e", 32, lanes=128),
+    **{
+        name: Target("gpu", name, chip.memory_bytes / GIB)
+        if chip.platform == "cuda"
+        else Target("tpu", name, chip.memory_bytes / GIB, lanes=128)
+        for name, chip in COMPILED_FOR.items()
+    },
 }
 """Memory of chips by their makers' data sheets; GPUs fill channels to 8, TPUs to 128."""
 
@@ -57,18 +57,20 @@ CPU_SHARE = 0.5
 """Part of a machine's memory that a run on its CPU may take: others work there too."""
 
 
-def absent(name: str, memory_gib: float | None = None) -> Target:
-    """A chip of the table, of which no program can be compiled here.
+def absent(name: str, memory_gib: float | None = None, count: int = 1) -> Target:
+    """``count`` chips of the table.
 
     Raises:
-        ConfigError: the table does not have it.
+        ConfigError: the table does not have it, or there is none.
     """
+    if count < 1:
+        raise ConfigError(f"a plan needs a chip or more; got {count}. Use --chips=1.")
     if name not in CHIPS:
         raise ConfigError(
             f"a chip must be one of {', '.join(CHIPS)}; got {name!r}. Use --chip=h100, or one of "
             "about the same memory."
         )
-    chip = CHIPS[name]
+    chip = dataclasses.replace(CHIPS[name], count=count)
     return chip if memory_gib is None else dataclasses.replace(chip, memory_gib=memory_gib)
 
 

@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cmsad_jax.types import ConfigError, Device
@@ -20,6 +18,7 @@ from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log
 from experiments.settings.config import Config, window
 from experiments.training import memory
+from experiments.training.compiled import shapes_of_batch, shapes_of_state
 from experiments.training.feed import DEVICE_SHARE
 from experiments.training.memory import GIB
 from experiments.training.programs import compile_programs
@@ -61,19 +60,10 @@ def step_bytes(config: Config, devices: Sequence[Device]) -> int:
     Raises:
         ConfigError: if XLA does not tell, as under ``pmap``.
     """
-    programs = compile_programs(config, devices)
-    state = jax.eval_shape(lambda state: state, programs.init(jax.random.key(0)))
-    batch, space, names = config.train.batch_size, window(config), config.data.modalities
-    shapes = {
-        "image": ((batch, *space, len(names)), jnp.float32),
-        "label": ((batch, *space), jnp.int32),
-        "present": ((batch, len(names)), jnp.bool_),
-        "key": ((batch, 2), jnp.uint32),
-    }
     found = memory.estimate(
-        programs.step.step,
-        state,
-        {name: jax.ShapeDtypeStruct(*of_array) for name, of_array in shapes.items()},
+        compile_programs(config, devices).step.step,
+        shapes_of_state(config),
+        shapes_of_batch(config, config.train.batch_size),
     )
     if found is None:
         raise ConfigError(

@@ -14,6 +14,7 @@ from data_pipelines.serving import splits
 from experiments.planning import chips, fits, planner, record
 from experiments.planning.record import Plan
 from experiments.process.accelerator import keep_compiled, select_accelerator
+from experiments.process.chips import absent_devices
 from experiments.settings.config import Config
 
 UNPLANNED = PreprocessConfig()
@@ -25,8 +26,9 @@ def plan_for(
     given: Mapping[str, Any],
     *,
     chip: str | None = None,
+    chips_count: int = 1,
     memory_gib: float | None = None,
-    compiling: bool = True,
+    compiling: bool | None = None,
 ) -> Plan:
     """Measure the data, choose the device, make the plan.
 
@@ -34,8 +36,9 @@ def plan_for(
         asked: data, folds, accelerator.
         given: values by hand, by field.
         chip: one of ``chips.CHIPS`` that is not at hand; None is the device at hand.
+        chips_count: how many of these.
         memory_gib: instead of that of the device.
-        compiling: ask the compiler for the memory of a step.
+        compiling: ask the compiler for the memory of a step; None does for the device at hand.
 
     Raises:
         ConfigError, DataError: nothing to plan for, or nothing that fits.
@@ -45,13 +48,18 @@ def plan_for(
     found = fingerprints.take(builder)
     folds = folds_of(asked, found, given)
     if chip is not None:
-        device, compiled = chips.absent(chip, memory_gib), None
+        device, compiled = chips.absent(chip, memory_gib, chips_count), None
+        if compiling:
+            absent = absent_devices(chip, chips_count)
+            compiled = lambda config: fits.step_bytes(config, absent)  # noqa: E731
     else:
         devices = select_accelerator(asked.accelerator)
         if asked.compilation_cache:
             keep_compiled(asked.data.cache / "compiled")
         device = chips.at_hand(devices, memory_gib)
-        compiled = (lambda config: fits.step_bytes(config, devices)) if compiling else None
+        compiled = (
+            (lambda config: fits.step_bytes(config, devices)) if compiling is not False else None
+        )
     plan = planner.make(found, folds, asked, given, device, compiled)
     return dataclasses.replace(plan, notes=(*plan.notes, *_grid_cost(builder, found, plan, asked)))
 

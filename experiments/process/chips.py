@@ -74,26 +74,29 @@ _HOPPER = {
     "cuda_compute_capability": "{ major: 9 feature_extension: ACCELERATED_FEATURES }",
 }
 
+_AMPERE = {
+    "core_count": 108,
+    "fpus_per_core": 64,
+    "shared_memory_per_core": 167936,
+    "shared_memory_per_block_optin": 166912,
+    "l2_cache_size": 41943040,
+    "clock_rate_ghz": 1.41,
+    "cuda_compute_capability": "{ major: 8 }",
+    "name": "NVIDIA A100-SXM4-40GB",
+}
+
 CHIPS = {
     "v5e": Chip("tpu", 16 * 2**30, 197e12, 819e9, 200e9, slices=_GRIDS),
     "v5p": Chip("tpu", 95 * 2**30, 459e12, 2765e9, 600e9, slices=_CUBES),
     "v6e": Chip("tpu", 32 * 2**30, 918e12, 1640e9, 400e9, slices=_GRIDS),
-    "a100": Chip(
+    "a100-40": Chip("cuda", 42506321920, 312e12, 1555e9, 300e9, facts=_AMPERE),
+    "a100-80": Chip(
         "cuda",
         85100068864,
         312e12,
         2039e9,
         300e9,
-        facts={
-            "core_count": 108,
-            "fpus_per_core": 64,
-            "shared_memory_per_core": 167936,
-            "shared_memory_per_block_optin": 166912,
-            "l2_cache_size": 41943040,
-            "clock_rate_ghz": 1.41,
-            "cuda_compute_capability": "{ major: 8 }",
-            "name": "NVIDIA A100-SXM4-80GB",
-        },
+        facts=_AMPERE | {"name": "NVIDIA A100-SXM4-80GB"},
     ),
     "h100": Chip(
         "cuda",

@@ -116,7 +116,7 @@ def test_each_chip_is_described_whole(name):
 @pytest.mark.parametrize(
     ("name", "count", "said"),
     [
-        ("v9", 1, "chip must be one of v5e, v5p, v6e, a100, h100, h200; got 'v9'"),
+        ("v9", 1, "chip must be one of v5e, v5p, v6e, a100-40, a100-80, h100, h200; got 'v9'"),
         ("v5e", 0, "number of chips must be 1 to 256"),
         ("v5e", 512, "got 512. Use --chips=16"),
         ("h100", 12, "of GPUs beyond a host a multiple of 8; got 12"),
@@ -127,7 +127,9 @@ def test_a_chip_that_cannot_be_meant_is_refused(name, count, said):
         absent_devices(name, count)
 
 
-@pytest.mark.parametrize(("name", "said"), [("v5p", "jax.tpu.=="), ("a100", "jax-cuda13-plugin==")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("v5p", "jax.tpu.=="), ("a100-80", "jax-cuda13-plugin==")]
+)
 def test_a_missing_compiler_is_named_with_what_brings_it(name, said, monkeypatch):
     monkeypatch.setattr(chips, "has_compiler", lambda platform: False)
     with pytest.raises(ConfigError, match=f"{name} need its compiler.*{said}"):

@@ -12,13 +12,24 @@ from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.preparing.fingerprint import Fingerprint
 from data_pipelines.serving import splits
-from experiments.planning import chips, configure, planner, record, rules, scale, survey
+from experiments import plan as command
+from experiments.planning import (
+    chips,
+    configure,
+    forecast,
+    planner,
+    record,
+    rules,
+    scale,
+    survey,
+)
 from experiments.planning.chips import CHIPS
 from experiments.planning.rules import Known
 from experiments.settings import command_line
 from experiments.settings.config import Config
 from experiments.settings.presets import PRESETS
-from experiments.training.memory import GIB
+from experiments.training.compiled import Account
+from experiments.training.memory import GIB, Estimate
 from tests.experiments import fingerprints as made
 
 CPU = chips.Target("cpu", "cpu", 12.0)
@@ -321,6 +332,33 @@ def test_chip_that_is_not_known_is_refused():
     with pytest.raises(ConfigError, match=r"chip must be one of t4, .*got 'h1000'"):
         chips.absent("h1000")
     assert chips.absent("h100", 40.0).memory_gib == 40.0
+    assert chips.absent("v5e", count=16).count == 16
+    with pytest.raises(ConfigError, match=r"a plan needs a chip or more; got 0"):
+        chips.absent("v5e", count=0)
+
+
+def test_a_number_of_chips_goes_with_their_name():
+    with pytest.raises(ConfigError, match="a number of chips goes with their name; got --chips=4"):
+        command.run(command.PlanCommand(chips=4), [])
+
+
+def test_forecast_says_what_was_compiled_and_that_nothing_ran(monkeypatch):
+    found = Account(Estimate(2 * GIB, 6 * GIB), 1.97e12, 81.9e9, {"all-reduce": 100_000_000}, 0, {})
+    monkeypatch.setattr(forecast, "compiled_step", lambda config, name, chips: found)
+    config = PRESETS["volume3d"]
+    said = forecast.in_words(config, "v5e", 16)
+    assert "compiled for 16 x v5e, not run" in said
+    assert "8.00 of 16.0 GiB, 6.00 of them temporary; 1.970 TFLOP, 81.9 GB accessed" in said
+    assert "all-reduce of 100.0 MB between chips" in said
+    # 10 ms of arithmetic under 100 ms of memory, and 200 MB at 200 GB/s, 15/16 of them passed on.
+    assert "at least 100.9 ms a step (10.0 of arithmetic, 100.0 of memory, 0.9 between" in said
+    hours = 5 * config.train.steps * (0.1 + 2e8 * 15 / 16 / 200e9) / 3600
+    assert f"take {hours:.2f} h or more" in said
+
+
+def test_forecast_under_pmap_is_refused():
+    with pytest.raises(ConfigError, match="absent chips are compiled under jit; got --parallel=pm"):
+        forecast.in_words(dataclasses.replace(PRESETS["small"], parallel="pmap"), "v5e", 1)
 
 
 # By hand, as a file, in a run -------------------------------------------------------------------
