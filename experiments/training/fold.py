@@ -32,6 +32,9 @@ LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""
 
 
+RISING = 0.02
+"""Dice by which the last look at the validation fold must be the best for it to be still rising."""
+
 MAP_ROWS = 10
 """Rows of which the first mean distance between maps is taken; the last one of twice as many."""
 
@@ -247,6 +250,24 @@ class FoldInTraining:
             self.done.best = Best(number, score)
             self._checkpoints.save("best", state, step=number)
 
+    def say_if_still_rising(self) -> None:
+        """Say if the schedule ended while the last look was clearly the best, and what more costs.
+
+        Of two looks or more. A rise is no promise: the rate of learning falls to the end of any
+        schedule, and with it the noise.
+        """
+        rows = (row["validation_dice"] for row in self.done.history)
+        looks = [score for score in rows if score is not None]
+        if len(looks) < 2 or (rise := looks[-1] - max(looks[:-1])) < RISING:
+            return
+        steps, seconds = self._config.train.steps, self.done.train_s
+        log(
+            f"{self.title}: the schedule ended while validation Dice still rose, by {rise:.3f} to "
+            f"{looks[-1]:.3f} at its last look. Twice the steps may find more, for about "
+            f"{max(seconds / 60, 0.1):.1f} minutes more a fold: --train.steps={2 * steps} with a "
+            "new --output."
+        )
+
     def save(self, number: int, state: TrainState) -> None:
         """Begin to write the checkpoint ``last``, of the state after step ``number``."""
         self._checkpoints.save("last", state, step=number, progress=dataclasses.asdict(self.done))
@@ -297,6 +318,7 @@ class FoldInTraining:
         """What its training took and came to, after ``history.csv`` is written."""
         done = self.done
         if hosts.is_first():
+            self.say_if_still_rising()
             write_history(FoldFolder(self.fold.directory).history, done.history)
         steady_s = max(done.steady_s, 1e-9)
         return FoldSummary(

@@ -45,6 +45,28 @@ def test_maps_that_depend_on_the_case_are_not_warned_of(member, capsys):
     assert "collapsed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("looks", "said"),
+    [
+        ((0.3, None, 0.5), "validation Dice still rose, by 0.200 to 0.500 at its last look"),
+        ((0.3, 0.5, 0.51), None),
+        ((0.6, 0.3, 0.5), None),
+        ((0.5,), None),
+        ((None, None), None),
+    ],
+)
+def test_a_schedule_that_ends_while_dice_still_rises_is_said_with_its_cost(
+    looks, said, member, capsys
+):
+    member.done.history = [{"validation_dice": score} for score in looks]
+    member.done.train_s = 90.0
+    member.say_if_still_rising()
+    printed = capsys.readouterr().out
+    assert (said in printed) if said else not printed
+    if said:
+        assert "for about 1.5 minutes more a fold: --train.steps=80 with a new --output" in printed
+
+
 def test_row_is_the_mean_of_what_was_measured():
     done = Progress()
     for i, distance in enumerate((0.2, np.nan, 0.4)):
