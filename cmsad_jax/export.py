@@ -97,6 +97,9 @@ class Description:
         provenance: configuration, versions, commit, fingerprint of the data.
         metrics: of the run, per class.
         license: terms of use of the weights.
+        labels, lesions: of a target with classes of its own, which label values make each class,
+            and which class is a lesion, as ``data_pipelines.config.DataConfig``; ``classes`` are
+            then the parts that the network tells apart.
         operating_point: how confidences are to be read, as
             ``experiments.measuring.operating_point.OperatingPoint``; empty where it is not known.
     """
@@ -115,6 +118,8 @@ class Description:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     license: str = "unspecified"
+    labels: tuple[str, ...] = ()
+    lesions: tuple[str, ...] = ()
     operating_point: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -581,6 +586,12 @@ def _check_description(facts: Description) -> None:
     for name in ("preprocess", "provenance", "metrics", "operating_point"):
         if not isinstance(getattr(facts, name), Mapping):
             raise _odd(name, "a table of values by name", getattr(facts, name))
+    for name in ("labels", "lesions"):
+        lines = getattr(facts, name)
+        if not isinstance(lines, tuple) or not all(
+            isinstance(line, str) and len(line) <= 200 and _is_plain(line) for line in lines
+        ):
+            raise _odd(name, "lines of plain text, of at most 200 characters", lines)
     if not isinstance(facts.license, str) or "\n" in facts.license or not _is_plain(facts.license):
         raise _odd("license", "one line of plain text", facts.license)
     if not _is_number(facts.overlap) or not 0 <= facts.overlap < 1:

@@ -84,6 +84,8 @@ class LossConfig:
     attention: AttentionConfig = AttentionConfig()
     stages: tuple[int, ...] | None = None
     """Encoder stages that are distilled, from 0; by default the three deepest."""
+    ignored_label: int | None = None
+    """Label of voxels that count in no loss; follows from the data."""
     pairs: Literal["mutual"] | tuple[str, ...] = "mutual"
     """Who teaches whom: mutual is every ordered pair; or a list such as 'adc->t2w'."""
     teachers: tuple[Teacher, ...] = ("all",)
@@ -157,6 +159,11 @@ class LossConfig:
             raise ConfigError(
                 "distillation needs an encoder for each modality; got the fusion early, which has "
                 f"one for all. Use {' '.join(on)}, or another --network.fusion.kind."
+            )
+        if self.ignored_label is not None and "label" in teachers:
+            raise ConfigError(
+                "the label cannot teach where voxels of it are ignored, as its maps cover all; got "
+                f"--loss.teachers {' '.join(self.teachers)}. Leave out label."
             )
         if self.taught_by_modalities:
             parse_pairs(self.pairs, names)
@@ -476,8 +483,13 @@ def segmentation_terms(
     """Overlap and voxel-wise loss per example, averaged over the supervised outputs.
 
     Coarser logits are resized to the labels' grid, so that small lesions are not lost. ``labelled``
-    says which examples have a label, None that all have; the others' values are 0.
+    says which examples have a label, None that all have; the others' values are 0. Voxels of
+    ``config.ignored_label`` count in none.
     """
+    counted = None
+    if config.ignored_label is not None:
+        counted = labels != config.ignored_label
+        labels = jnp.where(counted, labels, 0)
     tversky = partial(
         segmentation.tversky_loss, alpha=config.tversky_alpha, beta=config.tversky_beta
     )
@@ -486,6 +498,7 @@ def segmentation_terms(
         smooth=config.smooth,
         over=config.region_over,
         labelled=labelled,
+        counted=counted,
         axis_name=axis_name,
     )
     entropy = partial(segmentation.cross_entropy_loss, class_weights=config.class_weights)
@@ -498,7 +511,7 @@ def segmentation_terms(
     for weight, logits in zip(weights, outputs, strict=True):
         share = weight / sum(weights)
         terms[f"{config.region}_loss"] += share * region(logits, labels)
-        of_voxels = voxel(logits, labels)
+        of_voxels = voxel(logits, labels, counted=counted)
         if labelled is not None:
             of_voxels = jnp.where(labelled, of_voxels, 0.0)
         terms[f"{config.voxel}_loss"] += share * of_voxels
@@ -522,6 +535,8 @@ def distillation_terms(
     """
     terms: dict[str, tuple[float, Array]] = {}
     target = labels > 0
+    if config.ignored_label is not None:
+        target &= labels != config.ignored_label
     if labelled is not None:
         target &= labelled.reshape(-1, *(1,) * (target.ndim - 1))
     teachers = {*config.teachers}

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from data_pipelines.targets import foreground
+
 STORED_UNIT = 1 / 2048
 """Scaled intensities are stored as int16 multiples of this (range -16 to 16)."""
 
@@ -83,7 +85,7 @@ class Case:
     Attributes:
         image: int16 ``d h w m``, scaled intensities in multiples of ``STORED_UNIT``; an absent
             modality and voxels outside a modality's field of view are 0.
-        label: uint8 ``d h w``, the target on the reference grid.
+        label: uint8 ``d h w``, the parts of the target on the reference grid, and ``IGNORED``.
         present: bool ``m``.
         affine: 4 x 4 float64 of the reference grid.
         original_shape, original_affine: grid of the original T2W file, into which predictions go.
@@ -106,7 +108,7 @@ class Case:
     @property
     def positive(self) -> bool:
         """Whether the original label holds any foreground."""
-        return bool(self.truth.any())
+        return bool(foreground(self.truth).any())
 
     @property
     def original_truth(self) -> np.ndarray:

@@ -8,17 +8,10 @@ from data_pipelines.modalities import standard_names
 from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.phantom2.options import Phantom2Options
 from data_pipelines.prostate158.options import Prostate158Options
+from data_pipelines.targets import Target, target_of
 
 MODALITIES = ("t2w", "adc", "hbv")
 """The field's set: T2-weighted, apparent diffusion coefficient, high-b-value diffusion."""
-
-
-TARGET_CLASSES: dict[str, tuple[str, ...]] = {
-    "lesion": ("lesion",),
-    "gland": ("gland",),
-    "zones": ("pz", "tz"),
-}
-"""Foreground classes of each target, in label order: class ``i`` is stored as ``i + 1``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +51,12 @@ class DataConfig:
     """Builder: phantom, phantom2, picai, prostate158, msd_prostate or nifti_folder."""
     path: Path | None = None
     """Where the user's files lie (not needed by the phantoms)."""
-    target: Literal["lesion", "gland", "zones"] = "lesion"
-    """What is segmented."""
+    target: str = "lesion"
+    """What is segmented: lesion, gland or zones, or a name for classes of one's own."""
+    labels: tuple[str, ...] = ()
+    """Own classes, name=value or name=1+2 (region), ignore=value; by default of dataset.json."""
+    lesions: tuple[str, ...] = ()
+    """Which of one's own classes is a lesion, whose candidates are detected."""
     modalities: tuple[str, ...] = MODALITIES
     """Contrasts to use, in channel order; T2W or dwi stand for t2w and hbv."""
     allow_missing: bool = False
@@ -79,12 +76,22 @@ class DataConfig:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the foreground classes."""
-        return TARGET_CLASSES[self.target]
+        return self.definition.classes
+
+    @property
+    def definition(self) -> Target:
+        """Classes, the label values that make them, and what is ignored.
+
+        Raises:
+            DataError: a target of no known classes.
+        """
+        return target_of(self.target, self.labels, self.lesions)
 
     @property
     def num_classes(self) -> int:
-        """Network outputs ``k``: 1 (sigmoid) for one class, else the classes and background."""
-        return 1 if len(self.classes) == 1 else len(self.classes) + 1
+        """Network outputs ``k``: 1 (sigmoid) for one part, else the parts and background."""
+        parts = self.definition.num_parts
+        return 1 if parts == 1 else parts + 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -314,7 +314,7 @@ def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: in
         RunFolder(folder_of_row(output, f"{name}-alone", seed)) for name in base.data.modalities
     ]
     first = singles[0].read_results()
-    rule, classes, rows = cross_validation.rule_of(base), base.data.classes, []
+    rule, classes, rows = cross_validation.rule_of(base), base.data.definition.part_names, []
     fold_of = {row.case_id: row.fold for row in first.summary.metric_per_case}
     for case_id, fold in sorted(fold_of.items()):
         assert fold is not None, "every case of a run is validated in a fold"

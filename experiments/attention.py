@@ -25,6 +25,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case
 from data_pipelines.command_line import program
 from data_pipelines.faults import DataError
+from data_pipelines.targets import foreground
 from experiments.measuring import statistics
 from experiments.prediction.windows import predict_case
 from experiments.process.accelerator import select_accelerator
@@ -170,7 +171,11 @@ class Findings:
 
     def add(self, case: Case, fold: int, maps: np.ndarray, untrained: np.ndarray) -> None:
         """Take the maps of a case, ``d h w m s``, and those of its network before training."""
-        names, target, patient = self.modalities, case.label > 0, self.patients[case.case_id]
+        names, target, patient = (
+            self.modalities,
+            foreground(case.label),
+            self.patients[case.case_id],
+        )
         there = [m for m in range(len(names)) if case.present[m]]
         for stage in range(self.num_stages):
             for m in there:
@@ -257,7 +262,7 @@ def measure(
 
     findings = Findings(str(folder), names, num_stages, run.patients)
     for params, case in run.cases():
-        target = case.label > 0
+        target = foreground(case.label)
         if not target.any() or target.all():  # too small or too large for the reference grid
             continue
         fold = fold_of[case.case_id]

@@ -13,7 +13,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -43,8 +43,12 @@ class EvaluateConfig:
     """Folder of predictions, *.nii.gz or *.nii."""
     labels: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="LABELS")]
     """Folder of labels with the same names and the same grids."""
-    target: Literal["lesion", "gland", "zones"] = "lesion"
-    """What the labels mean; of a target with one class every label above 0 is foreground."""
+    target: str = "lesion"
+    """What labels mean: lesion, gland (every value above 0), zones, or a name for own classes."""
+    classes: tuple[str, ...] = ()
+    """Own classes of a target of another name: name=value, name=1+2 (region), ignore=value."""
+    lesions: tuple[str, ...] = ()
+    """Which of one's own classes is a lesion, whose candidates are detected."""
     threshold: float = 0.5
     """Probabilities above this are foreground."""
     patients: Path | None = None
@@ -63,6 +67,10 @@ def evaluate_folders(config: EvaluateConfig) -> Summary:
     _check_names([_case_id(name) for name in names])
     patients = _read_patients(config.patients, [_case_id(name) for name in names])
     return summarise([row for name in names for row in _evaluate_file(config, name, patients)])
+
+
+def _rule(config: EvaluateConfig) -> Rule:
+    return Rule(config.target, config.threshold, config.classes, config.lesions)
 
 
 def _case_id(name: str) -> str:
@@ -162,17 +170,18 @@ def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str
             f"{prediction.shape} and {label.shape} voxels. Resample the prediction onto the "
             "label's grid."
         )
+    rule = _rule(config)
     try:
-        predicted = predicted_values(prediction.array, config.target)
+        predicted = predicted_values(prediction.array, rule.definition)
     except DataError as error:
         raise DataError(f"the prediction {name}: {error}") from None
     try:
-        truth = label_classes(label.array, config.target)
+        truth = label_classes(label.array, rule.definition)
     except DataError as error:
         raise DataError(f"the label {name}: {error}") from None
     if np.issubdtype(predicted.dtype, np.floating):
         predicted = predicted[..., None]
-    case_id, rule = _case_id(name), Rule(config.target, config.threshold)
+    case_id = _case_id(name)
     try:
         return measure_case(
             case_id, patients[case_id], None, predicted, truth, label.spacing_mm, rule
@@ -189,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = evaluate_folders(config)
     if config.output is not None:
         config.output.mkdir(parents=True, exist_ok=True)
-        rule = Rule(config.target, config.threshold)
+        rule = _rule(config)
         RunFolder(config.output).write_results(
             Results(summary, rule.target, rule.classes, rule.threshold)
         )

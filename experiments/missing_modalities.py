@@ -110,7 +110,8 @@ def measure(
     finished = open_run(run, folds)
     config = finished.config
     program = compile_programs(config, select_accelerator(accelerator)[:1]).predict
-    rule = Rule(config.data.target, config.predict.threshold)
+    data = config.data
+    rule = Rule(data.target, config.predict.threshold, data.labels, data.lesions)
     dice: dict[Key, dict[str, float]] = {}
     for params, case in finished.cases():
         for without, poorer in withheld(case, names):

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import numpy as np
 import tyro
@@ -142,7 +142,9 @@ def open_model(command: PredictCommand) -> export.Model:
 def data_config(description: export.Description) -> DataConfig:
     """How cases are to be preprocessed for a model."""
     return DataConfig(
-        target=cast(Literal["lesion", "gland", "zones"], description.target),
+        target=description.target,
+        labels=description.labels,
+        lesions=description.lesions,
         modalities=description.modalities,
         allow_missing=description.allow_missing,
         preprocess=from_json(PreprocessConfig, dict(description.preprocess)),

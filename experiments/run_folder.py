@@ -129,6 +129,7 @@ class Results:
     Attributes:
         summary: the figures.
         target, classes, threshold: what was predicted, and where a probability is foreground.
+        parts: what the network tells apart, where classes are regions made of it.
         checkpoint: whose weights were used: ``ema`` or ``last``.
         num_folds, folds_done: of the run; those that the figures are of.
         baseline_mean_shape: Dice without looking at an image.
@@ -140,6 +141,7 @@ class Results:
     target: str | None = None
     classes: tuple[str, ...] | None = None
     threshold: float | None = None
+    parts: tuple[str, ...] | None = None
     checkpoint: str | None = None
     num_folds: int | None = None
     folds_done: tuple[int, ...] | None = None

@@ -54,9 +54,11 @@ def run(config: Config) -> Summary:
         DataError: for faults of the data, or training patients of whom none has foreground.
     """
     classes = config.data.classes
-    if len(classes) > 1:
+    target = config.data.definition
+    if target.num_parts > 1 or target.ignore is not None or len(classes) > 1:
         raise ConfigError(
-            f"the voxel baseline tells one class from background; got {', '.join(classes)}. "
+            f"the voxel baseline tells one class from background, with nothing ignored; got "
+            f"{', '.join(classes)}{'' if target.ignore is None else ' and ignored voxels'}. "
             "Use --data.target=lesion or --data.target=gland."
         )
     from experiments.studies.cross_validation import (
@@ -84,7 +86,7 @@ def run(config: Config) -> Summary:
                 to_original(probability[..., None], case),
                 case.original_truth,
                 spacing_of(case.original_affine),
-                Rule(config.data.target, threshold),
+                Rule(config.data.target, threshold, config.data.labels, config.data.lesions),
             )
     return summarise(rows, list(selected))
 

@@ -25,7 +25,7 @@ DATA_SETS = tuple(
 )
 FLOORS = {
     "data_pipelines": (
-        ("faults", "config", "case", "files", "modalities", "process"),
+        ("faults", "config", "case", "files", "modalities", "targets", "process"),
         ("reading",),
         ("preparing",),
         ("building",),

@@ -27,6 +27,7 @@ def dice_loss(
     include_background: bool = False,
     over: Over = "example",
     labelled: Bool[Array | np.ndarray, " b"] | None = None,
+    counted: Bool[Array | np.ndarray, "b *space"] | None = None,
     axis_name: str | None = None,
 ) -> PerExample:
     """Soft Dice: ``1 - (2 |p y| + smooth) / (|p| + |y| + smooth)``, averaged over the classes.
@@ -49,13 +50,14 @@ def dice_loss(
             are 0.
         labelled: which examples have a label, None is all; the others have value 0 and no part in
             the overlap of a batch.
+        counted: voxels that count, None is all; the others have no part in any sum.
         axis_name: the mapped axis over which the batch is split, for ``batch``.
 
     Raises:
         ConfigError: if logits, labels or constants do not fit; see the module.
     """
     check_number("smooth", smooth, least=0, usual=1e-5)
-    p, y = _foreground(logits, labels, include_background)
+    p, y = _foreground(logits, labels, include_background, counted)
     hit, predicted, true = _counted((_sum(p * y), _sum(p), _sum(y)), over, labelled, axis_name)
     loss = 1 - (2 * hit + smooth) / (predicted + true + smooth)
     return _mean_of_classes(loss, true, over, labelled)
@@ -71,6 +73,7 @@ def tversky_loss(
     include_background: bool = False,
     over: Over = "example",
     labelled: Bool[Array | np.ndarray, " b"] | None = None,
+    counted: Bool[Array | np.ndarray, "b *space"] | None = None,
     axis_name: str | None = None,
 ) -> PerExample:
     """``1 - (tp + smooth) / (tp + alpha fp + beta fn + smooth)``, averaged over the classes.
@@ -93,6 +96,7 @@ def tversky_loss(
             are 0.
         labelled: which examples have a label, None is all; the others have value 0 and no part in
             the overlap of a batch.
+        counted: voxels that count, None is all; the others have no part in any sum.
         axis_name: the mapped axis over which the batch is split, for ``batch``.
 
     Raises:
@@ -101,7 +105,7 @@ def tversky_loss(
     check_number("smooth", smooth, least=0, usual=1e-5)
     check_number("alpha", alpha, least=0, usual=0.3)
     check_number("beta", beta, least=0, usual=0.7)
-    p, y = _foreground(logits, labels, include_background)
+    p, y = _foreground(logits, labels, include_background, counted)
     sums = (_sum(p * y), _sum(p * (1 - y)), _sum((1 - p) * y), _sum(y))
     hit, false, missed, true = _counted(sums, over, labelled, axis_name)
     loss = 1 - (hit + smooth) / (hit + alpha * false + beta * missed + smooth)
@@ -109,7 +113,11 @@ def tversky_loss(
 
 
 def cross_entropy_loss(
-    logits: Logits, labels: Labels, *, class_weights: tuple[float, ...] | None = None
+    logits: Logits,
+    labels: Labels,
+    *,
+    class_weights: tuple[float, ...] | None = None,
+    counted: Bool[Array | np.ndarray, "b *space"] | None = None,
 ) -> PerExample:
     """Mean over voxels of ``-log p`` of the true class, from the logits.
 
@@ -121,6 +129,7 @@ def cross_entropy_loss(
         labels: integers ``b *space``; beside one logit, foreground is every value above 0.
         class_weights: of each class, background first (so two beside one logit); the mean is then
             weighted by that of each voxel's true class, as in PyTorch. None weighs all alike.
+        counted: voxels that count, None is all; 0 where none does.
 
     Raises:
         ConfigError: if logits, labels or constants do not fit, see the module, or the weights are
@@ -128,7 +137,7 @@ def cross_entropy_loss(
     """
     loss = jax.nn.softplus(-_margin(logits, labels))
     if class_weights is None:
-        return _mean(loss)
+        return _mean(loss, counted)
     num_classes = max(logits.shape[-1], 2)
     if len(class_weights) != num_classes or min(class_weights) <= 0:
         raise ConfigError(
@@ -138,11 +147,19 @@ def cross_entropy_loss(
         )
     index = labels > 0 if logits.shape[-1] == 1 else labels
     weights = jnp.asarray(class_weights, jnp.float32)[jnp.asarray(index, jnp.int32)]
-    return _mean(loss * weights) / _mean(weights)
+    total = _mean(weights, counted)
+    if counted is not None:
+        total = jnp.where(total > 0, total, 1.0)
+    return _mean(loss * weights, counted) / total
 
 
 def focal_loss(
-    logits: Logits, labels: Labels, *, gamma: float = 2.0, alpha: float | None = None
+    logits: Logits,
+    labels: Labels,
+    *,
+    gamma: float = 2.0,
+    alpha: float | None = None,
+    counted: Bool[Array | np.ndarray, "b *space"] | None = None,
 ) -> PerExample:
     """Mean over voxels of ``-(1 - p)^gamma log p`` of the true class.
 
@@ -155,6 +172,7 @@ def focal_loss(
         gamma: 0 is cross-entropy; larger dwells on voxels that are wrong.
         alpha: weight of foreground voxels, those of background weigh ``1 - alpha``; None weighs
             all by 1.
+        counted: voxels that count, None is all; 0 where none does.
 
     Raises:
         ConfigError: if logits, labels or constants do not fit; see the module.
@@ -168,7 +186,7 @@ def focal_loss(
     loss = jnp.exp(gamma * jax.nn.log_sigmoid(-margin)) * jax.nn.softplus(-margin)
     if alpha is not None:
         loss *= jnp.where(labels > 0, alpha, 1 - alpha)
-    return _mean(loss)
+    return _mean(loss, counted)
 
 
 def _margin(logits: Logits, labels: Labels) -> Float[Array, "b *space"]:
@@ -183,16 +201,24 @@ def _margin(logits: Logits, labels: Labels) -> Float[Array, "b *space"]:
 
 
 def _foreground(
-    logits: Logits, labels: Labels, include_background: bool
+    logits: Logits,
+    labels: Labels,
+    include_background: bool,
+    counted: Bool[Array | np.ndarray, "b *space"] | None,
 ) -> tuple[Float[Array, "b *space classes"], Float[Array, "b *space classes"]]:
-    """Probability and truth (0 or 1) of each class that counts."""
+    """Probability and truth (0 or 1) of each class that counts; 0 both where voxels do not."""
     _check(logits, labels)
     logits = logits.astype(jnp.float32)
     if logits.shape[-1] == 1:
-        return jax.nn.sigmoid(logits), jnp.asarray(labels > 0, jnp.float32)[..., None]
-    first = 0 if include_background else 1
-    truth = jax.nn.one_hot(labels, logits.shape[-1])
-    return jax.nn.softmax(logits)[..., first:], truth[..., first:]
+        found = jax.nn.sigmoid(logits), jnp.asarray(labels > 0, jnp.float32)[..., None]
+    else:
+        first = 0 if include_background else 1
+        truth = jax.nn.one_hot(labels, logits.shape[-1])
+        found = jax.nn.softmax(logits)[..., first:], truth[..., first:]
+    if counted is None:
+        return found
+    p, y = (jnp.where(jnp.asarray(counted)[..., None], x, 0.0) for x in found)
+    return p, y
 
 
 def _counted(
@@ -235,8 +261,14 @@ def _sum(x: Float[Array, "b *space classes"]) -> Float[Array, "b classes"]:
     return x.sum(tuple(range(1, x.ndim - 1)))
 
 
-def _mean(x: Float[Array, "b *space"]) -> PerExample:
-    return x.mean(tuple(range(1, x.ndim)))
+def _mean(
+    x: Float[Array, "b *space"], counted: Bool[Array | np.ndarray, "b *space"] | None = None
+) -> PerExample:
+    axes = tuple(range(1, x.ndim))
+    if counted is None:
+        return x.mean(axes)
+    kept = jnp.asarray(counted)
+    return jnp.where(kept, x, 0.0).sum(axes) / jnp.maximum(kept.sum(axes), 1)
 
 
 def _check(logits: Any, labels: Any) -> None:

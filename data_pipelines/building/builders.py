@@ -35,5 +35,8 @@ def open_builder(config: DataConfig) -> "CaseBuilder":
             f"data set must be one of {', '.join(names)}; got {config.name!r}. "
             "Use one of these with --data.name; nifti_folder reads your own files."
         )
+    from data_pipelines.reading.own_classes import with_own_classes
+
+    config = with_own_classes(config)
     module = importlib.import_module(f"data_pipelines.{config.name}.{config.name}_dataset_builder")
     return module.Builder(config)

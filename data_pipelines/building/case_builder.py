@@ -50,6 +50,12 @@ class CaseBuilder(DataSet[E], tfds.core.GeneratorBasedBuilder, skip_registration
 
     def __init__(self, config: DataConfig):
         check_preprocess(config)
+        if config.definition.values and not self.own_classes:
+            raise DataError(
+                f"the data set '{config.name}' has labels of lesion, gland or zones alone; got the "
+                f"target '{config.target}'. Use --data.name=nifti_folder for files of your own, or "
+                "one of its targets."
+            )
         self.data_config = config
         with listing_files():
             self.entries = list(self.find_cases())

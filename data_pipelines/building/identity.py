@@ -22,7 +22,7 @@ HEAD_BYTES = 2**12
 MAX_WHOLE_BYTES = 2**22
 """Labels and masks of up to this size are read whole, as they are the files that are edited."""
 
-_HASHED_FIELDS = ("target", "modalities", "allow_missing", "preprocess")
+_HASHED_FIELDS = ("target", "labels", "modalities", "allow_missing", "preprocess")
 
 
 class Identity:

@@ -39,12 +39,14 @@ class DataSet(Generic[E]):
     Attributes:
         data_config: which data are asked for.
         entries: what ``find_cases`` found.
+        own_classes: whether its labels may have classes of the user's own.
         hashed_options: of the options of this data set alone, those on which stored cases depend.
     """
 
     name: str
     data_config: DataConfig
     entries: list[E]
+    own_classes: bool = True
     hashed_options: tuple[str, ...] = ()
 
     @property

@@ -20,6 +20,8 @@ CHANNELS = {"t2w": 0, "adc": 1}
 class Builder(FileCaseBuilder):
     """The labelled cases of Task05."""
 
+    own_classes = False
+
     def find_cases(self) -> Sequence[CaseFiles]:
         """One entry for each file of ``imagesTr``."""
         return find_cases(self.root(), self.data_config)

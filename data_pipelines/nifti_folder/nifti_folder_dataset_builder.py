@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipelines.building.case_builder import FileCaseBuilder
 from data_pipelines.case import RawCase
-from data_pipelines.config import TARGET_CLASSES, DataConfig
+from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, MissingDataError, Problem
 from data_pipelines.modalities import ALIASES, by_modality, modality_of
 from data_pipelines.preparing.preprocessing import REFERENCE
@@ -21,6 +21,7 @@ from data_pipelines.reading.file_checks import segments
 from data_pipelines.reading.label_names import check_label_names
 from data_pipelines.reading.tables import read_table
 from data_pipelines.reading.volume_io import SEGMENTATION, SUFFIXES, name_without_ending
+from data_pipelines.targets import TARGET_CLASSES
 
 GLAND = "gland"
 """Name of the file, or prefix of the nnU-Net folder, with the mask for a crop around the gland."""
@@ -102,7 +103,7 @@ def _folder_case(folder: Path, wanted: Sequence[str], config: DataConfig) -> Cas
     masks = [path for stem, path in volumes if stem == GLAND]
     general = [path for stem, path in volumes if stem == "label"]
     labels = [path for stem, path in volumes if stem == target] or general
-    named = ("label", GLAND, *TARGET_CLASSES)
+    named = ("label", GLAND, target, *TARGET_CLASSES)
     found, left = by_modality([v for v in volumes if v[0] not in named], wanted)
     left = [path for path in left if not _known(_stem(path), found)]
     if labels is not general:

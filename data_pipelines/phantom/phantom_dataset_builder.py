@@ -22,6 +22,7 @@ class PhantomCase:
 class Builder(CaseBuilder):
     """Cases 0 to ``num_cases - 1`` of the population ``seed``."""
 
+    own_classes = False
     hashed_options = ("seed",)
     remedy = "Use --data.phantom.num-cases=100."
 

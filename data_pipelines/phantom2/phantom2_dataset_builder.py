@@ -12,6 +12,7 @@ from data_pipelines.phantom2.phantom2 import make_case
 class Builder(FirstPhantom):
     """Cases 0 to ``num_cases - 1`` of the population ``seed``, as ``reader`` outlines them."""
 
+    own_classes = False
     hashed_options = ("seed", "reader")
     remedy = "Use --data.phantom2.num-cases=100."
 

@@ -63,6 +63,8 @@ _MIN_AGREEMENT = 0.5
 class Builder(FileCaseBuilder):
     """The public training and development set of PI-CAI, or any part of it."""
 
+    own_classes = False
+
     def find_cases(self) -> Sequence[CaseFiles]:
         """One entry for each study of which any wanted modality is there."""
         return find_cases(self.root(), self.data_config)

@@ -19,10 +19,12 @@ from data_pipelines.faults import DataError, DataErrors, Problem
 from data_pipelines.preparing.fingerprint import spread
 from data_pipelines.preparing.geometry import canonical, coverage, overlaps, parts_of
 from data_pipelines.preparing.preprocessing import preprocess_case, reference_grid, reference_image
+from data_pipelines.targets import foreground
 
 _FAR_MM = 1.0
 _FAR_DEGREES = 1.0
 _MAX_POINTS = 20_000
+_USUAL_ML = {"lesion": (0.01, 60), "gland": (8, 350), "zones": (8, 350)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,7 @@ def examine(
     problems = [*known, *(_problem(case_id, error, files) for error in errors)]
     if raw is None or not any(name in raw.images for name in config.modalities):
         return Examination(case_id, tuple(problems))
-    if case is not None and case.positive and not case.label.any():
+    if case is not None and case.positive and not foreground(case.label).any():
         text = (
             f"the {config.target} should leave voxels on the reference grid; got none of it at "
             f"{config.preprocess.spacing_mm} mm, so that nothing of it is learned although the "
@@ -152,7 +154,7 @@ def _facts(raw: RawCase, config: DataConfig) -> Facts:
     images = {name: raw.images[name] for name in config.modalities if name in raw.images}
     volumes: tuple[float, ...] = ()
     if raw.label is not None and np.isfinite(raw.label.array).all():
-        _, sizes = parts_of(raw.label.array)
+        _, sizes = parts_of(_of_target(raw.label.array, config))
         voxel_ml = float(abs(np.linalg.det(raw.label.affine[:3, :3]))) / 1000
         volumes = tuple(round(float(n * voxel_ml), 4) for n in sizes)
     return Facts(
@@ -163,6 +165,12 @@ def _facts(raw: RawCase, config: DataConfig) -> Facts:
         volumes,
         raw.metadata.get("label_source", ""),
     )
+
+
+def _of_target(array: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Where a label file holds target: of classes of one's own not what is ignored."""
+    ignore = config.definition.ignore
+    return (array > 0) if ignore is None else (array > 0) & (array != ignore)
 
 
 def _voxel_hash(volume: Volume) -> str:
@@ -253,11 +261,11 @@ def _label_suspicions(
     raw: RawCase, label: Volume, reference: Volume, config: DataConfig
 ) -> Iterator[str]:
     yield from _frame_suspicions(label, reference)
-    voxels = np.argwhere(label.array > 0)
+    voxels = np.argwhere(_of_target(label.array, config))
     if len(voxels) == 0:
         return
     volume_ml = len(voxels) * abs(np.linalg.det(label.affine[:3, :3])) / 1000
-    low, high = (0.01, 60) if config.target == "lesion" else (8, 350)
+    low, high = _USUAL_ML.get(config.target, (0, np.inf))
     if not low <= volume_ml <= high:
         yield (
             f"the {config.target} should have between {low:g} and {high:g} ml; got "

@@ -24,6 +24,7 @@ from data_pipelines.preparing.geometry import (
 )
 from data_pipelines.preparing.labels import label_classes
 from data_pipelines.preparing.preprocessing import reference_grid, reference_image
+from data_pipelines.targets import IGNORED, foreground
 
 PERCENTILES = (0.5, 50.0, 99.5)
 """Of the intensities above 0 in the middle half of an image, along each axis."""
@@ -137,13 +138,14 @@ def _target(label: Volume | None, reference: Volume, config: DataConfig) -> dict
     """What is measured of the label; nothing of one without foreground."""
     if label is None:
         return {}
-    classes = label_classes(label.array, config.target)
+    target = config.definition
+    classes = label_classes(label.array, target)
     voxel_ml = float(abs(np.linalg.det(label.affine[:3, :3]))) / 1000
-    counts = np.bincount(classes.ravel(), minlength=len(config.classes) + 1)[1:]
-    class_ml = tuple(round(float(n) * voxel_ml, 4) for n in counts)
-    if not counts.any():
+    counts = [int(target.mask_of(classes, i).sum()) for i in range(len(target.classes))]
+    class_ml = tuple(round(n * voxel_ml, 4) for n in counts)
+    if not any(counts):
         return {"class_ml": class_ml}
-    parts, sizes = parts_of(classes)
+    parts, sizes = parts_of(foreground(classes))
     spacing = np.array(reference.spacing_mm)
     matrix, offset = index_transform(reference.affine, label.affine)
     away = abs(np.argwhere(parts > 0) @ matrix.T + offset - (np.array(reference.shape) - 1) / 2)
@@ -192,7 +194,7 @@ def round_trip_dice(raw: RawCase, config: DataConfig) -> float | None:
     if raw.label is None:
         return None
     reference = reference_image(raw, config)
-    label = Volume(label_classes(raw.label.array, config.target), raw.label.affine)
+    label = Volume(label_classes(raw.label.array, config.definition), raw.label.affine)
     sampling = config.preprocess.label_sampling
     truth = resample_label(label, reference.shape, reference.affine, sampling=sampling)
     if not truth.any():
@@ -209,12 +211,13 @@ def round_trip_dice(raw: RawCase, config: DataConfig) -> float | None:
     moved[:3, 3] += moved[:3, :3] @ low[::-1]
     truth = truth[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
     back = _most_probable(stored, affine, truth.shape, moved)
-    values = [value for value in np.unique(truth) if value]
-    overlaps = [
-        2 * ((back == v) & (truth == v)).sum() / ((back == v).sum() + (truth == v).sum())
-        for v in values
-    ]
-    return float(np.mean(overlaps))
+    target, overlaps = config.definition, []
+    for index in range(len(target.classes)):
+        there, came = target.mask_of(truth, index), target.mask_of(back, index)
+        came = came & (truth != IGNORED)
+        if there.any():
+            overlaps.append(2 * (there & came).sum() / (there.sum() + came.sum()))
+    return float(np.mean(overlaps)) if overlaps else None
 
 
 def _most_probable(

@@ -3,8 +3,8 @@
 import numpy as np
 
 from data_pipelines.case import Volume
-from data_pipelines.config import TARGET_CLASSES
 from data_pipelines.faults import DataError
+from data_pipelines.targets import IGNORED, Target, target_of
 
 _STEP = 0.0025  # of the largest value: half the step of 8-bit values that were scaled to it
 _MOST = 0.02
@@ -12,17 +12,20 @@ _LEAST = 1e-4
 _SCALED_ONE = 1e-6
 
 
-def label_classes(values: np.ndarray, target: str) -> np.ndarray:
-    """uint8 classes of label values; the dtype of the file does not matter.
+def label_classes(values: np.ndarray, target: Target | str) -> np.ndarray:
+    """uint8 parts of label values; the dtype of the file does not matter.
 
     Whole numbers that a scaled file holds inexactly, as nibabel writes them of floating-point
-    arrays (1.00000006, or 0.996 of 2), are rounded. For a target of one class every value above 0
-    is 1.
+    arrays (1.00000006, or 0.996 of 2), are rounded. For a built-in target of one class every value
+    above 0 is 1; of a target with classes of its own, what is ignored is ``IGNORED``.
 
     Raises:
         DataError: fractions, or values that the target does not have.
     """
-    classes = TARGET_CLASSES[target]
+    target = target_of(target) if isinstance(target, str) else target
+    if target.values:
+        return _own_classes(values, target)
+    classes = target.classes
     highest = 255 if len(classes) == 1 else len(classes)
     whole = whole_numbers(values)
     bad = np.asarray(values)[(whole != whole) | (whole < 0) | (whole > highest)]
@@ -30,11 +33,38 @@ def label_classes(values: np.ndarray, target: str) -> np.ndarray:
         found = np.unique(bad[: 2**20])
         raise DataError(
             f"label values must be whole numbers from 0 to {highest} for the target "
-            f"'{target}'; got {', '.join(f'{v:.7g}' for v in found[:3])}"
+            f"'{target.name}'; got {', '.join(f'{v:.7g}' for v in found[:3])}"
             f"{' and others' if found.size > 3 else ''}. Correct the label file or choose another "
             "--data.target."
         )
     return (whole > 0).astype(np.uint8) if len(classes) == 1 else whole.astype(np.uint8)
+
+
+def _own_classes(values: np.ndarray, target: Target) -> np.ndarray:
+    """Parts of the values of a target with classes of its own."""
+    whole = whole_numbers(values)
+    parts = np.zeros(values.shape, np.uint8)
+    known = whole == 0
+    for part, of_part in enumerate(target.values, start=1):
+        for value in of_part:
+            here = whole == value
+            parts[here] = part
+            known |= here
+    if target.ignore is not None:
+        here = whole == target.ignore
+        parts[here] = IGNORED
+        known |= here
+    if not known.all():
+        found = np.unique(np.asarray(values)[~known][: 2**20])
+        named = sorted({value for of_part in target.values for value in of_part})
+        raise DataError(
+            f"label values must be those of the classes of '{target.name}', 0"
+            f"{'' if target.ignore is None else f', {target.ignore} (ignored)'} and "
+            f"{', '.join(map(str, named))}; got {', '.join(f'{v:.7g}' for v in found[:3])}"
+            f"{' and others' if found.size > 3 else ''}. Correct the label file, or name the value "
+            "in --data.labels."
+        )
+    return parts
 
 
 def settled(label: Volume) -> Volume:
@@ -60,7 +90,7 @@ def _is_scaled_mask(values: np.ndarray) -> bool:
     return bool(ones.size and (abs(ones - 1) < _SCALED_ONE).all())
 
 
-def predicted_values(values: np.ndarray, target: str) -> np.ndarray:
+def predicted_values(values: np.ndarray, target: Target | str) -> np.ndarray:
     """What a predicted file holds: probabilities (floating point) or classes (uint8).
 
     Of a target with one class, fractions are probabilities, as are floating-point values that are
@@ -70,10 +100,10 @@ def predicted_values(values: np.ndarray, target: str) -> np.ndarray:
         DataError: whole numbers of several values for one class, as probabilities in percent are,
             or fractions for several classes.
     """
-    classes = TARGET_CLASSES[target]
+    target = target_of(target) if isinstance(target, str) else target
     whole = whole_numbers(values)
     fractions = bool((whole != whole).any())
-    if len(classes) > 1:
+    if target.num_parts > 1:
         if fractions:
             raise DataError(
                 "a mask of several classes must hold whole numbers; got fractions. "

@@ -35,6 +35,7 @@ from data_pipelines.preparing.geometry import (
     resample_label,
 )
 from data_pipelines.preparing.labels import label_classes
+from data_pipelines.targets import foreground
 
 REFERENCE = "t2w"
 """The modality that sets the reference grid and into whose frame predictions go."""
@@ -359,9 +360,11 @@ def _resampled_labels(
     """The target on the reference grid, and on the original grid of the reference image."""
     _check_overlap("label", label, reference)
     _check_place("label", label, reference)
-    source = Volume(label_classes(label.array, data.target), label.affine)
+    source = Volume(label_classes(label.array, data.definition), label.affine)
     sampling = data.preprocess.label_sampling
-    outside = foreground_outside(source.array, source.affine, reference.shape, reference.affine)
+    outside = foreground_outside(
+        foreground(source.array), source.affine, reference.shape, reference.affine
+    )
     if outside > MOST_OUTSIDE:
         raise DataError(
             f"the label's foreground must lie within the reference image, half of it at least; got "
@@ -369,7 +372,8 @@ def _resampled_labels(
         )
     truth = resample_label(source, reference.shape, reference.affine, sampling=sampling)
     on_grid = resample_label(canonical(source), shape, affine, sampling=sampling)
-    if truth.any() and not _reaches_into(truth, reference.affine, shape, affine):
+    target = foreground(truth)
+    if target.any() and not _reaches_into(target, reference.affine, shape, affine):
         raise DataError(
             f"the label's foreground must reach into the crop of {data.preprocess.size} voxels at "
             f"{data.preprocess.spacing_mm} mm around the image centre; got all of the "

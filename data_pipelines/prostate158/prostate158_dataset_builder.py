@@ -28,6 +28,7 @@ _DEPTHS = ("*", "*/*", "*/*/*")
 class Builder(FileCaseBuilder):
     """The published training set, or the test set, or both in one folder."""
 
+    own_classes = False
     hashed_options = ("reader",)
 
     def find_cases(self) -> Sequence[CaseFiles]:

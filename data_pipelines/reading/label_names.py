@@ -37,17 +37,19 @@ def check_label_names(labels: Mapping[str, Any], config: DataConfig, where: str)
         where: the file that says so, for messages.
 
     Raises:
-        DataError: values that are ignored, regions, a foreground of value 0, another structure, an
-            unknown name, or classes in another order.
+        DataError: of a built-in target values that are ignored, regions, a foreground of value 0,
+            another structure, an unknown name, or classes in another order.
     """
+    if config.definition.values:
+        return  # classes of one's own, as they are typed or named there
     ignored = sorted(n for n in labels if plain(n) in ("ignore", "ignored", "ignore_label"))
     one_class = len(config.classes) == 1
     own = sorted(n for n in labels if _structure(n) == config.target and labels[n] not in (0, "0"))
     if ignored and not (one_class and own):
         raise DataError(
-            f"{where} must name no voxels that are to be ignored, which training cannot leave out "
-            f"yet; got {', '.join(ignored)} with value {labels[ignored[0]]}. Set them to the class "
-            "they have, or to 0, in the label files, and remove the name."
+            f"{where} must name no voxels that are to be ignored where the target is one of those "
+            f"that are built in; got {', '.join(ignored)} with value {labels[ignored[0]]}. Use "
+            "--data.target=mine, which takes all classes of the file and leaves those voxels out."
         )
     for name, value in labels.items():
         if str(value) == "0" and _structure(name) not in (None, ""):

@@ -19,6 +19,7 @@ from data_pipelines.case import STORED_UNIT, Case, CaseInfo
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.serving.sampling import Sampling, SamplingPlan
+from data_pipelines.targets import foreground
 
 if TYPE_CHECKING:
     from data_pipelines.building.case_builder import CaseBuilder
@@ -124,7 +125,7 @@ class CaseSource:
         """
         if case_id not in self._foreground:
             label = self.arrays(case_id).label
-            self._foreground[case_id] = np.flatnonzero(label).astype(np.int32)
+            self._foreground[case_id] = np.flatnonzero(foreground(label)).astype(np.int32)
         return self._foreground[case_id]
 
 

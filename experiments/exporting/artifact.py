@@ -97,7 +97,9 @@ def describe(
     return export.Description(
         modalities=config.data.modalities,
         target=config.data.target,
-        classes=config.data.classes,
+        classes=config.data.definition.part_names,
+        labels=config.data.labels,
+        lesions=config.data.lesions,
         window=window(config),
         preprocess=dataclasses.asdict(config.data.preprocess),
         overlap=config.predict.overlap,

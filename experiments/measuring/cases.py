@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines.config import TARGET_CLASSES
+from data_pipelines.targets import IGNORED, Target, target_of
 from experiments.measuring import lesions
 from experiments.measuring.metrics import case_metrics, to_mask
 from experiments.measuring.rows import Row
@@ -16,17 +16,25 @@ class Rule:
     """How predictions become masks.
 
     Attributes:
-        target: what is predicted; a key of ``TARGET_CLASSES``.
+        target: what is predicted: lesion, gland, zones, or a name of the user's.
         threshold: above which a probability of a target with one class is foreground.
+        labels, lesions: of a target of the user's own, as in ``DataConfig``.
     """
 
     target: str
     threshold: float
+    labels: tuple[str, ...] = ()
+    lesions: tuple[str, ...] = ()
+
+    @property
+    def definition(self) -> Target:
+        """Classes, and the stored values that make them."""
+        return target_of(self.target, self.labels, self.lesions)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the foreground classes, in label order."""
-        return TARGET_CLASSES[self.target]
+        return self.definition.classes
 
 
 def measure_case(
@@ -48,7 +56,8 @@ def measure_case(
         fold: in which it is validated; None without folds.
         prediction: in the frame of ``truth``: a mask ``d h w`` of whole numbers, class ``i`` as
             ``i + 1``; or probabilities ``d h w k``, of the class alone or with background first.
-        truth: integer or bool ``d h w``, class ``i`` as ``i + 1``.
+        truth: integer or bool ``d h w``, class ``i`` as ``i + 1``, or the parts of a target of the
+            user's own.
         spacing_mm: voxel size, ``d h w``.
         rule: target and threshold.
         detect: lesions too, where there are probabilities of them.
@@ -56,14 +65,18 @@ def measure_case(
     Raises:
         DataError: as ``case_metrics``.
     """
-    mask, detection = prediction, None
+    target, mask, detection = rule.definition, prediction, None
     if np.issubdtype(prediction.dtype, np.floating):
-        one = len(rule.classes) == 1
+        one = target.num_parts == 1
         mask = prediction[..., 0] if one else to_mask(prediction, rule.threshold)
-    measured = case_metrics(mask, truth, spacing_mm, rule.classes, rule.threshold)
-    if detect and rule.target == lesions.TARGET and mask is not prediction:
-        detection = lesions.detect(mask, truth)
+    measured = case_metrics(mask, truth, spacing_mm, target.classes, rule.threshold, target=target)
+    if detect and target.lesion is not None and mask is not prediction:
+        index = target.classes.index(target.lesion)
+        counted = None if target.ignore is None else truth != IGNORED
+        detection = lesions.detect(
+            target.probability_of(prediction, index), target.mask_of(truth, index), counted=counted
+        )
     return [
-        Row(case_id, patient_id, fold, name, metrics, detection)
+        Row(case_id, patient_id, fold, name, metrics, detection if name == target.lesion else None)
         for name, metrics in measured.items()
     ]

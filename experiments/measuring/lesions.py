@@ -18,10 +18,6 @@ import scipy
 
 from experiments.measuring.rows import Bin, Detection, Match
 
-TARGET = "lesion"
-"""The target of ``data_pipelines.config.DataConfig`` that is detected: a gland is always there,
-and what this module measures would say nothing of it."""
-
 VOXEL_BINS = 20
 """Bins of equal width over the probabilities of voxels from 0 to 1, for calibration."""
 
@@ -122,14 +118,19 @@ def _box(mask: np.ndarray) -> tuple[slice, ...] | None:
     return labels[0] if labels else None
 
 
-def detect(probability: np.ndarray, truth: np.ndarray) -> Detection:
+def detect(
+    probability: np.ndarray, truth: np.ndarray, *, counted: np.ndarray | None = None
+) -> Detection:
     """Lesions, case confidence and calibration counts of one case.
 
     Args:
         probability: floating point ``d h w``, of the foreground.
         truth: ``d h w``, foreground where above 0; its lesions are 26-connected.
+        counted: voxels that count, None is all; elsewhere there is no candidate.
     """
     truth = truth > 0
+    if counted is not None:
+        probability = np.where(counted, probability, 0).astype(probability.dtype)
     found = detection_map(probability)
     results, confidence = [], 0.0
     box = _box(truth | (found > 0))  # picai_eval scans all that it gets for each lesion
@@ -142,7 +143,11 @@ def detect(probability: np.ndarray, truth: np.ndarray) -> Detection:
         lesions=tuple(
             Match(int(target), float(score), float(overlap)) for target, score, overlap in results
         ),
-        voxels=bins(probability.ravel(), truth.ravel(), VOXEL_BINS),
+        voxels=bins(
+            probability.ravel() if counted is None else probability[counted],
+            truth.ravel() if counted is None else truth[counted],
+            VOXEL_BINS,
+        ),
     )
 
 

@@ -17,12 +17,14 @@ class Masks:
         truth: likewise, in the same box.
         spacing_mm: voxel size, ``d h w``.
         shape: of the whole volume.
+        num_ignored: voxels of it that do not count; they are in neither mask.
     """
 
     prediction: np.ndarray
     truth: np.ndarray
     spacing_mm: tuple[float, ...]
     shape: Sequence[int]
+    num_ignored: int = 0
 
     @cached_property
     def num_truth(self) -> int:
@@ -41,8 +43,8 @@ class Masks:
 
     @property
     def num_background(self) -> int:
-        """Voxels of the whole volume outside the truth."""
-        return math.prod(self.shape) - self.num_truth
+        """Voxels of the whole volume that count, outside the truth."""
+        return math.prod(self.shape) - self.num_ignored - self.num_truth
 
     @property
     def voxel_ml(self) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipelines.preparing import preprocessing
 from data_pipelines.serving import loading, splits
+from data_pipelines.targets import IGNORED
 from experiments.settings.config import Config
 
 
@@ -31,12 +32,13 @@ def run(
     threshold that gives the training cases the best mean Dice; measured like a prediction, in the
     T2W frame. Several classes are averaged over the cases that hold each, then with equal weight.
     """
-    classes = config.data.classes
+    target = config.data.definition
+    classes = target.classes
     grid, voxels = (), {}
     for case in loading.eval_cases(source, source.case_ids):
         grid = case.label.shape
         voxels[case.case_id] = [
-            np.flatnonzero(case.label == index) for index in range(1, len(classes) + 1)
+            np.flatnonzero(target.mask_of(case.label, index)) for index in range(len(classes))
         ]
     scores: list[list[float]] = [[] for _ in classes]
     for fold in done:
@@ -47,7 +49,8 @@ def run(
             for case_id in validation:
                 case = source[case_id]
                 mask = preprocessing.to_original(shape, case)[..., 0] > 0.5
-                truth = case.original_truth == index + 1
+                mask &= case.original_truth != IGNORED
+                truth = target.mask_of(case.original_truth, index)
                 if truth.any():
                     scores[index].append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
     return average(scores)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipelines.faults import DataError
+from data_pipelines.targets import IGNORED, Target
 from experiments.measuring.masks import Masks, Metric
 
 _ROUNDING = 1e-3
@@ -38,6 +39,8 @@ def case_metrics(
     spacing_mm: Sequence[float],
     classes: Sequence[str],
     threshold: float = 0.5,
+    *,
+    target: Target | None = None,
 ) -> dict[str, Values]:
     """Metrics of one case, per class.
 
@@ -49,6 +52,8 @@ def case_metrics(
         spacing_mm: voxel size, ``d h w``.
         classes: names of the foreground classes in label order.
         threshold: for probabilities only; fixed before the run, never tuned on these cases.
+        target: says which stored values make each class, and whether some are ignored: those
+            voxels are in no mask, and no background.
 
     Returns:
         ``{class: {metric: value}}`` with every name of ``METRICS``; None where undefined.
@@ -63,11 +68,17 @@ def case_metrics(
             f"{probability_or_mask.shape} and {truth.shape}. "
             "Bring the prediction back onto the original T2W grid first."
         )
-    mask = _as_mask(probability_or_mask, num_classes=len(classes), threshold=threshold)
+    highest = len(classes) if target is None else target.num_parts
+    mask = _as_mask(probability_or_mask, num_classes=highest, threshold=threshold)
+    num_ignored = 0
+    if target is not None and target.ignore is not None:
+        ignored = truth == IGNORED
+        num_ignored = int(ignored.sum())
+        mask, truth = (np.where(ignored, 0, labels) for labels in (mask, truth))
     for name, labels in (("prediction", mask), ("truth", truth)):
-        if labels.size and not 0 <= labels.min() <= labels.max() <= len(classes):
+        if labels.size and not 0 <= labels.min() <= labels.max() <= highest:
             raise DataError(
-                f"values of the {name} must lie in 0..{len(classes)} for classes "
+                f"values of the {name} must lie in 0..{highest} for classes "
                 f"{tuple(classes)}; got {labels.min()}..{labels.max()}. "
                 "Map the labels to these classes, or choose another target."
             )
@@ -76,8 +87,12 @@ def case_metrics(
     mask, truth = mask[box], truth[box]
     spacing = tuple(float(step) for step in spacing_mm)
     found = {}
-    for label, name in enumerate(classes, start=1):
-        masks = Masks(mask == label, truth == label, spacing, shape)
+    for index, name in enumerate(classes):
+        predicted, true = (
+            labels == index + 1 if target is None else target.mask_of(labels, index)
+            for labels in (mask, truth)
+        )
+        masks = Masks(predicted, true, spacing, shape, num_ignored)
         found[name] = {metric.name: metric.measure(masks) for metric in METRICS.values()}
     return found
 

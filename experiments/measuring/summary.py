@@ -190,8 +190,10 @@ def _check_rows(rows: Sequence[Row], folds: Sequence[int]) -> None:
         raise DataError(
             f"each case must be evaluated once per class; got {twice} twice. Drop the copies."
         )
-    without = sorted({row.case_id for row in rows if row.detection is None})
-    if 0 < len(without) < len({row.case_id for row in rows}):
+    detected = {row.name for row in rows if row.detection is not None}
+    of_detected = [row for row in rows if row.name in detected]
+    without = sorted({row.case_id for row in of_detected if row.detection is None})
+    if 0 < len(without) < len({row.case_id for row in of_detected}):
         raise DataError(
             "predictions must be probabilities of all cases, or masks of all; got whole numbers in "
             f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''} beside probabilities. "

@@ -70,8 +70,10 @@ def asked_for(arguments: Sequence[str], **words: Any) -> Config:
             skipping = argument.startswith(_OF_NETWORK)
         if not skipping:
             kept.append(argument)
+    from data_pipelines.reading.own_classes import with_own_classes  # reads files, --help does not
+
     asked = command_line.read(kept, default=PRESETS["auto"], **words)
-    return dataclasses.replace(asked, preset="auto")
+    return dataclasses.replace(asked, preset="auto", data=with_own_classes(asked.data))
 
 
 def given_values(asked: Config, arguments: Sequence[str]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ SHARE = 0.9
 MOST_COMPILED = 3
 """Steps that are compiled for a plan."""
 
+PLENTY = 0.1
+"""Share of a CPU's memory below which a step is not compiled to be sure that it fits."""
+
 WAYS = ((1, False), (2, False), (2, True))
 """Parts of a batch, and whether blocks are computed again: what costs nothing first."""
 
@@ -207,6 +210,8 @@ def _notes(making: Making, fingerprint: Fingerprint) -> Iterator[str]:
 def _decide_by_memory(making: Making) -> None:
     """Crop, network, batch, and how it is worked on, so that a step fits."""
     found = _search(making)
+    if making.known.device.is_cpu and _scaled(making, found) < PLENTY * making.limit:
+        making.compiled = None  # where time is scarce, none of it is spent on what is plentiful
     for attempt in range(MOST_COMPILED):
         needed, fits = _try(making, found, final=making.compiled is not None)
         if making.compiled is None:

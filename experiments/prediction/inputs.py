@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.case import Case, RawCase
-from data_pipelines.config import TARGET_CLASSES, DataConfig
+from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, MissingDataError, Problem
 from data_pipelines.modalities import by_modality, modality_of
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import GLAND
@@ -20,6 +20,7 @@ from data_pipelines.preparing.labels import settled
 from data_pipelines.reading import dataset_json, volume_io
 from data_pipelines.reading.case_files import CaseFiles
 from data_pipelines.reading.volume_io import name_without_ending
+from data_pipelines.targets import TARGET_CLASSES
 from experiments.prediction.outputs import KINDS, RECORD
 
 _LABEL_WORDS = {

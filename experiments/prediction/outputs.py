@@ -14,7 +14,9 @@ from cmsad_jax import __version__, export
 from cmsad_jax.inference import EnsemblePrediction, entropy
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case
+from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
+from data_pipelines.targets import TARGET_CLASSES, Target, target_of
 from experiments.measuring import lesions
 from experiments.measuring.lesions import Candidate
 from experiments.measuring.metrics import to_mask
@@ -34,6 +36,27 @@ candidates are those of ``experiments.measuring.lesions``, and each class has it
 """
 
 DISCLAIMER = "Research software, not a medical device: not for diagnosis or treatment."
+
+
+def target_of_model(description: export.Description) -> Target:
+    """Classes of a model, and the parts that make them.
+
+    Raises:
+        ConfigError: its outputs are not those of its target.
+    """
+    labels = description.labels
+    if not labels and description.target not in TARGET_CLASSES:
+        labels = tuple(f"{name}={i}" for i, name in enumerate(description.classes, start=1))
+    try:
+        target = target_of(description.target, labels, description.lesions)
+    except DataError as error:
+        raise ConfigError(f"the target of the model cannot be: {error}") from None
+    if len(target.part_names) != len(description.classes):
+        raise ConfigError(
+            f"a model must give what its target has; got {', '.join(description.classes)} and "
+            f"{', '.join(target.part_names)}. Export the run again."
+        )
+    return target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,28 +340,30 @@ class PredictionFolder:
         probability = original(computed.prediction.probability)
         if uncertainty:
             write("entropy", entropy(probability))
+        target = target_of_model(description)
         mask = to_mask(probability, description.threshold)
         foreground = probability if len(classes) == 1 else probability[..., 1:]
         for index, name in enumerate(classes):
             write("probabilities", foreground[..., index], f"_{name}" if len(classes) > 1 else "")
-        write("masks", mask)  # last: a mask is there only if all else is
+        write("masks", target.to_file(mask))  # last: a mask is there only if all else is
         has = dict(zip(description.modalities, case.present, strict=True))
         voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
         found = PredictedCase(case.case_id)
-        if description.target == lesions.TARGET:
-            candidates = lesions.candidates(foreground[..., 0], affine)
+        if target.lesion is not None:
+            of_lesions = target.probability_of(probability, target.classes.index(target.lesion))
+            candidates = lesions.candidates(of_lesions, affine)
             found = judged(found, candidates, operating_point(description))
         return dataclasses.replace(
             found,
             modalities=tuple(name for name, there in has.items() if there),
             missing_modalities=tuple(name for name, there in has.items() if not there),
             volume_ml={
-                name: round(float((mask == label).sum() * voxel_ml), 4)
-                for label, name in enumerate(classes, start=1)
+                name: round(float(target.mask_of(mask, index).sum() * voxel_ml), 4)
+                for index, name in enumerate(target.classes)
             },
             highest_probability={
-                name: round(float(foreground[..., index].max()), 6)
-                for index, name in enumerate(classes)
+                name: round(float(target.probability_of(probability, index).max()), 6)
+                for index, name in enumerate(target.classes)
             },
             files=files,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.case import Case, spacing_of
+from data_pipelines.targets import IGNORED
 from experiments.measuring.rows import Row
 from experiments.prediction.windows import Params, predict_case, scaled_image
 from experiments.process.storage import (
@@ -66,12 +67,12 @@ def save_figure(config: Config, programs: Programs, params: Params, case: Case, 
 def grids(case: Case) -> dict[str, np.ndarray]:
     """The truth, and where the network's grid and that of the T2W file lie."""
     return {
-        "truth": case.label,
+        "truth": np.where(case.label == IGNORED, 0, case.label),
         "spacing_mm": np.array(spacing_of(case.affine)),
         "affine": case.affine,
         "original_affine": case.original_affine,
         "original_shape": np.array(case.original_shape),
-        "original_truth": case.truth,
+        "original_truth": np.where(case.truth == IGNORED, 0, case.truth),
         "truth_offset": np.array(case.truth_offset),
     }
 

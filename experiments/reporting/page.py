@@ -151,7 +151,9 @@ def write_report(run: RunFolder, report: ReportConfig = ReportConfig()) -> Path:
     threshold = 0.5 if results.threshold is None else results.threshold
     facts = _facts(run, results, classes, names) | {
         "max_mb": f"{report.max_mb:g}",
-        "pictures": pictures_of(kept, results, classes, int(limit * PICTURES_SHARE)),
+        "pictures": pictures_of(
+            kept, results, results.parts or classes, int(limit * PICTURES_SHARE)
+        ),
         "not_kept": results.summary.num_cases - len(kept),
         "lesions": lesion_table(rows, {}, names, threshold),
         "viewer": None,
@@ -160,7 +162,7 @@ def write_report(run: RunFolder, report: ReportConfig = ReportConfig()) -> Path:
     markdown, html = (templates.get_template(f"report.{kind}.j2") for kind in ("md", "html"))
     places_bytes = BYTES_PER_PLACE * (len(facts["lesions"].rows) if facts["lesions"] else 0)
     room = limit - len(html.render(facts).encode()) - PROGRAM_BYTES - places_bytes
-    viewer, places = _viewer(results, classes, kept, room)
+    viewer, places = _viewer(results, results.parts or classes, kept, room)
     facts["viewer"] = viewer
     facts["lesions"] = lesion_table(rows, places, names, threshold)
     write_text(run.report_markdown, markdown.render(facts))

@@ -14,6 +14,7 @@ from cmsad_jax.modules.encoder import EncoderConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.command_line import current_names
 from data_pipelines.config import DataConfig
+from data_pipelines.targets import IGNORED
 from experiments.settings.config import Config, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
@@ -140,9 +141,16 @@ def complete(config: Config) -> Config:
 
     The network's inputs and outputs are the data's modalities and classes.
     """
+    from data_pipelines.reading.own_classes import with_own_classes  # reads files, --help does not
+
+    config = dataclasses.replace(config, data=with_own_classes(config.data))
     data, train = config.data, config.train
     network = dataclasses.replace(
         config.network, modalities=data.modalities, num_classes=data.num_classes
+    )
+    ignore = None if data.definition.ignore is None else IGNORED
+    config = dataclasses.replace(
+        config, loss=dataclasses.replace(config.loss, ignored_label=ignore)
     )
     _check_ranges(config)
     _check_crop(train.crop, data.preprocess.size, network.encoder)

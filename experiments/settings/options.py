@@ -19,9 +19,13 @@ from tyro.constructors import (
 )
 
 from cmsad_jax.modules.network import NetworkConfig
+from cmsad_jax.training import LossConfig
 
-FROM_THE_DATA = ("modalities", "num_classes")
-"""Fields of the network that ``experiments.settings.command_line.complete`` fills in."""
+FROM_THE_DATA: dict[type, tuple[str, ...]] = {
+    NetworkConfig: ("modalities", "num_classes"),
+    LossConfig: ("ignored_label",),
+}
+"""Fields that ``experiments.settings.command_line.complete`` fills in."""
 
 REGISTRY = ConstructorRegistry()
 
@@ -55,20 +59,21 @@ def _optional(
 
 
 @REGISTRY.struct_rule
-def _network(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The network's fields but for those that follow from the data, which keep their defaults."""
-    if info.type is not NetworkConfig:
+def _filled_in(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Fields but for those that follow from the data, which keep their defaults."""
+    kind = next((kind for kind in FROM_THE_DATA if info.type is kind), None)
+    if kind is None:
         return None
-    default = info.default if isinstance(info.default, NetworkConfig) else NetworkConfig()
-    parameters = docstring_parser.parse_from_object(NetworkConfig).params
+    default = info.default if isinstance(info.default, kind) else kind()
+    parameters = docstring_parser.parse_from_object(kind).params
     meaning = {parameter.arg_name: parameter.description for parameter in parameters}
-    hints = typing.get_type_hints(NetworkConfig)
+    hints = typing.get_type_hints(kind)
     return StructConstructorSpec(
-        instantiate=NetworkConfig,
+        instantiate=kind,
         fields=tuple(
             StructFieldSpec(name, hints[name], getattr(default, name), meaning.get(name))
             for name in hints
-            if name not in FROM_THE_DATA
+            if name not in FROM_THE_DATA[kind]
         ),
     )
 

@@ -248,7 +248,7 @@ def measure_fold(
             if stop.number is not None:
                 break
             rows = predict_and_measure(config, programs, params, case, fold.number, folder)
-            folder.store_case(case.case_id, weights, rows, config.data.classes)
+            folder.store_case(case.case_id, weights, rows, config.data.definition.part_names)
             found[case.case_id] = tuple(rows)
     rows = [row for rows in found.values() for row in rows or ()]
     shutil.rmtree(folder.figures, ignore_errors=True)
@@ -289,13 +289,14 @@ def predict_and_measure(
     config: Config, programs: Programs, params: Params, case: Case, fold: int, folder: FoldFolder
 ) -> list[Row]:
     """Predict a case, save mask and probabilities in its T2W frame, and measure them there."""
-    classes, affine = config.data.classes, case.original_affine
+    target, affine = config.data.definition, case.original_affine
+    classes = target.part_names
     probability = preprocessing.to_original(
         predict_case(programs.predict, params, case, config, config.network.num_classes), case
     )
     foreground = probability if len(classes) == 1 else probability[..., 1:]
     files = [folder.mask(case.case_id), *folder.probabilities(case.case_id, classes)]
-    mask = to_mask(probability, config.predict.threshold)
+    mask = target.to_file(to_mask(probability, config.predict.threshold))
     for path, array in zip(files, [mask, *np.moveaxis(foreground, -1, 0)], strict=True):
         with naming_path(path):
             volume_io.write_nifti(path, array, affine, case_id=case.case_id)
@@ -312,7 +313,8 @@ def predict_and_measure(
 
 def rule_of(config: Config) -> Rule:
     """How the run's probabilities become masks."""
-    return Rule(config.data.target, config.predict.threshold)
+    data = config.data
+    return Rule(data.target, config.predict.threshold, data.labels, data.lesions)
 
 
 def weights_sha256(params: Params) -> str:
@@ -334,6 +336,7 @@ def finish(config: Config, folder: RunFolder, baseline: MeanShape) -> Results:
         summary.summarise(rows, folds=list(of_fold)),
         target=config.data.target,
         classes=config.data.classes,
+        parts=config.data.definition.part_names if config.data.definition.has_regions else None,
         threshold=config.predict.threshold,
         checkpoint="ema" if config.train.average_decay else "last",
         num_folds=config.num_folds,

@@ -14,6 +14,7 @@ from cmsad_jax import parallel
 from cmsad_jax.training import TrainState
 from data_pipelines.case import Case
 from data_pipelines.serving import loading
+from data_pipelines.targets import IGNORED, foreground
 from experiments.measuring.metrics import to_mask
 from experiments.prediction.windows import Params, predict_case
 from experiments.process import hosts
@@ -37,14 +38,16 @@ def reference_dice(
     """
     scores = []
     for case in cases:
-        if not case.label.any():
+        if not foreground(case.label).any():
             continue
         probability = predict_case(
             programs.predict, params, case, config, config.network.num_classes
         )
         mask = to_mask(probability, config.predict.threshold)
-        for index in range(1, len(config.data.classes) + 1):
-            truth, found = case.label == index, mask == index
+        target = config.data.definition
+        mask[case.label == IGNORED] = 0
+        for index in range(len(target.classes)):
+            truth, found = target.mask_of(case.label, index), target.mask_of(mask, index)
             if truth.any():
                 scores.append(2 * (truth & found).sum() / (truth.sum() + found.sum()))
     return float(np.mean(scores)) if scores else None

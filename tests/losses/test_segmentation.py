@@ -1,5 +1,6 @@
 import inspect
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,35 @@ def test_overlap_over_something_else_is_refused(overlap, monkeypatch):
     logits, labels = example(1)
     with pytest.raises(ConfigError, match=r"one of example, batch, target; got 'case'. Use 'exam"):
         overlap(logits, labels, over="case")
+
+
+LOSSES_OF_VOXELS = {
+    "dice": dice_loss,
+    "tversky": partial(tversky_loss, alpha=0.3, beta=0.7),
+    "cross_entropy": cross_entropy_loss,
+    "weighted": partial(cross_entropy_loss, class_weights=(1.0, 2.0, 3.0)),
+    "focal": focal_loss,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_OF_VOXELS)
+def test_voxels_that_do_not_count_are_as_if_cut_off(name):
+    """Half of the rows do not count: the loss is that of the others, with no gradient there."""
+    loss = LOSSES_OF_VOXELS[name]
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(2, 4, 6, 3)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 3, (2, 4, 6)))
+    counted = jnp.arange(4)[None, :, None] < 2
+    counted = jnp.broadcast_to(counted, labels.shape)
+
+    def total(logits, labels):
+        return loss(logits, labels, counted=counted)
+
+    np.testing.assert_allclose(total(logits, labels), loss(logits[:, :2], labels[:, :2]), rtol=1e-5)
+    other = jnp.where(counted, labels, (labels + 1) % 3)
+    np.testing.assert_array_equal(total(logits, labels), total(logits, other))
+    gradient = jax.grad(lambda x: total(x, labels).sum())(logits)
+    assert (np.asarray(gradient)[:, 2:] == 0).all()
+    assert (np.asarray(gradient)[:, :2] != 0).any()
+    nothing = loss(logits, labels, counted=jnp.zeros_like(counted))
+    assert np.isfinite(nothing).all()
