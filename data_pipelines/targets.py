@@ -141,13 +141,13 @@ def target_of(name: str, labels: Sequence[str] = (), lesions: Sequence[str] = ()
     named, parts, of_parts = _parts(values)
     lesion = None
     if lesions:
-        if len(lesions) > 1 or lesions[0] not in named:
+        lesion = lesions[0]
+        if len(lesions) > 1 or lesion not in named:
             raise DataError(
                 "one class may be said to be a lesion, of those that are there; got "
                 f"{', '.join(lesions)} and the classes {', '.join(named)}. Use "
                 f"--data.lesions {named[0]}."
             )
-        lesion = lesions[0]
     return Target(name, named, parts, of_parts, ignore, lesion)
 
 
@@ -170,7 +170,8 @@ def _read(labels: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], int | None
             )
         found[name] = values
     ignored = found.pop("ignore", None)
-    if ignored is not None and (len(ignored) > 1 or any(ignored[0] in v for v in found.values())):
+    one = None if ignored is None else ignored[0]
+    if ignored is not None and (len(ignored) > 1 or any(one in v for v in found.values())):
         raise DataError(
             "what is ignored must be one value that no class has; got ignore="
             f"{'+'.join(map(str, ignored))}. Use --data.labels tumour=1 ignore=2."
@@ -180,7 +181,7 @@ def _read(labels: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], int | None
             f"a target must have at least one class; got {' '.join(labels)}. Use --data.labels "
             "tumour=1."
         )
-    return found, None if ignored is None else ignored[0]
+    return found, one
 
 
 def _parts(

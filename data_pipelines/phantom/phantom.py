@@ -11,7 +11,7 @@ Axes and coordinates are those of `anatomy`.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -52,7 +52,7 @@ class Tissue(NamedTuple):
 
 
 def make_case(
-    index: int, *, seed: int = 0, target: Literal["lesion", "gland", "zones"] = "lesion"
+    index: int, *, seed: int = 0, target: str = "lesion"
 ) -> RawCase:
     """Images and label of a case, a function of its arguments alone.
 

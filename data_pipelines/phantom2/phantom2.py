@@ -50,7 +50,7 @@ def make_case(
     index: int,
     *,
     seed: int = 0,
-    target: Literal["lesion", "gland", "zones"] = "lesion",
+    target: str = "lesion",
     reader: Literal[1, 2] = 1,
 ) -> RawCase:
     """Images and label of a case, a function of its arguments alone.

@@ -151,7 +151,7 @@ def test_a_modality_that_no_case_has_is_refused(tmp_path):
     [
         ({"csPCa lesion": 1, "ignore": 2}, r"got ignore. Make it so with value 1 set to 1"),
         ({"ROI": 1, "Ignore": 2}, r"got Ignore. Make it so"),
-        ({"foreground": 1, "ignore": 2}, r"no voxels that are to be ignored, .* got ignore with"),
+        ({"foreground": 1, "ignore": 2}, r"no voxels that are to be ignored .* got ignore with"),
         ({"ignore": 1}, r"no voxels that are to be ignored"),
         ({"bladder": 1}, r"got bladder. Choose another --data.target, or rename it \(lesion\)"),
         ({"lesion": [1, 2]}, r"must give each label one value; got the region lesion of \[1, 2\]"),

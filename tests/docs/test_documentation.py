@@ -43,6 +43,8 @@ NOT_OF_THE_METHOD = {
     "deterministic",
     "data.allow_missing",
     "data.cache",
+    "data.labels",
+    "data.lesions",
     "data.name",
     "data.path",
     "data.phantom.num_cases",
@@ -60,6 +62,7 @@ NOT_OF_THE_METHOD = {
     "folds",
     "folds_at_once",
     "group_by",
+    "loss.ignored_label",  # follows from the data
     "network.dtype",
     "network.matmul_precision",
     "network.modalities",  # follow from the data
