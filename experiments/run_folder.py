@@ -129,25 +129,25 @@ class Results:
     Attributes:
         summary: the figures.
         target, classes, threshold: what was predicted, and where a probability is foreground.
-        parts: what the network tells apart, where classes are regions made of it.
         checkpoint: whose weights were used: ``ema`` or ``last``.
         num_folds, folds_done: of the run; those that the figures are of.
         baseline_mean_shape: Dice without looking at an image.
         best_checkpoint: of each fold, chosen on its validation cases.
         fold_summaries: of each fold.
+        parts: what the network tells apart, where classes are regions made of it.
     """
 
     summary: Summary = dataclasses.field(metadata=INLINE)
     target: str | None = None
     classes: tuple[str, ...] | None = None
     threshold: float | None = None
-    parts: tuple[str, ...] | None = None
     checkpoint: str | None = None
     num_folds: int | None = None
     folds_done: tuple[int, ...] | None = None
     baseline_mean_shape: MeanShape | None = None
     best_checkpoint: Mapping[int, Best] | None = None
     fold_summaries: Mapping[int, FoldSummary] | None = None
+    parts: tuple[str, ...] | None = None
 
 
 def _with_summary(content: dict[str, object]) -> dict[str, object]:

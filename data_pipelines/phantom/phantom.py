@@ -51,9 +51,7 @@ class Tissue(NamedTuple):
     hbv_sd: float
 
 
-def make_case(
-    index: int, *, seed: int = 0, target: str = "lesion"
-) -> RawCase:
+def make_case(index: int, *, seed: int = 0, target: str = "lesion") -> RawCase:
     """Images and label of a case, a function of its arguments alone.
 
     T2W is in arbitrary units, ADC in 1e-6 mm2/s, HBV in arbitrary units. The label lies on the
