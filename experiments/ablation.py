@@ -267,9 +267,10 @@ def base_of(command: AblationConfig, options: Sequence[str]) -> tuple[Config, tu
 
 def _cv_options(command: AblationConfig, options: Sequence[str]) -> list[str]:
     """Options for ``experiments.cv``: those of the preset where none was given, then the rest."""
-    if command.config not in PRESETS:
+    presets = [name for name in PRESETS if name != "auto"]
+    if command.config not in presets:
         raise ConfigError(
-            f"config must be one of {', '.join(PRESETS)}; got {command.config!r}. "
+            f"config must be one of {', '.join(presets)}; got {command.config!r}. "
             "Use --config=small."
         )
     given = {option.split("=")[0] for option in options}
