@@ -53,10 +53,12 @@ class RunRecord:
     Attributes:
         config: JSON values of its ``Config``.
         data_fingerprint: of its data set.
+        plan_sha256: of the values of the plan that it follows; empty without one.
     """
 
     config: Mapping[str, object]
     data_fingerprint: str = ""
+    plan_sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,7 +408,9 @@ class RunFolder:
                 "Name another folder with --output, or remove that one."
             )
 
-    def open(self, config: Config, source: loading.CaseSource, folds: splits.Folds) -> None:
+    def open(
+        self, config: Config, source: loading.CaseSource, folds: splits.Folds, plan_sha256: str = ""
+    ) -> None:
         """Fill a new folder, or check that it was made from the same data and folds.
 
         Raises:
@@ -429,7 +433,7 @@ class RunFolder:
         with naming_path(self.folds):
             folds.save(self.folds)
         records.write_record(self.environment, environment(), schema=SCHEMA)
-        record = RunRecord(to_json(config), source.fingerprint)
+        record = RunRecord(to_json(config), source.fingerprint, plan_sha256)
         records.write_record(self.config, record, schema=SCHEMA)
 
     def members(self, config: Config, folds: Sequence[int] | None) -> list[int]:

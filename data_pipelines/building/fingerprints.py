@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +133,24 @@ def _tuples(name: str, value: Any) -> Any:
 
 
 def grid_cost(
-    builder: CaseBuilder, data: DataConfig, case_ids: Collection[str], *, most: int = 20
-) -> tuple[float, ...]:
+    builder: CaseBuilder, grids: Sequence[DataConfig], case_ids: Collection[str], *, most: int = 20
+) -> list[tuple[float, ...]]:
     """``round_trip_dice`` of up to ``most`` of some cases, at even distances in their order.
 
     Args:
         builder: lists and reads the cases.
-        data: whose reference grid is asked about.
+        grids: whose reference grids are asked about.
         case_ids: of cases that hold the target.
         most: cases that are read.
     """
     entries = [entry for entry in builder.sorted_entries if entry.case_id in {*case_ids}]
     step = max(len(entries) / most, 1)
     chosen = [entries[int(i * step)] for i in range(min(most, len(entries)))]
-    found = (fingerprint.round_trip_dice(readable(builder, entry), data) for entry in chosen)
-    return tuple(dice for dice in found if dice is not None)
+    found: list[list[float]] = [[] for _ in grids]
+    for entry in chosen:
+        raw = readable(builder, entry)
+        for data, of_grid in zip(grids, found, strict=True):
+            dice = fingerprint.round_trip_dice(raw, data)
+            if dice is not None:
+                of_grid.append(dice)
+    return [tuple(of_grid) for of_grid in found]

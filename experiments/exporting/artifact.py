@@ -136,4 +136,4 @@ def _without_paths(record: RunRecord) -> RunRecord:
     data = config["data"]
     assert isinstance(data, Mapping), "a configuration has a section of its data"
     config["data"] = {key: value for key, value in data.items() if key not in ("path", "cache")}
-    return RunRecord(config, record.data_fingerprint)
+    return RunRecord(config, record.data_fingerprint, record.plan_sha256)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from cmsad_jax import export
 from experiments.measuring.metrics import METRICS
+from experiments.prediction.outputs import target_of_model
 
 
 def model_card(description: export.Description, num_parameters: int) -> str:
@@ -12,11 +13,18 @@ def model_card(description: export.Description, num_parameters: int) -> str:
     environment = description.provenance["environment"]
     grid = description.preprocess
     low, high = grid["clip_percentiles"]
+    own = bool(description.labels)
+    classes = target_of_model(description).classes if own else description.classes
+    of_what = "in images" if own else "in prostate MRI"
+    kept = ", ".join(grid.get("scales", ()))
+    scaled = "scaled to mean 0 and sd 1" + (
+        f", but for what keeps its unit ({kept}: centre and width)" if kept else ""
+    )
     rows = [
         f"| {name} | {key} | {_figure(description, 'mean', name, key)} "
         f"| {_figure(description, 'sd', name, key)} "
         f"| {_figure(description, 'num_defined', name, key)} |"
-        for name in description.classes
+        for name in classes
         for key, metric in METRICS.items()
         if metric.per_fold
     ]
@@ -29,7 +37,7 @@ def model_card(description: export.Description, num_parameters: int) -> str:
     missing = "may be missing" if description.allow_missing else "must all be there"
     return f"""# Model card
 
-Segments {", ".join(description.classes)} in prostate MRI from {", ".join(description.modalities)}
+Segments {", ".join(classes)} {of_what} from {", ".join(description.modalities)}
 ({missing}). **Research software, not a medical device: not for diagnosis or treatment.**
 
 - **Model**: cross-modal self-attention distillation (CMSAD), a reconstruction from the abstract of
@@ -37,7 +45,7 @@ Segments {", ".join(description.classes)} in prostate MRI from {", ".join(descri
   ({", ".join(description.members)}), whose probabilities are averaged.
 - **Input**: volumes resampled to {_times(grid["size"])} voxels (d h w) of
   {_times(grid["spacing_mm"])} mm around the centre of the {centre}, clipped to the percentiles
-  {low:g} to {high:g}, scaled to mean 0 and sd 1. What lies outside that grid is not examined.
+  {low:g} to {high:g}, {scaled}. What lies outside that grid is not examined.
 - **Output**: probabilities; {rule}.
 - **Trained on**: data set `{data["name"]}`, fingerprint
   `{description.provenance["data_fingerprint"][:16]}`; commit `{environment.get("git_commit")}`,

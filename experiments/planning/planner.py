@@ -250,7 +250,7 @@ def _decide_found(making: Making, found: Search) -> None:
         else "the largest part of the grid whose step fits, shortened where it is longest (nnU-Net)"
     )
     how = "compiled" if making.compiled is not None else "scaled from other chips' accounts"
-    fact = f"grid {_words(known['data.preprocess.size'])}; {device.memory_gib:g} GiB, {how}"
+    fact = f"grid {_words(known['data.preprocess.size'])}; {device.memory_gib:.4g} GiB, {how}"
     making.decide("train.crop", Decision(found.crop, why, fact, DEVICE))
     for field, decision in making.network(found.crop).items():
         making.decide(field, decision)
@@ -410,7 +410,9 @@ def _try(making: Making, found: Search, *, final: bool) -> tuple[float, bool]:
 
 def _device_in_words(device: Target) -> str:
     here = "at hand" if device.at_hand else "not at hand"
-    return f"{device.count} x {device.kind} ({device.platform}), {device.memory_gib:g} GiB, {here}"
+    return (
+        f"{device.count} x {device.kind} ({device.platform}), {device.memory_gib:.4g} GiB, {here}"
+    )
 
 
 def _json(value: Any) -> Any:

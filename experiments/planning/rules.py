@@ -422,13 +422,16 @@ def batch_size(known: Known, crop: Sequence[int], fitting: int) -> Decision:
 
 
 def foreground_share(known: Known) -> Decision:
-    """A third, if anything is to be found."""
-    share = known.agreed(lambda cases: any(case.positive for case in cases))
+    """A third, if anything is to be found in every fold's training patients."""
+    without = sum(not any(case.positive for case in cases) for cases in known.training)
     positives = sum(case.positive for case in known.cases)
+    fact = f"{positives} of {len(known.cases)} cases are positive"
+    if without and positives:
+        fact += f", and {without} of {len(known.training)} folds train on none of them"
     return Decision(
-        1 / 3 if share else 0.0,
-        "a third of the crops hold target (nnU-Net)",
-        f"{positives} of {len(known.cases)} cases are positive",
+        0.0 if without else 1 / 3,
+        "a third of the crops hold target (nnU-Net), where there is some in every fold",
+        fact,
         TRAINING,
     )
 

@@ -86,22 +86,21 @@ def _grid_cost(builder: CaseBuilder, found: Fingerprint, plan: Plan, asked: Conf
     if not positives:
         return []
     config = record.applied(plan.base, plan.values, asked)
-    said = []
-    (d, h, w), (depth, height, width) = (
-        config.data.preprocess.spacing_mm,
-        config.data.preprocess.size,
+    asked_grid = config.data.preprocess
+    (d, h, w), (depth, height, width) = asked_grid.spacing_mm, asked_grid.size
+    finer = dataclasses.replace(
+        asked_grid, spacing_mm=(d, h / 2, w / 2), size=(depth, 2 * height, 2 * width)
     )
-    for spacing, size in (
-        ((d, h, w), (depth, height, width)),
-        ((d, h / 2, w / 2), (depth, 2 * height, 2 * width)),
-    ):
-        grid = dataclasses.replace(config.data.preprocess, spacing_mm=spacing, size=size)
-        data = dataclasses.replace(config.data, preprocess=grid)
-        dice = fingerprints.grid_cost(builder, data, positives)
-        said.append(
-            f"{sum(dice) / len(dice):.3f} at {spacing[0]:g} x {spacing[1]:g} x {spacing[2]:g} mm"
-        )
+    grids = [dataclasses.replace(config.data, preprocess=grid) for grid in (asked_grid, finer)]
+    dice = fingerprints.grid_cost(builder, grids, positives)
+    if not all(dice):
+        return []
+    said = [
+        f"{sum(of_grid) / len(of_grid):.3f} at "
+        f"{' x '.join(f'{mm:g}' for mm in grid.preprocess.spacing_mm)} mm"
+        for of_grid, grid in zip(dice, grids, strict=True)
+    ]
     return [
-        f"note: labels taken to the grid and back keep a Dice of {said[0]} ({len(dice)} cases), "
-        f"which no network can exceed; {said[1]}."
+        f"note: labels taken to the grid and back keep a Dice of {said[0]} ({len(dice[0])} "
+        f"cases), which no network can exceed; {said[1]}."
     ]

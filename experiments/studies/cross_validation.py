@@ -100,7 +100,7 @@ def run(
                 held.enter_context(locked(folder.path))
                 folder.refuse_other(config)
                 remove_temporary_files(folder.path)
-                folder.open(config, source, folds)
+                folder.open(config, source, folds, "" if plan is None else plan.sha256)
                 if plan is not None:
                     record.write(plan, folder.plan)
         return run_folds(config, devices, programs, source, folds)

@@ -281,6 +281,10 @@ def test_foreground_is_sought_where_there_is_some():
     nothing = made.made(4, spacing=(3, 1, 1), size=(20, 100, 100), positive=0.0)
     assert rules.foreground_share(known_of(nothing)).value == 0.0
     assert "no case holds any target" in plan_of(nothing).notes[0]
+    one = made.made(3, spacing=(3, 1, 1), size=(20, 100, 100), positive=1 / 3)
+    decision = rules.foreground_share(known_of(one))
+    assert decision.value == 0.0
+    assert decision.fact == "1 of 3 cases are positive, and 1 of 3 folds train on none of them"
 
 
 @pytest.mark.parametrize("device", ["cpu", "16"])
@@ -430,3 +434,31 @@ def test_stages_by_hand_go_over_those_of_the_plan(tmp_path):
     record.write(plan_of(made.THREE), tmp_path / "plan.json")
     arguments = [f"--plan={tmp_path / 'plan.json'}", "--network.encoder.channels", "4", "4", "4"]
     assert configure.configure([*arguments, "8"]).config.network.encoder.channels == (4, 4, 4, 8)
+
+
+def test_command_measures_plans_prints_and_writes(tmp_path, capsys):
+    words = ["--data.phantom.num-cases=4", f"--data.cache={tmp_path}", "--accelerator=cpu"]
+    plans = []
+    for name in ("a", "b"):
+        command.main([f"--write={tmp_path / name}.json", "--data.target=gland", *words])
+        plans.append((tmp_path / f"{name}.json").read_bytes())
+    assert plans[0] == plans[1], "the same data and device give the same plan"
+    said = capsys.readouterr().out
+    assert "4 cases of 4 patients, 4 with gland" in said
+    assert "data.preprocess.spacing_mm                   3 2 2\n" in said
+    assert "labels taken to the grid and back keep a Dice of 0.9" in said
+    assert "2 crops of 24 48 48: 0." in said
+    assert "experiments.cv --plan=" in said
+    config = configure.configure([f"--plan={tmp_path / 'a.json'}", *words]).config
+    assert config.num_folds == 4
+    assert config.data.preprocess.scales == ("adc=1200/500",)
+
+
+def test_command_plans_for_a_chip_that_is_not_there(tmp_path, capsys):
+    words = ["--data.phantom.num-cases=3", f"--data.cache={tmp_path}", "--chip=h100"]
+    command.main([f"--write={tmp_path / 'plan.json'}", *words])
+    plan = record.read(tmp_path / "plan.json")
+    assert plan.base == "volume3d"
+    assert plan.device == "1 x h100 (gpu), 79.11 GiB, not at hand"
+    assert {trial.how for trial in plan.trials} == {"scaled"}
+    assert "scaled from other chips' accounts" in capsys.readouterr().out
