@@ -1,10 +1,24 @@
 """What a person should know before using an exported model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cmsad_jax import export
 from experiments.measuring.metrics import METRICS
 from experiments.prediction.outputs import target_of_model
+
+
+def classes_of(description: export.Description) -> tuple[str, ...]:
+    """What is measured: the outputs, or what the user's lines make of them."""
+    own = bool(description.labels)
+    return target_of_model(description).classes if own else description.classes
+
+
+def _scaled(grid: Mapping[str, Any]) -> str:
+    """How intensities are scaled."""
+    kept = ", ".join(grid.get("scales", ()))
+    units = f", but for what keeps its unit ({kept}: centre and width)" if kept else ""
+    return f"scaled to mean 0 and sd 1{units}"
 
 
 def model_card(description: export.Description, num_parameters: int) -> str:
@@ -13,13 +27,8 @@ def model_card(description: export.Description, num_parameters: int) -> str:
     environment = description.provenance["environment"]
     grid = description.preprocess
     low, high = grid["clip_percentiles"]
-    own = bool(description.labels)
-    classes = target_of_model(description).classes if own else description.classes
-    of_what = "in images" if own else "in prostate MRI"
-    kept = ", ".join(grid.get("scales", ()))
-    scaled = "scaled to mean 0 and sd 1" + (
-        f", but for what keeps its unit ({kept}: centre and width)" if kept else ""
-    )
+    classes = classes_of(description)
+    of_what = "in images" if description.labels else "in prostate MRI"
     rows = [
         f"| {name} | {key} | {_figure(description, 'mean', name, key)} "
         f"| {_figure(description, 'sd', name, key)} "
@@ -45,7 +54,7 @@ Segments {", ".join(classes)} {of_what} from {", ".join(description.modalities)}
   ({", ".join(description.members)}), whose probabilities are averaged.
 - **Input**: volumes resampled to {_times(grid["size"])} voxels (d h w) of
   {_times(grid["spacing_mm"])} mm around the centre of the {centre}, clipped to the percentiles
-  {low:g} to {high:g}, {scaled}. What lies outside that grid is not examined.
+  {low:g} to {high:g}, {_scaled(grid)}. What lies outside that grid is not examined.
 - **Output**: probabilities; {rule}.
 - **Trained on**: data set `{data["name"]}`, fingerprint
   `{description.provenance["data_fingerprint"][:16]}`; commit `{environment.get("git_commit")}`,

@@ -11,9 +11,10 @@ from cmsad_jax.modules import NetworkConfig
 from cmsad_jax.modules.network import NetworkOutput
 from cmsad_jax.training import LossConfig, segmentation_terms
 from cmsad_jax.types import ConfigError
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.targets import IGNORED
 from experiments.exporting.artifact import describe
+from experiments.exporting.model_card import classes_of, model_card
 from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.summary import summarise
 from experiments.prediction.outputs import target_of_model
@@ -153,3 +154,14 @@ def test_models_know_their_classes():
     odd = dataclasses.replace(described, labels=("x",))
     with pytest.raises(ConfigError, match="target of the model cannot be"):
         target_of_model(odd)
+
+
+def test_card_names_classes_and_units():
+    config = config_of(preprocess=PreprocessConfig(scales=("adc=1200/500",)))
+    facts = {"config": to_json(config), "environment": {}, "data_fingerprint": "0" * 64}
+    described = describe(config, members=("fold_0",), provenance=facts, metrics={}, license="x")
+    assert classes_of(described) == ("whole", "tumour")
+    assert classes_of(dataclasses.replace(described, labels=())) == ("whole", "whole.tumour")
+    card = " ".join(model_card(described, 1000).split())
+    assert "Segments whole, tumour in images from t2w, adc, hbv" in card
+    assert "sd 1, but for what keeps its unit (adc=1200/500: centre and width)" in card
