@@ -83,8 +83,6 @@ class Making:
         value = self.given.get(field, decision.value)
         rule, fact, basis = decision.rule, decision.fact, decision.basis
         by_hand = field in self.given
-        if by_hand:
-            rule = f"given; the rule says {record.in_words(decision.value)}: {rule}"
         self.known.values[field] = value
         self.lines.append(Line(field, _json(value), rule, fact, basis, by_hand))
 
@@ -176,7 +174,19 @@ def make(
     if not given:
         return plan
     alone = make(fingerprint, folds, asked, {}, device)
-    return dataclasses.replace(plan, changed_by_hand=tuple(_changes(alone, plan)))
+    return dataclasses.replace(
+        plan,
+        lines=tuple(_beside(line, alone) for line in plan.lines),
+        changed_by_hand=tuple(_changes(alone, plan)),
+    )
+
+
+def _beside(line: Line, alone: Plan) -> Line:
+    """A line by hand with what the rule alone would have said."""
+    if not line.by_hand:
+        return line
+    said = record.in_words(alone.values[line.field])
+    return dataclasses.replace(line, rule=f"given; the rule says {said}: {line.rule}")
 
 
 def _known(fingerprint: Fingerprint, folds: splits.Folds, asked: Config, device: Target) -> Known:

@@ -183,7 +183,7 @@ def format_plan(plan: Plan) -> str:
         hand = " (by hand)" if line.by_hand else ""
         lines.append(f"{line.field:<{width}}  {in_words(line.value)}{hand}")
         basis = "" if line.basis == "fixed" else f" [{line.basis}]"
-        lines.append(f"    {line.fact}{basis}: {line.rule}")
+        lines += [f"    rule: {line.rule}", f"    fact: {line.fact}{basis}"]
     if plan.trials:
         lines += ["", "memory of a training step on each device:"]
         lines += [f"  {trial_in_words(trial)}" for trial in plan.trials]

@@ -112,6 +112,7 @@ def test_ignored_voxels_are_in_no_metric_and_no_candidate():
     assert rows[1].detection == others[1].detection
     assert rows[1].metrics["false_positive_volume_ml"] == 0
     assert rows[0].metrics["specificity"] == 1.0
+    assert rows[1].detection is not None
     assert sum(count for count, *_ in rows[1].detection.voxels) == 2 * 12 * 6
 
 

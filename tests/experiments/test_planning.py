@@ -376,6 +376,9 @@ def test_values_by_hand_are_kept_and_what_they_changed_is_said():
     assert "the rule says 3 2 2" in line.rule
     assert "data.preprocess.size: 20 48 48 became 20 96 96" in plan.changed_by_hand
     assert any(change.startswith("train.crop: 20 48 48 became") for change in plan.changed_by_hand)
+    by_hand = plan_of(made.THREE, given={"train.crop": (8, 32, 32)})
+    line = next(line for line in by_hand.lines if line.field == "train.crop")
+    assert line.rule.startswith("given; the rule says 20 48 48: ")
     assert "given" in record.format_plan(plan)
 
 
