@@ -11,7 +11,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.preparing.fingerprint import Fingerprint
-from data_pipelines.serving import splits
+from data_pipelines.serving import loading, splits
 from experiments import plan as command
 from experiments.planning import (
     chips,
@@ -25,6 +25,7 @@ from experiments.planning import (
 )
 from experiments.planning.chips import CHIPS
 from experiments.planning.rules import Known
+from experiments.run_folder import RunFolder
 from experiments.settings import command_line
 from experiments.settings.config import Config
 from experiments.settings.presets import PRESETS
@@ -465,3 +466,15 @@ def test_command_plans_for_a_chip_that_is_not_there(tmp_path, capsys):
     assert plan.device == "1 x h100 (gpu), 79.11 GiB, not at hand"
     assert {trial.how for trial in plan.trials} == {"scaled"}
     assert "scaled from other chips' accounts" in capsys.readouterr().out
+
+
+def test_hash_of_the_plan_stands_in_the_record_of_the_run(tmp_path):
+    plan = plan_of(made.THREE)
+    config = configure.followed(plan, asked_for(made.THREE), [f"--output={tmp_path / 'run'}"])
+    source = loading.CaseSource([], [], "fingerprint")
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.open(config, source, splits.Folds((("a",), ("b",))), plan.sha256)
+    assert folder.read_record().plan_sha256 == plan.sha256
+    assert folder.read_config().train.crop == (20, 48, 48)
+    assert folder.plan == tmp_path / "run" / "plan.json"
