@@ -47,7 +47,7 @@ from experiments.prediction.outputs import (
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, progress, run_main
 from experiments.run_folder import fold_name
-from experiments.settings.config import Accelerator
+from experiments.settings.config import Accelerator, ReportConfig
 from experiments.settings.options import REGISTRY
 from experiments.settings.stored import from_json
 
@@ -88,6 +88,9 @@ class PredictCommand:
     """Write the attention map of each modality too, scaled to a maximum of 1."""
     uncertainty: bool = False
     """Write entropy (0 to 1) and the standard deviation between the folds too."""
+    page: bool = True
+    """Write predictions.html, in which the cases can be looked at."""
+    report: ReportConfig = ReportConfig()
 
 
 def open_model(command: PredictCommand) -> export.Model:
@@ -304,13 +307,45 @@ def run(command: PredictCommand) -> int:
         )
         with recorded(account):
             predict_cases(model, entries, data, account, before, done)
-    count, wall = len(account.cases) + account.refused, max(account.wall_s, 1e-9)
-    log(
-        f"{count - account.failed} of {count} cases predicted in {wall:.1f} s "
-        f"({60 * count / wall:.0f} a minute, {account.computing_s / wall:.0%} "
-        f"of it computing); {folder.record}"
-    )
+        count, wall = len(account.cases) + account.refused, max(account.wall_s, 1e-9)
+        log(
+            f"{count - account.failed} of {count} cases predicted in {wall:.1f} s "
+            f"({60 * count / wall:.0f} a minute, {account.computing_s / wall:.0%} "
+            f"of it computing); {folder.record}"
+        )
+        share(command, model, entries, data, folder)
     return account.failed
+
+
+def share(
+    command: PredictCommand,
+    model: export.Model,
+    entries: Sequence[CaseFiles],
+    data: DataConfig,
+    folder: PredictionFolder,
+) -> None:
+    """Write what people open: tables, segmentations for 3D Slicer and as DICOM, and the page."""
+    # slow to load, and not needed for --help
+    from experiments.prediction import inputs, sharing
+    from experiments.reporting import prediction_page
+
+    predictions, classes = folder.read(), model.description.classes
+    files = {entry.case_id: entry for entry in entries}
+    done = [case.case_id for case in predictions.cases if case.error is None]
+    here = [case_id for case_id in done if case_id in files]
+
+    def warn(text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    sharing.write_tables(folder, predictions, classes)
+    sharing.write_segmentations(folder, here, files, classes, model.sha256, warn)
+    if command.page:
+        log(f"writing the page of {len(here)} cases")
+        subject = prediction_page.Subject(
+            model.description, lambda case_id: inputs.read_raw(files[case_id], data)
+        )
+        prediction_page.write_prediction_page(folder, predictions, subject, here, command.report)
+        log(f"page: {folder.page}")
 
 
 def open_account(

@@ -25,7 +25,11 @@ from experiments.process.records import INLINE, RecordError, decode, read_record
 from experiments.process.storage import file_sha256, locked, naming_path, remove_temporary_files
 
 RECORD = "predictions.json"
-KINDS = ("masks", "probabilities", "entropy", "disagreement", "attention")
+SEGMENTATIONS, DICOM_SEG = "segmentations", "dicom_seg"
+KINDS = (
+    *("masks", "probabilities", "entropy", "disagreement", "attention"),
+    *(SEGMENTATIONS, DICOM_SEG),
+)
 """Folders of images beside the record."""
 
 SCHEMA = 2
@@ -246,6 +250,39 @@ class PredictionFolder:
     def mask(self, case_id: str) -> Path:
         """The mask of a case."""
         return self.image("masks", case_id)
+
+    def probability(self, case_id: str, classes: Sequence[str]) -> list[Path]:
+        """Probabilities of a case, of each class."""
+        suffixes = [""] if len(classes) == 1 else [f"_{name}" for name in classes]
+        return [self.image("probabilities", case_id, suffix) for suffix in suffixes]
+
+    def segmentation(self, case_id: str) -> Path:
+        """The mask of a case for 3D Slicer."""
+        return self.path / SEGMENTATIONS / f"{case_id}.seg.nrrd"
+
+    def dicom_seg(self, case_id: str) -> Path:
+        """The mask of a case as DICOM."""
+        return self.path / DICOM_SEG / f"{case_id}.dcm"
+
+    @property
+    def labels(self) -> Path:
+        """Names and colours of the classes for ITK-SNAP."""
+        return self.path / "labels.txt"
+
+    @property
+    def cases_table(self) -> Path:
+        """One line for each case, CSV."""
+        return self.path / "cases.csv"
+
+    @property
+    def candidates_table(self) -> Path:
+        """One line for each lesion candidate, CSV."""
+        return self.path / "candidates.csv"
+
+    @property
+    def page(self) -> Path:
+        """The cases as a page."""
+        return self.path / "predictions.html"
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:

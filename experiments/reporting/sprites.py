@@ -331,7 +331,12 @@ LEAST_BYTES = 12_000
 """For which a case is worth reading: with less there is nothing to see in it."""
 
 
-def share_out(views: Mapping[str, Callable[[], View]], units: str, limit_bytes: int) -> Viewer:
+def share_out(
+    views: Mapping[str, Callable[[], View]],
+    units: str,
+    limit_bytes: int,
+    least_bytes: int = LEAST_BYTES,
+) -> Viewer:
     """The cases of a page, which share ``limit_bytes`` evenly.
 
     Args:
@@ -339,10 +344,11 @@ def share_out(views: Mapping[str, Callable[[], View]], units: str, limit_bytes: 
             last are left out.
         units: what the intensities of the images are.
         limit_bytes: of the cases as JSON.
+        least_bytes: for which a case is worth its time.
     """
     colormaps = {name: lookup(name) for name in ("magma", "viridis")}
     room = limit_bytes - json_bytes(colormaps)
-    most = max(0, room) // LEAST_BYTES
+    most = max(0, room) // least_bytes
     names: Sequence[str] = list(views)
     cases: list[ViewerCase] = []
     left_out, place = list(names[most:]), 0

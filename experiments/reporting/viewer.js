@@ -716,7 +716,8 @@
       const same = row.dataset.case === current.id;
       if (row.dataset.slice === undefined ? same : lesion && lesion.row === row) row.classList.add("open");
     }
-    element("lesion-word").textContent = lesion ? "lesion" : "lesions:";
+    const { word } = element("lesion-word").dataset;
+    element("lesion-word").textContent = lesion ? word : `${word}s:`;
     const text = element("viewer-lesion");
     const rows = lesionRows();
     element("lesion-control").hidden = !rows.length;

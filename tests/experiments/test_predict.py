@@ -184,6 +184,7 @@ def test_run_and_artifact_are_one_model(predicted, run, tmp_path, capsys):
         "masks",
         "probabilities",
         "predictions.json",
+        *("segmentations", "labels.txt", "cases.csv", "candidates.csv", "predictions.html"),
     }
     assert (tmp_path / ".lock").read_text() == "", "no one holds the folder"
 
