@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cmsad_jax import export
 from cmsad_jax.named_weights import flatten_weights, unflatten_weights
-from experiments.exporting.model_card import model_card
+from experiments.exporting.model_card import TrainingSet, model_card
+from experiments.measuring.summary import summarise
 from experiments.prediction.windows import attention_window, predict_window
 from experiments.process.records import encode
 from experiments.process.storage import naming_path
@@ -65,13 +66,17 @@ def write_artifact(
             **encode(_without_paths(record)),
             "environment": encode(folder.read_environment()),
         },
-        metrics=figures(results) if results else {},
+        metrics=figures(results, chosen) if results else {},
         operating_point=encode(results.summary.operation.point)
         if results and results.summary.operation
         else {},
         license=text.strip().splitlines()[0] if license else "unspecified",
     )
-    card = model_card(description, sum(values.size for values in weights[0].values()))
+    card = model_card(
+        description,
+        sum(values.size for values in weights[0].values()),
+        _training_set(folder, chosen),
+    )
     with naming_path(target) if isinstance(target, Path) else contextlib.nullcontext():
         export.save(
             target,
@@ -115,9 +120,33 @@ def describe(
     )
 
 
-def figures(results: Results) -> dict[str, object]:
-    """What an artifact says of how well its members do, JSON values."""
-    summary = results.summary
+def _training_set(folder: RunFolder, members: Sequence[int]) -> TrainingSet:
+    """What the members were trained on, as far as the run's folds say."""
+    if not folder.folds.is_file():
+        return TrainingSet()
+    folds = folder.read_folds()
+    return TrainingSet(tuple(len(folds.training(fold)) for fold in members), tuple(folds.names))
+
+
+def figures(results: Results, members: Sequence[int]) -> dict[str, object]:
+    """What an artifact says of how well its members do, JSON values; nothing of other folds."""
+    summary, rows = results.summary, results.summary.metric_per_case
+    if {row.fold for row in rows} != {*members}:
+        rows = tuple(row for row in rows if row.fold in members)
+        if not rows:
+            return {}
+        summary = summarise(rows, sorted({row.fold for row in rows if row.fold is not None}))
+    found = summary.detection
+    detection = found and {
+        "average_precision": found.average_precision,
+        "auroc": found.auroc,
+        "num_cases": found.num_cases,
+        "num_lesions": found.num_lesions,
+        "interval": {
+            "average_precision": found.interval.average_precision,
+            "auroc": found.interval.auroc,
+        },
+    }
     return encode(
         {
             "mean": summary.mean,
@@ -125,6 +154,8 @@ def figures(results: Results) -> dict[str, object]:
             "num_cases": summary.num_cases,
             "num_positive": summary.num_positive,
             "num_defined": summary.num_defined,
+            "interval": summary.interval,
+            "detection": detection,
         }
     )
 

@@ -15,9 +15,11 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from experiments import export
 from experiments.exporting import artifact, model_card
+from experiments.measuring.summary import summarise
 from experiments.run_folder import RunFolder, RunRecord
 from experiments.settings.config import Config
 from experiments.settings.stored import from_json, to_json
+from tests.experiments.fake_run import make_run
 from tests.experiments.untrained_run import make_untrained_run, tiny_config
 
 
@@ -55,7 +57,7 @@ def test_artifact_says_what_surrounds_the_weights(exported):
     assert tuple(facts.preprocess["size"]) == config.data.preprocess.size
     assert (facts.threshold, facts.allow_missing) == (0.5, False)
     assert facts.members == ("fold_1",)
-    assert facts.metrics["mean"]["lesion"]["dice"] == 0.5
+    assert facts.metrics == {}, "the run measured fold 0 alone"
     assert facts.provenance["environment"]["git_commit"] == "abc123"
     assert facts.provenance["config"]["train"]["steps"] == config.train.steps
     assert facts.license == "CC-BY-NC-4.0"
@@ -72,11 +74,59 @@ def test_card_says_what_a_person_must_know(exported):
         "must all be there",
         "6 x 16 x 16 voxels",
         "percentiles\n  0.5 to 99.5",
-        "| lesion | dice | 0.500 | 0.500 | 3 |",
-        "| lesion | sensitivity | undefined |",
+        "a case that lacks one is refused; the model was never shown such a case.",
+        "phantom, synthetic: drawn by this project's code, no patient",
+        "None: the run holds no figures of these members.",
+        "It has never seen a patient.",
+        "## Intended use",
+        'pip install "cmsad-jax[experiments]"\ncmsad predict --model model.cmsad',
         "CC-BY-NC-4.0",
     ):
         assert words in card
+
+
+def test_figures_are_of_the_members_alone(tmp_path):
+    folder = RunFolder(make_run(tmp_path / "run", num_folds=3, figures=False, history=False))
+    results = folder.read_results()
+    of_all, of_one = (artifact.figures(results, members) for members in ((0, 1, 2), (1,)))
+    assert of_all["mean"]["lesion"]["dice"] == results.summary.mean["lesion"]["dice"]
+    rows = [row for row in results.summary.metric_per_case if row.fold == 1]
+    own = summarise(rows, [1])
+    assert of_one["mean"]["lesion"]["dice"] == own.mean["lesion"]["dice"]
+    assert of_one["mean"]["lesion"]["dice"] != of_all["mean"]["lesion"]["dice"]
+    assert of_one["num_cases"] == 6
+    assert of_one["detection"]["average_precision"] == own.detection.average_precision
+    assert tuple(of_one["interval"]["lesion"]["dice"]) == own.interval["lesion"]["dice"]
+    config = {"data": {"name": "picai"}, "train": {"modality_dropout": 0.25}}
+    description = dataclasses.replace(
+        artifact.describe(
+            tiny_config(modality_dropout=0.25),
+            members=["fold_1"],
+            provenance={"config": config, "data_fingerprint": "0", "environment": {}},
+            metrics=of_one,
+            license="",
+            operating_point={
+                "num_cases": 12, "num_lesions": 6, "least_confidence": 0.25, "threshold": 0.4
+            },
+        ),
+    )  # fmt: skip
+    trained_on = artifact._training_set(folder, [1])
+    assert trained_on == model_card.TrainingSet((12,), ())
+    card = model_card.model_card(description, 1, trained_on)
+    low, high = own.interval["lesion"]["dice"]
+    dice = own.mean["lesion"]["dice"]
+    assert f"| lesion | dice | {dice:.3f} | {low:.3f} to {high:.3f} |" in card
+    assert f"| lesion | AP of lesions | {own.detection.average_precision:.3f} |" in card
+    assert f"| lesion | AUROC of cases | {own.detection.auroc:.3f} |" in card
+    assert "12 for each member; 6 cases are measured below" in card
+    assert "**Kind**: patients" in card
+    assert "each was withheld from 25% of its training examples" in card
+    assert "called from a confidence of 0.250 on" in card
+    assert "never seen a patient" not in card
+    grouped = model_card.TrainingSet((5, 9, 7), ("RUMC", "ZGT", "PCNN"))
+    card = model_card.model_card(description, 1, grouped)
+    assert "5 to 9 for each member" in card
+    assert "RUMC, ZGT, PCNN" in card
 
 
 def test_card_follows_the_classes_and_the_grid(exported):
