@@ -76,7 +76,7 @@ def make_run(run: RunFolder, num_cases: int) -> None:
 def lesion(rng: np.random.Generator, *, positive: bool) -> tuple[np.ndarray, np.ndarray]:
     """Truth, and a probability that is shifted against it."""
     d, h, w = np.ogrid[tuple(slice(n) for n in SHAPE)]
-    centre = rng.uniform((6, 100, 100), (14, 156, 156))
+    centre = rng.uniform(0.4, 0.6, 3) * SHAPE
     radius = rng.uniform(4, 9)
 
     def ball(shift: float) -> np.ndarray:
