@@ -43,6 +43,7 @@ from experiments.prediction.outputs import (
     Settings,
     facts_of,
     operating_point,
+    target_of_model,
 )
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, progress, run_main
@@ -329,7 +330,7 @@ def share(
     from experiments.prediction import inputs, sharing
     from experiments.reporting import prediction_page
 
-    predictions, classes = folder.read(), model.description.classes
+    predictions, target = folder.read(), target_of_model(model.description)
     files = {entry.case_id: entry for entry in entries}
     done = [case.case_id for case in predictions.cases if case.error is None]
     here = [case_id for case_id in done if case_id in files]
@@ -337,8 +338,8 @@ def share(
     def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    sharing.write_tables(folder, predictions, classes)
-    sharing.write_segmentations(folder, here, files, classes, model.sha256, warn)
+    sharing.write_tables(folder, predictions, target)
+    sharing.write_segmentations(folder, here, files, target, model.sha256, warn)
     if command.page:
         log(f"writing the page of {len(here)} cases")
         subject = prediction_page.Subject(

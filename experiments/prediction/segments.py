@@ -148,10 +148,16 @@ def _fields(number: int, segment: Segment, mask: np.ndarray) -> list[str]:
     return [f"Segment{number}_{name}:={value}" for name, value in values.items()]
 
 
-def label_descriptions(segments: Sequence[Segment]) -> str:
-    """The classes as ITK-SNAP reads them (Segmentation > Import Label Descriptions)."""
+def label_descriptions(segments: Sequence[Segment], values: Sequence[int] = ()) -> str:
+    """The classes as ITK-SNAP reads them (Segmentation > Import Label Descriptions).
+
+    ``values`` are those of the mask's file, where they are not the labels.
+    """
     rows = [(0, (0, 0, 0), 0, 0, "Clear Label")]
-    rows += [(each.label, each.color, 1, 1, each.name) for each in segments]
+    rows += [
+        (value, each.color, 1, 1, each.name)
+        for each, value in zip(segments, values or [s.label for s in segments], strict=True)
+    ]
     lines = [
         f'{label:5d} {r:5d} {g:4d} {b:4d} {shown:8d} {shown:2d} {meshed:2d}    "{name}"'
         for label, (r, g, b), shown, meshed, name in rows

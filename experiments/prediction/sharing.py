@@ -5,8 +5,11 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from data_pipelines.faults import DataError
 from data_pipelines.reading.case_files import CaseFiles
+from data_pipelines.targets import Target
 from experiments.prediction.outputs import PredictedCase, PredictionFolder, Predictions
 from experiments.prediction.segments import (
     has_highdicom,
@@ -18,15 +21,24 @@ from experiments.prediction.segments import (
 from experiments.process.storage import naming_path, write_text
 
 
-def write_tables(
-    folder: PredictionFolder, predictions: Predictions, classes: Sequence[str]
-) -> None:
+def write_tables(folder: PredictionFolder, predictions: Predictions, target: Target) -> None:
     """``cases.csv``, ``candidates.csv`` and the label descriptions."""
+    values = [of_part[0] for of_part in target.values]
     with naming_path(folder.path):
-        write_text(folder.cases_table, cases_csv(predictions.cases, classes))
+        write_text(folder.cases_table, cases_csv(predictions.cases, target.classes))
         if any(case.candidates is not None for case in predictions.cases):
             write_text(folder.candidates_table, candidates_csv(predictions.cases))
-        write_text(folder.labels, label_descriptions(segments_of(classes)))
+        write_text(folder.labels, label_descriptions(segments_of(target.part_names), values))
+
+
+def parts_of_file(mask: np.ndarray, target: Target) -> np.ndarray:
+    """A mask as it was written, with its parts numbered from 1 on, uint8."""
+    if not target.values:
+        return mask.astype(np.uint8)
+    parts = np.zeros(mask.shape, np.uint8)
+    for number, values in enumerate(target.values, 1):
+        parts[mask == values[0]] = number
+    return parts
 
 
 def cases_csv(cases: Sequence[PredictedCase], classes: Sequence[str]) -> str:
@@ -82,7 +94,7 @@ def write_segmentations(
     folder: PredictionFolder,
     case_ids: Sequence[str],
     entries: Mapping[str, CaseFiles],
-    classes: Sequence[str],
+    target: Target,
     model_sha256: str,
     warn: Callable[[str], None],
 ) -> None:
@@ -92,16 +104,16 @@ def write_segmentations(
         folder: of the masks.
         case_ids: cases that have one.
         entries: their files.
-        classes: of the model.
+        target: of the model.
         model_sha256: its identity.
         warn: is told of each DICOM SEG that could not be written; the masks are there regardless.
     """
     from data_pipelines.reading import volume_io  # slow to load, and not needed for --help
 
-    segments, lacking = segments_of(classes), 0
+    segments, lacking = segments_of(target.part_names), 0
     for case_id in case_ids:
         mask = volume_io.read_volume(folder.mask(case_id))
-        array = mask.array.astype("uint8")
+        array = parts_of_file(mask.array, target)
         with naming_path(folder.segmentation(case_id)):
             write_seg_nrrd(folder.segmentation(case_id), array, mask.affine, segments)
         series = reference_of(entries[case_id])

@@ -13,7 +13,13 @@ from data_pipelines.config import origin_of
 from data_pipelines.preparing.geometry import canonical, resample
 from data_pipelines.reading.volume_io import read_volume
 from experiments.measuring.lesions import Candidate
-from experiments.prediction.outputs import PredictedCase, PredictionFolder, Predictions
+from experiments.prediction.outputs import (
+    PredictedCase,
+    PredictionFolder,
+    Predictions,
+    target_of_model,
+)
+from experiments.prediction.sharing import parts_of_file
 from experiments.process.storage import write_text
 from experiments.reporting.page import BYTES_PER_PLACE, PROGRAM_BYTES, page_templates
 from experiments.reporting.sprites import share_out
@@ -98,7 +104,7 @@ def case_view(folder: PredictionFolder, case: PredictedCase, subject: Subject) -
     for index, name in enumerate(subject.description.modalities):
         if name in raw.images:
             images[..., index] = _on_grid(raw.images[name], shape, affine)
-    labels = mask.array.astype(np.uint8)
+    labels = parts_of_file(mask.array, target_of_model(subject.description))
     return View(
         title=f"{case.case_id}: {said_of(case)}",
         caption="",
@@ -136,9 +142,10 @@ def _facts(
 ) -> dict[str, Any]:
     config = description.provenance.get("config", {})
     data = config.get("data", {}) if isinstance(config, Mapping) else {}
+    classes = target_of_model(description).classes
     failed = [case for case in cases if case.error is not None]
     return {
-        "title": f"Predictions: {', '.join(description.classes)} in prostate MRI",
+        "title": f"Predictions: {', '.join(classes)}",
         "disclaimer": predictions.disclaimer,
         "model": predictions.facts.model,
         "members": plural(len(predictions.facts.model.members), "member"),
@@ -147,7 +154,7 @@ def _facts(
         "trained_on": origin_of(str(data.get("name", "not recorded"))).text,
         "count": plural(len(cases) - len(failed), "case"),
         "failed": failed,
-        "per_case": prediction_table(cases, description.classes),
+        "per_case": prediction_table(cases, classes),
         "max_mb": f"{report.max_mb:g}",
         "viewer": None,
     }

@@ -17,11 +17,12 @@ import cmsad_jax.export
 from data_pipelines.faults import DataError
 from data_pipelines.preparing.geometry import canonical
 from data_pipelines.reading.volume_io import read_volume
+from data_pipelines.targets import target_of
 from experiments import predict
 from experiments.exporting.artifact import describe
 from experiments.prediction import segments
 from experiments.prediction.outputs import PredictedCase
-from experiments.prediction.sharing import cases_csv
+from experiments.prediction.sharing import cases_csv, parts_of_file
 from experiments.reporting.prediction_page import candidate_table, prediction_table
 from tests.data_pipelines.fabricate import raw_case, write_dicom, write_folder
 from tests.experiments.test_report import decoded, viewer_data
@@ -104,6 +105,15 @@ def test_several_classes_are_segments_of_one_layer(tmp_path):
     assert "Segment2_Extent:=0 -1 0 -1 0 -1\n" in header  # Slicer's way to say empty
     assert header.startswith("NRRD0004\n")
     assert len({each.color for each in named}) == 3
+
+
+def test_own_values_of_masks_are_parts_and_named(tmp_path):
+    target = target_of("organs", ("near=5", "far=300"))
+    written = target.to_file(np.array([[[0, 1, 2]]]))
+    assert written.tolist() == [[[0, 5, 300]]]
+    assert parts_of_file(written, target).tolist() == [[[0, 1, 2]]]
+    lines = segments.label_descriptions(segments.segments_of(target.part_names), [5, 300])
+    assert [line.split()[0] for line in lines.splitlines()[5:]] == ["0", "5", "300"]
 
 
 def test_itk_snap_finds_the_labels(shared):
@@ -207,7 +217,7 @@ def test_without_highdicom_it_is_said(shared, tmp_path, monkeypatch):
     entries = {entry.case_id: entry for entry in find_inputs(shared / "in", ("t2w", "adc"))}
     said = []
     folder = PredictionFolder(tmp_path / "out")
-    sharing.write_segmentations(folder, ["a", "d"], entries, ["lesion"], "ab", said.append)
+    sharing.write_segmentations(folder, ["a", "d"], entries, target_of("lesion"), "ab", said.append)
     assert said == [
         "no DICOM SEG of 1 cases read from DICOM: highdicom is not installed. "
         'Run pip install "cmsad-jax[dicom]" and predict again.'
