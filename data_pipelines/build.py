@@ -40,8 +40,9 @@ def main(arguments: Arguments) -> int:
         builders,
         validation,
     )
+    from data_pipelines.reading import layout
 
-    builder = builders.open_builder(arguments.data)
+    builder = builders.open_builder(layout.resolved(arguments.data, print))
     if arguments.beam.runner is None:
         validation.check(builder, print, num_workers=arguments.num_workers)
     builder.prepare(

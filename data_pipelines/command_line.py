@@ -3,7 +3,6 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -11,15 +10,10 @@ import tyro
 from data_pipelines.config import MOVED
 from data_pipelines.faults import DataError
 from data_pipelines.process import printing, say
+from data_pipelines.progress import alive
+from data_pipelines.short_help import OF_READING, Options, full, program, show
 
 T = TypeVar("T")
-
-
-def program(module: str) -> str:
-    """What a user types to start a command: ``cmsad cv``, or ``python -m experiments.cv``."""
-    if any(Path(word).stem == "cmsad" for word in sys.orig_argv[1:2]):
-        return f"cmsad {module.rpartition('.')[2]}"
-    return f"python -m {module}"
 
 
 def current_names(arguments: Sequence[str]) -> list[str]:
@@ -41,19 +35,30 @@ def current_names(arguments: Sequence[str]) -> list[str]:
     return current
 
 
-def run(main: Callable[[T], int], arguments: type[T], *, module: str, description: str) -> NoReturn:
+def run(
+    main: Callable[[T], int],
+    arguments: type[T],
+    *,
+    module: str,
+    description: str,
+    options: Options = OF_READING,
+) -> NoReturn:
     """Run a program on its arguments and exit with its status; faults end in one message.
+
+    ``options`` are those of the short help.
 
     2 the data cannot work; 3 stopped by the storage; 130 by Ctrl-C: mend that and run it again; 141
     nobody reads its output any more.
     """
     status = 0
-    with printing():
+    if show(module, description, options):
+        raise SystemExit(0)
+    with printing(), alive(module.rpartition(".")[2]):
         try:
             status = main(
                 tyro.cli(
                     arguments,
-                    args=current_names(sys.argv[1:]),
+                    args=current_names(full(sys.argv[1:])),
                     prog=program(module),
                     description=description,
                     config=(tyro.conf.FlagConversionOff, tyro.conf.DisallowNone),

@@ -40,6 +40,13 @@ MOVED = {
 """Fields that ``DataConfig`` once had, and those of which data set's options they have become."""
 
 
+AUTO = "auto"
+"""Stands for the data set that the files at ``DataConfig.path`` are, or for the phantom."""
+
+DRAWN = ("phantom", "phantom2")
+"""Data sets that read no files."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which data are read, and how they are stored.
@@ -47,10 +54,12 @@ class DataConfig:
     Options of one data set alone are a field of its name.
     """
 
-    name: str = "phantom"
+    name: str = AUTO
     """Builder: phantom, phantom2, picai, prostate158, msd_prostate or nifti_folder."""
     path: Path | None = None
-    """Where the user's files lie (not needed by the phantoms)."""
+    """Where the user's files lie. With auto, they say which builder; without, the phantom."""
+    files: tuple[str, ...] = ()
+    """Names of own files, as t2w='*T2*' adc='*ADC*' lesion='*ROI*'; {case} may name the case."""
     target: str = "lesion"
     """What is segmented: lesion, gland or zones, or a name for classes of one's own."""
     labels: tuple[str, ...] = ()

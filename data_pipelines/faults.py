@@ -65,6 +65,13 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.case_id}: {self.text}"
 
+    def without_names(self, text: str) -> str:
+        """A part of the text with the names of file and case taken out, for comparison."""
+        if self.file is not None:
+            text = text.replace(str(self.file), "<file>").replace(self.file.name, "<file>")
+        # a name of one or two letters stands in words as well
+        return text.replace(self.case_id, "<case>") if len(self.case_id) > 2 else text
+
     @property
     def rule(self) -> str:
         """What must hold."""
@@ -81,24 +88,33 @@ class Problem:
         return (*_SENTENCE_END.split(self.text.partition("; ")[2], maxsplit=1), "")[1]
 
 
+MOST_ROWS = 3
+"""Cases with one fault that have a row each; more of them share one, with so many as examples."""
+
+
 def format_table(problems: Sequence[Problem], *, width: int = 132) -> str:
-    """The problems as a table: case, file, rule, what came, remedy; errors first."""
+    """The problems as a table: case, file, rule, what came, remedy; errors first.
+
+    The same fault of more than ``MOST_ROWS`` cases is one row, with their number and examples; what
+    came is then that of the first.
+    """
     if not problems:
         return ""
     header = ("", "case", "file", "rule", "what came", "remedy")
-    rows = [
-        (
-            problem.level,
-            problem.case_id,
-            problem.file.name if problem.file else "",
-            *(
-                text.replace(str(problem.file), "the file") if problem.file else text
-                for text in (problem.rule, problem.came, problem.remedy)
-            ),
-        )
-        for problem in sorted(problems, key=lambda p: (p.level, p.case_id))
-    ]
+    rows = []
+    for alike in _alike(sorted(problems, key=lambda p: (p.level, p.case_id))):
+        first = alike[0]
+        texts = (first.rule, first.came, first.remedy)
+        if first.file:
+            texts = tuple(text.replace(str(first.file), "the file") for text in texts)
+        cases, file = first.case_id, first.file.name if first.file else ""
+        if len(alike) > 1:
+            names = [problem.case_id for problem in alike[:MOST_ROWS]]
+            cases = f"{len(alike)} cases: {', '.join(names)} ..."
+            texts = (texts[0], f"in {first.case_id}: {texts[1]}", texts[2])
+        rows.append((first.level, cases, file, *texts))
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(2)]
+    widths[1] = min(widths[1], 28 if any("cases: " in row[1] for row in rows) else widths[1])
     widths.append(min(max(len(row[2]) for row in (header, *rows)), 28))
     rest = max((width - sum(widths) - 5 * 2) // 3, 16)
     widths += [rest] * 3
@@ -106,6 +122,23 @@ def format_table(problems: Sequence[Problem], *, width: int = 132) -> str:
     for row in rows:
         lines += _wrapped(row, widths)
     return "\n".join(lines)
+
+
+def _alike(problems: Sequence[Problem]) -> list[list[Problem]]:
+    """Problems of one rule and remedy together, where there are more than ``MOST_ROWS``."""
+    groups: dict[tuple[str, ...], list[Problem]] = {}
+    for problem in problems:
+        key = (problem.level, *map(problem.without_names, (problem.rule, problem.remedy)))
+        groups.setdefault(key, []).append(problem)
+    shared = {key for key, group in groups.items() if len(group) > MOST_ROWS}
+    found = []
+    for problem in problems:
+        key = (problem.level, *map(problem.without_names, (problem.rule, problem.remedy)))
+        if key not in shared:
+            found.append([problem])
+        elif problem is groups[key][0]:
+            found.append(groups[key])
+    return found
 
 
 def _wrapped(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:

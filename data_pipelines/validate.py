@@ -6,7 +6,9 @@ The exit status is 0 if the data set can be built, and 2 if its errors keep it f
 read is kept in ``data.cache``, so that building continues from there.
 """
 
+import csv
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines import command_line, faults
@@ -31,19 +33,32 @@ def main(arguments: Arguments) -> int:
         validation,
     )
     from data_pipelines.preparing import contact_sheet, examination
+    from data_pipelines.reading import layout
 
-    config = arguments.data
+    config = layout.resolved(arguments.data, print)
     builder = builders.open_builder(config)
     findings = validation.validate(builder, num_workers=arguments.num_workers)
     print(examination.fingerprint(findings.facts, config))
+    folder = arguments.output or Path("runs") / f"validate-{config.name}-{config.target}"
     if findings.tiles:
-        folder = arguments.output or Path("runs") / f"validate-{config.name}-{config.target}"
         for path in contact_sheet.write_sheets(findings.tiles, folder):
             print(f"contact sheet: {path}")
     print(validation.summary(findings))
     if findings.problems:
         print(faults.format_table(findings.problems))
+        print(f"each of them: {_write_problems(findings.problems, folder / 'problems.csv')}")
     return 2 if findings.num_errors else 0
+
+
+def _write_problems(problems: Sequence[faults.Problem], path: Path) -> Path:
+    """All problems, one a row, where the table gathers those that are alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["level", "case", "file", "rule", "what came", "remedy"])
+        for p in sorted(problems, key=lambda p: (p.level, p.case_id)):
+            rows.writerow([p.level, p.case_id, p.file or "", p.rule, p.came, p.remedy])
+    return path
 
 
 if __name__ == "__main__":

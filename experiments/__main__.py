@@ -10,6 +10,8 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from experiments.process.greeting import SILENT, say_start
+
 COMMANDS = {
     "cv": ("experiments.cv", "cross-validation from files to a report"),
     "predict": ("experiments.predict", "predict new patients, with a run or an exported model"),
@@ -68,6 +70,8 @@ def run(name: str, arguments: Sequence[str]) -> None:
         )
     module, _ = COMMANDS[name]
     sys.argv = [module, *arguments]
+    if not any(word in SILENT for word in arguments):
+        say_start(name)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ModuleNotFoundError as error:

@@ -25,9 +25,9 @@ import tyro
 from cmsad_jax.modules import baselines
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import spacing_of
-from data_pipelines.command_line import program
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading, splits
+from data_pipelines.short_help import program
 from experiments.measuring.cases import measure_case
 from experiments.measuring.summary import summarise
 from experiments.process.accelerator import select_accelerator

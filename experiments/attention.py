@@ -23,8 +23,8 @@ import tyro
 from cmsad_jax.losses.distillation import COLLAPSED
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case
-from data_pipelines.command_line import program
 from data_pipelines.faults import DataError
+from data_pipelines.short_help import program
 from data_pipelines.targets import foreground
 from experiments.measuring import statistics
 from experiments.prediction.windows import predict_case

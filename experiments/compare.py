@@ -15,8 +15,8 @@ import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.command_line import program
 from data_pipelines.faults import DataError
+from data_pipelines.short_help import program
 from experiments.measuring.rows import Row
 from experiments.measuring.statistics import (
     FEW_PATIENTS,

@@ -4,21 +4,30 @@
 their own T2W files, measures, and writes the report. Folds that are done are not done again.
 """
 
-from data_pipelines.command_line import program
-from experiments.planning import configure
-from experiments.process import hosts
-from experiments.process.console import run_main
+from data_pipelines.short_help import OF_TRAINING, program, show
+
+MODULE = "experiments.cv"
+PURPOSE = (
+    "Cross-validation of CMSAD over patients, from files to a report. "
+    "Sizes are in the order d h w: slices, rows, columns."
+)
 
 
 def main() -> None:
-    """Command line."""
-    planned = configure.configure(prog=program("experiments.cv"))
+    """Command line; ``--help`` shows every option."""
+    # slow to load, and not needed for the short help
+    from experiments.planning import configure
+    from experiments.process import hosts
+
+    planned = configure.configure(prog=program(MODULE))
     if planned.plan is None:
         hosts.join(planned.config.distributed)
-    from experiments.studies import cross_validation  # slow to load, and not needed for --help
+    from experiments.studies import cross_validation  # slow to load, and not needed for --help-all
 
     cross_validation.run(planned.config, plan=planned.plan)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not show(MODULE, PURPOSE, OF_TRAINING):
+    from experiments.process.console import run_main
+
     run_main(main)

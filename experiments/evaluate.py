@@ -11,23 +11,24 @@ With probabilities, lesions are also detected and probabilities calibrated:
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import corners_apart
-from data_pipelines.command_line import program
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.reading.case_files import check_patients
 from data_pipelines.reading.tables import read_table
+from data_pipelines.short_help import program
 from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.rows import Row
 from experiments.measuring.summary import Summary, format_summary, summarise
-from experiments.process.console import run_main
+from experiments.process.called import callable_module
+from experiments.process.console import log, run_main
 from experiments.run_folder import Results, RunFolder
 from experiments.settings.options import REGISTRY
 
@@ -40,9 +41,9 @@ class EvaluateConfig:
     """Compare predicted masks or probabilities with labels: two folders of equal file names."""
 
     predictions: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PREDICTIONS")]
-    """Folder of predictions, *.nii.gz or *.nii."""
+    """Folder of predictions; a label without one is told, and not measured."""
     labels: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="LABELS")]
-    """Folder of labels with the same names and the same grids."""
+    """Folder of labels with the same names, but for the ending, and the same grids."""
     target: str = "lesion"
     """What labels mean: lesion, gland (every value above 0), zones, or a name for own classes."""
     classes: tuple[str, ...] = ()
@@ -63,18 +64,13 @@ def evaluate_folders(config: EvaluateConfig) -> Summary:
         raise ConfigError(
             f"threshold must lie between 0 and 1; got {config.threshold:g}. Use --threshold=0.5."
         )
-    names = _paired_names(config.predictions, config.labels)
-    _check_names([_case_id(name) for name in names])
-    patients = _read_patients(config.patients, [_case_id(name) for name in names])
-    return summarise([row for name in names for row in _evaluate_file(config, name, patients)])
+    pairs = _pairs(config.predictions, config.labels)
+    patients = _read_patients(config.patients, [pair.case_id for pair in pairs])
+    return summarise([row for pair in pairs for row in _evaluate_file(config, pair, patients)])
 
 
 def _rule(config: EvaluateConfig) -> Rule:
     return Rule(config.target, config.threshold, config.classes, config.lesions)
-
-
-def _case_id(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _check_names(case_ids: Sequence[str]) -> None:
@@ -110,55 +106,70 @@ def _read_patients(table: Path | None, cases: Sequence[str]) -> dict[str, str]:
     return patients
 
 
-def _paired_names(predictions: Path, labels: Path) -> list[str]:
+class Pair(NamedTuple):
+    """The prediction and the label of a case."""
+
+    case_id: str
+    prediction: Path
+    label: Path
+
+
+def _pairs(predictions: Path, labels: Path) -> list[Pair]:
+    """Predictions and labels of equal names, whatever their endings; says what has no other."""
     for folder in (predictions, labels):
         if not folder.is_dir():
             raise MissingDataError(
                 f"predictions and labels must be folders; got {folder}. Check the path."
             )
     predicted, labelled = (_images(folder) for folder in (predictions, labels))
-    if not predicted:
+    both = sorted(predicted.keys() & labelled.keys())
+    if not both:
         raise MissingDataError(
-            f"predictions must hold *.nii.gz or *.nii files; got none in {predictions}. "
-            "Check the path."
+            "predictions and labels of a case must have one name, but for the ending; got "
+            f"{_some(predicted) or 'none'} in {predictions} and {_some(labelled) or 'none'} in "
+            f"{labels}. Rename them, or check the paths."
         )
-    if predicted != labelled:
-        raise MissingDataError(
-            "predictions and labels must have equal names; got "
-            f"{sorted(predicted - labelled)} without label and {sorted(labelled - predicted)} "
-            "without prediction. Add or remove these files."
-        )
-    return sorted(predicted)
+    for alone, words in (
+        (labelled.keys() - predicted.keys(), "labels have no prediction"),
+        (predicted.keys() - labelled.keys(), "predictions have no label"),
+    ):
+        if alone:
+            log(f"measured are {len(both)} cases; {len(alone)} {words} and are not: {_some(alone)}")
+    return [Pair(case_id, predicted[case_id], labelled[case_id]) for case_id in both]
 
 
-def _images(folder: Path) -> set[str]:
-    """Names of the files to evaluate; other kinds of image are refused rather than left out."""
-    from data_pipelines.reading.volume_io import SUFFIXES  # slow to load, and not needed for --help
+def _some(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-    images = {
-        path.name
-        for path in folder.iterdir()
-        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
-    }
-    if others := sorted(name for name in images if not name.endswith((".nii.gz", ".nii"))):
-        raise DataError(
-            f"predictions and labels must be *.nii.gz or *.nii files; got {others[0]!a} in "
-            f"{folder}. Convert or rename it."
-        )
-    if strange := sorted(name for name in images if not name.isprintable()):
+
+def _images(folder: Path) -> dict[str, Path]:
+    """The files to evaluate, by case."""
+    # slow to load, and not needed for --help
+    from data_pipelines.reading.volume_io import name_without_ending
+
+    named = [
+        (case_id, path)
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".") and (case_id := name_without_ending(path.name))
+    ]
+    if strange := sorted(path.name for _, path in named if not path.name.isprintable()):
         raise DataError(
             f"file names must be printable text; got {strange[0]!a} in {folder}. Rename it."
         )
-    return images
+    _check_names([case_id for case_id, _ in named])
+    return dict(named)
 
 
-def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str]) -> list[Row]:
+def _evaluate_file(config: EvaluateConfig, pair: Pair, patients: Mapping[str, str]) -> list[Row]:
     # slow to load, and not needed for --help
     from data_pipelines.preparing.geometry import canonical
     from data_pipelines.preparing.labels import label_classes, predicted_values
     from data_pipelines.reading.volume_io import read_volume
 
-    prediction, label = read_volume(config.predictions / name), read_volume(config.labels / name)
+    name = pair.prediction.name
+    prediction, label = read_volume(pair.prediction), read_volume(pair.label)
     prediction, label = canonical(prediction), canonical(label)
     apart = np.inf
     if prediction.shape == label.shape:
@@ -178,10 +189,10 @@ def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str
     try:
         truth = label_classes(label.array, rule.definition)
     except DataError as error:
-        raise DataError(f"the label {name}: {error}") from None
+        raise DataError(f"the label {pair.label.name}: {error}") from None
     if np.issubdtype(predicted.dtype, np.floating):
         predicted = predicted[..., None]
-    case_id = _case_id(name)
+    case_id = pair.case_id
     try:
         return measure_case(
             case_id, patients[case_id], None, predicted, truth, label.spacing_mm, rule
@@ -190,11 +201,11 @@ def _evaluate_file(config: EvaluateConfig, name: str, patients: Mapping[str, str
         raise DataError(f"the prediction {name}: {error}") from None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of this module."""
-    config = tyro.cli(
-        EvaluateConfig, prog=program("experiments.evaluate"), args=argv, registry=REGISTRY
-    )
+def call(config: EvaluateConfig) -> Summary:
+    """``experiments.evaluate(config)``: the figures, written to ``config.output`` if that is given.
+
+    Raises as ``evaluate_folders``.
+    """
     summary = evaluate_folders(config)
     if config.output is not None:
         config.output.mkdir(parents=True, exist_ok=True)
@@ -202,8 +213,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunFolder(config.output).write_results(
             Results(summary, rule.target, rule.classes, rule.threshold)
         )
-    print(format_summary(summary))
+    return summary
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of this module."""
+    config = tyro.cli(
+        EvaluateConfig, prog=program("experiments.evaluate"), args=argv, registry=REGISTRY
+    )
+    print(format_summary(call(config)))
+
+
+callable_module(__name__)
 
 if __name__ == "__main__":
     run_main(main)

@@ -15,7 +15,7 @@ import tyro
 from cmsad_jax import export
 from cmsad_jax.named_weights import to_safetensors
 from cmsad_jax.types import ConfigError
-from data_pipelines.command_line import program
+from data_pipelines.short_help import program
 from experiments.exporting.artifact import write_artifact
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main

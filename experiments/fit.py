@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from data_pipelines.command_line import program
+from data_pipelines.short_help import program
 from experiments.planning import fits
 from experiments.process.console import run_main
 from experiments.settings.command_line import parse

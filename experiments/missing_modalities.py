@@ -16,8 +16,8 @@ import tyro
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case, spacing_of
-from data_pipelines.command_line import program
 from data_pipelines.faults import DataError
+from data_pipelines.short_help import program
 from experiments.measuring import statistics
 from experiments.measuring.cases import Rule, measure_case
 from experiments.prediction.windows import predict_case

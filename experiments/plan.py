@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.command_line import program
+from data_pipelines.short_help import program
 from experiments.process.console import log, run_main
 from experiments.settings import command_line
 from experiments.settings.options import REGISTRY

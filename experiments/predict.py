@@ -27,11 +27,12 @@ import tyro
 from cmsad_jax import export
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT, Case
-from data_pipelines.command_line import program
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
+from data_pipelines.progress import progress
 from data_pipelines.reading import case_files
 from data_pipelines.reading.case_files import CaseFiles
+from data_pipelines.short_help import program
 from experiments.exporting.artifact import write_artifact
 from experiments.prediction.outputs import (
     Computed,
@@ -46,7 +47,8 @@ from experiments.prediction.outputs import (
     target_of_model,
 )
 from experiments.process.accelerator import select_accelerator
-from experiments.process.console import log, progress, run_main
+from experiments.process.called import callable_module
+from experiments.process.console import log, run_main
 from experiments.run_folder import fold_name
 from experiments.settings.config import Accelerator, ReportConfig
 from experiments.settings.options import REGISTRY
@@ -512,6 +514,15 @@ def read_ahead(
         yield pending.popleft().result()
 
 
+def call(command: PredictCommand) -> Predictions:
+    """``experiments.predict(command)``: predict, and return what ``predictions.json`` says then.
+
+    Cases that could not be predicted have an ``error`` there. Raises as ``run``.
+    """
+    run(command)
+    return PredictionFolder(command.output).read()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; exit status 4 if a case was passed over, else as ``run_main``."""
     command = tyro.cli(
@@ -520,6 +531,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if run(command):
         raise SystemExit(PASSED_OVER)
 
+
+callable_module(__name__)
 
 if __name__ == "__main__":
     run_main(main)

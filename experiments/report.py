@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from data_pipelines.command_line import program
+from data_pipelines.short_help import program
 from experiments.process.console import run_main
 from experiments.run_folder import RunFolder
 from experiments.settings.config import ReportConfig

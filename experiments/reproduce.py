@@ -17,8 +17,8 @@ import numpy as np
 import tyro
 
 from cmsad_jax.training import TrainState
-from data_pipelines.command_line import program
 from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.short_help import program
 from experiments.process.console import run_main
 from experiments.process.records import from_content
 from experiments.run_folder import SCHEMA

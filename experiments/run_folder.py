@@ -308,6 +308,11 @@ class RunFolder:
         return self.path / "metrics.csv"
 
     @property
+    def log(self) -> Path:
+        """All that was said, with the command lines and versions."""
+        return self.path / "log.txt"
+
+    @property
     def report_html(self) -> Path:
         """The report as a page."""
         return self.path / "report.html"

@@ -20,14 +20,15 @@ from threadpoolctl import threadpool_limits
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT, CaseInfo, spacing_of
-from data_pipelines.command_line import program
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 from data_pipelines.preparing.preprocessing import to_original
+from data_pipelines.progress import progress
 from data_pipelines.serving import loading, splits
+from data_pipelines.short_help import program
 from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.summary import Summary, format_summary, summarise
-from experiments.process.console import log, progress, run_main
+from experiments.process.console import log, run_main
 from experiments.settings.command_line import parse
 from experiments.settings.config import Config
 

@@ -25,7 +25,10 @@ DATA_SETS = tuple(
 )
 FLOORS = {
     "data_pipelines": (
-        ("faults", "config", "case", "files", "modalities", "targets", "process"),
+        (
+            *("faults", "config", "case", "files", "modalities", "targets", "process"),
+            *("progress", "short_help"),
+        ),
         ("reading",),
         ("preparing",),
         ("building",),

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipelines.config import DataConfig
+from data_pipelines.config import AUTO, DataConfig
 from data_pipelines.faults import DataError
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ def open_builder(config: DataConfig) -> "CaseBuilder":
     Raises:
         DataError: no builder has that name, or the folder is not of its layout.
     """
+    if config.name == AUTO:
+        from data_pipelines.reading import layout  # slow to load, and seldom needed
+
+        config = layout.resolved(config)
     names = builder_names()
     if config.name not in names:
         raise DataError(

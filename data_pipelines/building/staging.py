@@ -10,7 +10,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.case import Case
 from data_pipelines.faults import DataError, Problem
 from data_pipelines.files import atomic_file
 from data_pipelines.preparing.examination import Examination, Facts
 from data_pipelines.process import end_with_parent
+from data_pipelines.progress import Bar, progress
 
 _CASES_WORTH_A_POOL = 200
 _MAX_DEFAULT_WORKERS = 8
@@ -133,14 +132,7 @@ def examine_all(
         raise DataError(
             f"there must be at least one worker; got {num_workers}. Use --num-workers=1."
         )
-    bar = tqdm(
-        total=len(entries),
-        desc=description,
-        unit="case",
-        leave=False,
-        disable=not sys.stderr.isatty(),
-        dynamic_ncols=True,
-    )
+    bar = progress(description=description, total=len(entries))
     with bar:
         if num_workers == 1:
             return list(_serially(examiner, entries, keep, bar))
@@ -148,7 +140,7 @@ def examine_all(
 
 
 def _serially(
-    examiner: Examiner[E, R], entries: Sequence[E], keep: Callable[[R], K], bar: tqdm
+    examiner: Examiner[E, R], entries: Sequence[E], keep: Callable[[R], K], bar: Bar
 ) -> Iterator[K]:
     for entry in entries:
         yield keep(examiner.examine_entry(entry))
@@ -160,7 +152,7 @@ def _in_pool(
     entries: Sequence[E],
     num_workers: int,
     keep: Callable[[R], K],
-    bar: tqdm,
+    bar: Bar,
 ) -> list[K]:
     context = multiprocessing.get_context("spawn")  # a fork after JAX has started can hang
     executor = ProcessPoolExecutor(

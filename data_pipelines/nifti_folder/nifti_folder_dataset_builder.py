@@ -15,7 +15,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, MissingDataError, Problem
 from data_pipelines.modalities import ALIASES, by_modality, modality_of
 from data_pipelines.preparing.preprocessing import REFERENCE
-from data_pipelines.reading import dataset_json
+from data_pipelines.reading import dataset_json, file_patterns
 from data_pipelines.reading.case_files import CaseFiles, unused_files
 from data_pipelines.reading.file_checks import segments
 from data_pipelines.reading.label_names import check_label_names
@@ -56,7 +56,7 @@ class Builder(FileCaseBuilder):
     @functools.cached_property
     def _named_values(self) -> set[float] | None:
         """Values in ``labels`` of ``dataset.json``, if there are some."""
-        if not (self.root() / "imagesTr").is_dir():
+        if not _is_nnunet(self.root(), self.data_config):
             return None
         names = dataset_json.labels(dataset_json.read(self.root() / dataset_json.NAME))
         if names is None or not all(str(value).isdecimal() for value in names.values()):
@@ -66,30 +66,39 @@ class Builder(FileCaseBuilder):
     def check_list(self) -> list[Problem]:
         """Also files of the nnU-Net layout that belong to no case."""
         alone = []
-        if (self.root() / "imagesTr").is_dir():
+        if _is_nnunet(self.root(), self.data_config):
             alone = _files_alone(self.root(), self.entries)
         return [*super().check_list(), *alone]
 
 
 def find_cases(root: Path, config: DataConfig) -> list[CaseFiles]:
-    """List the cases under ``root``, in either layout.
+    """List the cases under ``root``, in either layout or by patterns of file names.
 
     Raises:
         MissingDataError: no case, or ``imagesTr`` without ``dataset.json``.
-        DataError: a faulty ``dataset.json`` or table of patients.
+        DataError: a faulty ``dataset.json`` or table of patients, or patterns that find nothing.
     """
     wanted = (REFERENCE, *(name for name in config.modalities if name != REFERENCE))
-    if (root / "imagesTr").is_dir():
+    if patterns := file_patterns.read(root, config.files):
+        compiled = file_patterns.compiled(patterns, wanted, config.target)
+        around_gland = config.preprocess.centre == GLAND
+        cases = file_patterns.find(root, compiled, wanted, with_gland=around_gland)
+    elif _is_nnunet(root, config):
         cases = _nnunet_cases(root, wanted, config)
     else:
         cases = _folder_cases(root, wanted, config)
     if not cases:
         raise MissingDataError(
-            f"the data folder must hold a folder for each case, or imagesTr; found no case in "
-            f"{root}. Check --data.path."
+            "the data folder must hold a folder for each case, or imagesTr; found no case in "
+            f"{root}, which holds {file_patterns.holds(root)}. Check --data.path."
         )
     table = _read_table(root / _PATIENTS, cases, wanted)
     return [_with_row(case, table[case.case_id], config) if table else case for case in cases]
+
+
+def _is_nnunet(root: Path, config: DataConfig) -> bool:
+    """Whether the folder is in nnU-Net's raw layout, and not told by patterns."""
+    return (root / "imagesTr").is_dir() and not file_patterns.read(root, config.files)
 
 
 def _folder_cases(root: Path, wanted: Sequence[str], config: DataConfig) -> list[CaseFiles]:
@@ -122,14 +131,18 @@ def _folder_case(folder: Path, wanted: Sequence[str], config: DataConfig) -> Cas
     if labels:
         problems += _segment_problems(folder.name, labels[0], config)
     endings = f"{{{','.join(SUFFIXES)}}}"
-    looked_for = {name: f"{name}{endings} in {folder}" for name in (*wanted, GLAND)}
-    looked_for["label"] = f"{target}{endings} and label{endings} in {folder}"
+    there = ", ".join(path.name for _, path in volumes[:6]) or "no image"
+    looked_for = {
+        name: f"{name}{endings} in {folder}, which holds {there}" for name in (*wanted, GLAND)
+    }
+    looked_for["label"] = f"{target}{endings} and label{endings} in {folder}, which holds {there}"
     return CaseFiles(
         case_id=folder.name,
         patient_id=folder.name,
         images={name: found[name][0] for name in wanted if name in found},
         label=labels[0] if labels else None,
         looked_for=looked_for,
+        hint=file_patterns.suggestion([path.name for _, path in volumes], wanted),
         problems=tuple(problems),
         gland=masks[0] if masks and config.preprocess.centre == "gland" else None,
     )

@@ -29,6 +29,7 @@ class CaseFiles:
         channels: for a modality that is one volume of a file with four axes, which one.
         gland: a mask of the gland, for a crop around it.
         label_classes: class of the target for values of the label file that mean another one.
+        hint: a sentence with what to type where a file has another name; ends without a full stop.
     """
 
     case_id: str
@@ -41,6 +42,7 @@ class CaseFiles:
     channels: Mapping[str, int] = dataclasses.field(default_factory=dict)
     gland: Path | None = None
     label_classes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    hint: str = ""
 
     @property
     def files(self) -> dict[str, Path]:
@@ -178,6 +180,7 @@ def check_entry(entry: CaseFiles, config: DataConfig) -> list[Problem]:
 
 def _missing(entry: CaseFiles, config: DataConfig) -> Iterator[Problem]:
     present = [name for name in config.modalities if name in entry.images]
+    hint = f" {entry.hint}." if entry.hint else ""
     for name in config.modalities:
         if name in entry.images or (config.allow_missing and present):
             continue
@@ -190,7 +193,7 @@ def _missing(entry: CaseFiles, config: DataConfig) -> Iterator[Problem]:
             entry.case_id,
             None,
             f"a case must have every modality; got no '{name}', looked for "
-            f"{entry.looked_for[name]}. {remedy}.",
+            f"{entry.looked_for[name]}. {remedy}.{hint}",
         )
     if entry.label is None:
         yield Problem(
@@ -198,7 +201,7 @@ def _missing(entry: CaseFiles, config: DataConfig) -> Iterator[Problem]:
             None,
             f"a case must have a label for the target '{config.target}'; got none, looked for "
             f"{entry.looked_for['label']}. Add the file (all zeros if there is no "
-            f"{config.target}), remove the case or choose another --data.target.",
+            f"{config.target}), remove the case or choose another --data.target.{hint}",
         )
 
     if config.preprocess.centre == "gland" and entry.gland is None:

@@ -1,9 +1,10 @@
 """Cross-validation folds: grouped by patient, stratified by lesion presence, kept in a file.
 
-A fold file is JSON: ``{"schema": 2, "sha256": ..., "folds": [...]}``, each fold ``{"train": [...],
-"val": [...]}``, and has a list ``"names"`` where each fold is a group, such as a centre. Files of
-schema 1 are the same without the number. The bare list of folds, as PI-CAI publishes its own, can
-be read as well.
+A fold file is JSON: ``{"schema": 3, "sha256": ..., "folds": [...]}``, each fold ``{"train": [...],
+"val": [...]}``, and has a list ``"names"`` where each fold is a group, such as a centre, and a list
+``"test"`` where cases are held out of all folds. In files of schema 2 and 1 a fold trains on all
+cases that it does not validate; the latter have no number. The bare list of folds, as PI-CAI and
+nnU-Net write theirs, can be read as well.
 """
 
 import dataclasses
@@ -16,40 +17,57 @@ from data_pipelines.case import CaseInfo
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.files import atomic_file
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the fold files that are written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Folds:
-    """Which cases validate in which fold; all others of the data set train in it.
+    """Which cases validate in which fold; all others of the folds train in it, or those named.
 
     Attributes:
         validation: case ids of each fold, sorted.
         names: what each fold leaves out, such as a centre; empty for folds drawn over patients.
+        trained: case ids that train in each fold, sorted, where these are not all others.
+        test: case ids that neither train nor validate anywhere.
     """
 
     validation: tuple[tuple[str, ...], ...]
     names: tuple[str, ...] = ()
+    trained: tuple[tuple[str, ...], ...] = ()
+    test: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.validation)
 
     def training(self, fold: int) -> tuple[str, ...]:
         """Sorted ids of the cases that train in ``fold``."""
+        if self.trained:
+            return self.trained[fold]
         others = (ids for i, ids in enumerate(self.validation) if i != fold)
         return tuple(sorted(case_id for ids in others for case_id in ids))
 
+    def training_on(self, trained: Sequence[tuple[str, ...]]) -> "Folds":
+        """These folds with the cases that train in each, unless those are all others anyway."""
+        plain = dataclasses.replace(self, trained=())
+        if all(ids == plain.training(i) for i, ids in enumerate(trained)):
+            return plain
+        return dataclasses.replace(self, trained=tuple(trained))
+
     @property
     def sha256(self) -> str:
-        """Hash of the validation ids: equal folds have equal hashes."""
-        return hashlib.sha256(json.dumps(self.validation).encode()).hexdigest()
+        """Hash of the ids: equal folds have equal hashes."""
+        ids: object = self.validation
+        if self.trained or self.test:
+            ids = [self.validation, self.trained, self.test]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the fold file, whole or not at all."""
         folds = [{"train": self.training(i), "val": ids} for i, ids in enumerate(self.validation)]
         names = {"names": self.names} if self.names else {}
-        record = {"schema": SCHEMA, "sha256": self.sha256, **names, "folds": folds}
+        test = {"test": self.test} if self.test else {}
+        record = {"schema": SCHEMA, "sha256": self.sha256, **names, **test, "folds": folds}
         content = json.dumps(record, indent=1)
         with atomic_file(path) as partial:
             partial.write_text(content + "\n")
@@ -60,8 +78,10 @@ class Folds:
         content = _read_json(path)
         if not isinstance(content, dict):
             raise DataError(f"{path} must be a fold file written by this project. {_PUBLISHED}")
-        validation = tuple(tuple(fold["val"]) for fold in _fold_list(content, path))
-        folds = cls(validation, _names(content, len(validation), path))
+        listed = _fold_list(content, path)
+        validation = tuple(tuple(fold["val"]) for fold in listed)
+        folds = cls(validation, _names(content, len(validation), path), test=_test(content, path))
+        folds = folds.training_on([tuple(fold["train"]) for fold in listed])
         if folds.sha256 != content.get("sha256"):
             raise DataError(
                 f"{path} must hold the folds that its sha256 was taken of; got hash "
@@ -163,35 +183,60 @@ def _check_one_group(infos: Sequence[CaseInfo], group: str) -> None:
 def load_published(path: Path, infos: Sequence[CaseInfo]) -> Folds:
     """Folds that others published, cut to the cases of this data set.
 
+    A fold may train on fewer cases than it does not validate, there may be one fold alone, and
+    cases may be in none, such as those of the list ``"test"``.
+
     Args:
         path: JSON list of ``{"train": [ids], "val": [ids]}``, or a fold file of this project.
         infos: the cases at hand; published ids that are not among them are dropped.
 
     Raises:
         MissingDataError: no such file.
-        DataError: a case is in no fold or in several, a patient is in several, a fold keeps no
-            case, or a fold does not train on all cases that it does not validate; or names that
-            are not one for each fold.
+        DataError: a case or a patient is validated in several folds, or trains and validates in
+            one, or is held out and is not; a fold keeps no case; or names that are not one for
+            each fold.
     """
     known = {info.case_id for info in infos}
     content = _read_json(path)
     published = _fold_list(content, path)
     validation = tuple(tuple(sorted(known & set(fold["val"]))) for fold in published)
-    folds = Folds(validation, _names(content, len(validation), path))
-    check_folds(folds, infos, source=path)
-    for i, fold in enumerate(published):
-        differing = (known & set(fold["train"])) ^ set(folds.training(i))
-        if differing:
-            raise DataError(
-                f"every fold must train on exactly the cases that it does not validate; in fold "
-                f"{i} of {path} this fails for {_some(differing)}. Correct the file, or let the "
-                "project make the folds."
-            )
+    test = tuple(sorted(known & set(_test(content, path))))
+    folds = Folds(validation, _names(content, len(validation), path), test=test)
+    folds = folds.training_on([tuple(sorted(known & set(fold["train"]))) for fold in published])
+    check_folds(folds, infos, source=path, all_cases=False)
+    _check_apart(folds, infos, path)
     return folds
 
 
-def check_folds(folds: Folds, infos: Sequence[CaseInfo], *, source: Path | str) -> None:
-    """Raise ``DataError`` unless ``folds`` part exactly these cases, with no patient in two."""
+def _check_apart(folds: Folds, infos: Sequence[CaseInfo], path: Path) -> None:
+    """Refuse a fold that trains on none, or on patients whom it validates or that are held out."""
+    patient_of = {info.case_id: info.patient_id for info in infos}
+    held_out = {patient_of[case_id]: case_id for case_id in folds.test}
+    for i, ids in enumerate(folds.validation):
+        training = folds.training(i)
+        if not training:
+            raise DataError(
+                f"every fold must train on at least one case; fold {i} of {path} has none of this "
+                "data set. Correct the file, or add the missing cases."
+            )
+        validated = {patient_of[case_id]: case_id for case_id in ids}
+        for what, other in (("validated", validated), ("held out as a test", held_out)):
+            for case_id in (*training, *(ids if other is held_out else ())):
+                if patient_of[case_id] in other:
+                    raise DataError(
+                        f"no patient may train and be {what} in one fold; fold {i} of {path} has "
+                        f"{case_id} and {other[patient_of[case_id]]} of patient "
+                        f"{patient_of[case_id]}. Correct the file."
+                    )
+
+
+def check_folds(
+    folds: Folds, infos: Sequence[CaseInfo], *, source: Path | str, all_cases: bool = True
+) -> None:
+    """Raise ``DataError`` unless ``folds`` part these cases, with no patient in two.
+
+    With ``all_cases`` each case must be validated in one of them.
+    """
     _check_unique(infos)
     patient_of = {info.case_id: info.patient_id for info in infos}
     fold_of: dict[str, int] = {}
@@ -221,7 +266,7 @@ def check_folds(folds: Folds, infos: Sequence[CaseInfo], *, source: Path | str) 
                     f"in folds {fold_of_patient[patient]} and {i}. Correct the file."
                 )
     left_out = patient_of.keys() - fold_of.keys()
-    if left_out:
+    if left_out and all_cases:
         raise DataError(
             f"every case must be in a fold; {source} lacks {len(left_out)} of {len(infos)}: "
             f"{_some(left_out)}. Remove these cases, or let the project make the folds."
@@ -275,6 +320,17 @@ def _names(content: object, count: int, path: Path) -> tuple[str, ...]:
     raise DataError(
         f'{path} must give as "names" one text for each of its {count} folds, or none at all; got '
         f"{names!r:.80}. Correct the file."
+    )
+
+
+def _test(content: object, path: Path) -> tuple[str, ...]:
+    """The ids that a file holds out of all folds."""
+    test = content.get("test", []) if isinstance(content, dict) else []
+    if isinstance(test, list) and all(isinstance(case_id, str) for case_id in test):
+        return tuple(test)
+    raise DataError(
+        f'{path} must give as "test" a list of case ids, or none; got {test!r:.80}. Correct the '
+        "file."
     )
 
 

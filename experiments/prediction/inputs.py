@@ -17,6 +17,7 @@ from data_pipelines.modalities import by_modality, modality_of
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import GLAND
 from data_pipelines.preparing import preprocessing
 from data_pipelines.preparing.labels import settled
+from data_pipelines.progress import say_line
 from data_pipelines.reading import dataset_json, volume_io
 from data_pipelines.reading.case_files import CaseFiles
 from data_pipelines.reading.volume_io import name_without_ending
@@ -37,8 +38,9 @@ def find_inputs(
     A file ``<modality>.<ending>`` belongs to the case that its folder is named for, a file
     ``<case>_<modality>.<ending>`` to ``<case>`` (unless its folder holds files of the first kind),
     and in nnU-Net's raw layout ``<case>_<4 digits>`` is the channel of that number in
-    ``dataset.json``. Any other NIfTI file beside ``dataset.json``, or in a folder ``images*`` under
-    it, is a case with its channels along a fourth axis (the layout of the Medical Segmentation
+    ``dataset.json``, or without that file in the order of ``modalities``. Any other NIfTI file
+    beside ``dataset.json``, or in a folder ``images*`` under it, is a case with its channels along
+    a fourth axis (the layout of the Medical Segmentation
     Decathlon). A folder with one DICOM series is named like a file. Modalities go by the names that
     the data pipeline accepts. Links are followed; hidden folders and results of earlier
     predictions are passed over.
@@ -61,7 +63,7 @@ def find_inputs(
     wanted = tuple(dict.fromkeys(names))
     found: list[CaseFiles] = []
     for folder, paths in _folders(root):
-        found += _cases_in(folder, paths, wanted)
+        found += _cases_in(folder, paths, wanted, modalities)
     # A T2W alone says where the others would lie, not that this is a case of the model.
     cases = [case for case in found if case.images.keys() & {*modalities}]
     if not cases:
@@ -105,10 +107,15 @@ def _volume_name(path: Path) -> str | None:
 
 
 def _cases_in(
-    folder: Path, volumes: Sequence[tuple[str, Path]], wanted: Sequence[str]
+    folder: Path,
+    volumes: Sequence[tuple[str, Path]],
+    wanted: Sequence[str],
+    modalities: Sequence[str],
 ) -> list[CaseFiles]:
     """The cases whose files lie in one folder."""
     channels = _channels(folder, wanted) if volumes else {}
+    if channels is None:
+        channels = _channels_of_model(folder, [name for name, _ in volumes], modalities)
     named: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     numbered: dict[str, dict[str, list[Path]]] = {}
     four_axes: dict[str, dict[str, int]] = {}
@@ -153,11 +160,29 @@ def _holds_channels(path: Path) -> bool:
     )
 
 
-def _channels(folder: Path, wanted: Sequence[str]) -> dict[int, str]:
-    """Modality by channel number, from ``dataset.json`` beside or above ``folder``."""
+def _channels(folder: Path, wanted: Sequence[str]) -> dict[int, str] | None:
+    """Modality by channel number, from ``dataset.json`` here or above; None without."""
     files = (folder / dataset_json.NAME, folder.parent / dataset_json.NAME)
     file = next((file for file in files if file.is_file()), None)
-    return {} if file is None else dataset_json.channels(dataset_json.read(file), wanted, file)
+    if file is None:
+        return None
+    return dataset_json.channels(dataset_json.read(file), wanted, file)
+
+
+def _channels_of_model(
+    folder: Path, names: Sequence[str], modalities: Sequence[str]
+) -> dict[int, str]:
+    """Modality by channel number in the model's order, said, if all its channels are there."""
+    numbers = {int(match[1]) for name in names if (match := re.search(r"_(\d{4})$", name))}
+    if numbers != {*range(len(modalities))}:
+        return {}
+    told = ", ".join(f"{number:04d} for {name}" for number, name in enumerate(modalities))
+    say_line(
+        f"{folder} has no {dataset_json.NAME}: channels are taken in the order of the model, "
+        f'{told}. If they are others, write {{"channel_names": {{"0": ...}}}} into '
+        f"{dataset_json.NAME} there."
+    )
+    return dict(enumerate(modalities))
 
 
 def _case_files(

@@ -2,47 +2,22 @@
 
 import errno
 import signal
-import sys
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable
 
 import jax
-from tqdm import tqdm
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from data_pipelines.process import printing, say
-from experiments.process.signals import Interrupted, Stop, heeded
-
-T = TypeVar("T")
-
-
-def progress(
-    items: Iterable[T], *, description: str, total: int | None = None, initial: int = 0
-) -> "tqdm[T]":
-    """A progress bar on a terminal; nothing where output goes to a file."""
-    return tqdm(
-        items,
-        desc=description,
-        total=total,
-        initial=initial,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-        dynamic_ncols=True,
-        smoothing=0.1,
-    )
+from data_pipelines.progress import alive, say_line
+from experiments.process.signals import Interrupted, Stop, answered, heeded
 
 
 def log(message: str) -> None:
     """A line of the run's account on stdout, at once; of several processes, the first says it."""
     if jax.distributed.is_initialized() and jax.process_index() > 0:
         return
-    try:
-        print(f"{message}\n", end="", flush=True)  # in one piece, whichever thread says it
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from error
+    say_line(message)
 
 
 class RunError(RuntimeError):
@@ -68,7 +43,7 @@ def run_main(main: Callable[[], object]) -> None:
 
     for number in heeded():
         signal.signal(number, interrupt)
-    with printing():
+    with printing(), alive("working"), answered():
         try:
             main()
         except (ConfigError, DataError) as error:

@@ -74,6 +74,17 @@ def environment() -> Environment:
     )
 
 
+def versions_in_words() -> list[str]:
+    """Lines for the head of a log: what the process runs on, and with which packages."""
+    found = environment()
+    commit = f", commit {found.git_commit}" if found.git_commit else ""
+    packages = ", ".join(f"{name} {v}" for name, v in found.versions.items() if v is not None)
+    return [
+        f"{found.started}, {found.system}, {found.device}, {found.cpu_cores} cores{commit}",
+        f"Python {found.python}, {packages}",
+    ]
+
+
 def git_commit() -> str | None:
     """Commit of the checkout that runs, with ``-dirty`` if files differ; None outside git."""
 

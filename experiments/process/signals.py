@@ -13,6 +13,8 @@ from typing import ClassVar
 import jax
 from jax.experimental import multihost_utils
 
+from data_pipelines.process import say
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to end, and all that it had is saved."""
@@ -26,6 +28,8 @@ class Stop:
     """Whether a signal has asked to stop; ``number`` is that signal, or None."""
 
     number: int | None = None
+    nothing_to_save: bool = False
+    """Whether all that was done is saved, so that a signal may end the process at once."""
     unanswered: ClassVar[int | None] = None
     """A signal whose ``Interrupted`` may have been raised where Python drops exceptions, such as a
     callback of the garbage collector."""
@@ -85,6 +89,55 @@ def share_signals() -> None:
     _preemption.take_over()
 
 
+GRACE_S = 8.0
+"""After a signal, how long a process may take to come to a place where it can end by itself."""
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Inside, signals are answered at once, and end the process soon whatever it does.
+
+    Python raises ``Interrupted`` only between two of its own instructions, and XLA may compile for
+    minutes: after ``GRACE_S``, or a second signal, the process ends where it is. All files are
+    written whole or not at all. ``deferred_signals`` inside takes over. Outside the main thread
+    nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def listen() -> None:
+        number = 0
+        while True:
+            try:
+                received = receiver.recv(1)
+            except TimeoutError:
+                received = bytes([number])
+            if not received:
+                return
+            if received[0] not in SIGNALS:
+                continue
+            if number:
+                say("interrupted; what is done is kept, run again to continue")
+                os._exit(128 + number)
+            number = received[0]
+            say(f"{signal.Signals(number).name}: stopping; again to quit now")
+            receiver.settimeout(GRACE_S)
+
+    thread = threading.Thread(target=listen, name="answers", daemon=True)
+    thread.start()
+    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        sender.close()
+        thread.join()
+        receiver.close()
+
+
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[Stop]:
     """Inside, ``SIGNALS`` only set ``number``, for the code to save and leave at its time.
@@ -110,6 +163,9 @@ def deferred_signals() -> Iterator[Stop]:
             if stop.number is not None:
                 os._exit(128 + number)
             name = signal.Signals(number).name
+            if stop.nothing_to_save:
+                say(f"{name}: interrupted; what is done is kept, run again to continue")
+                os._exit(128 + number)
             with contextlib.suppress(OSError):  # nobody reads stdout any more
                 # Not log(), which starts JAX's backend in a process of several and waits for it.
                 print(

@@ -13,7 +13,8 @@ import tyro
 from cmsad_jax.modules.encoder import EncoderConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.command_line import current_names
-from data_pipelines.config import DataConfig
+from data_pipelines.config import AUTO, DataConfig
+from data_pipelines.short_help import full
 from data_pipelines.targets import IGNORED
 from experiments.settings.config import Config, window
 from experiments.settings.options import REGISTRY
@@ -31,9 +32,9 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "train.max_skipped",
             "train.accumulation",
             "predict.batch_size",
+            "num_folds",
         ),
     ),
-    ("at least 2", lambda value: value >= 2, ("num_folds",)),
     (
         "at least 0",
         lambda value: value >= 0,
@@ -98,13 +99,13 @@ def read(
     Raises:
         ConfigError: no such preset.
     """
-    arguments = current_names(sys.argv[1:] if arguments is None else arguments)
+    arguments = current_names(full(sys.argv[1:] if arguments is None else arguments))
     name = typed(arguments, "preset") or "small"
     if name not in PRESETS:
         raise ConfigError(
             f"preset must be one of {', '.join(PRESETS)}; got {name!r}. Use --preset=small."
         )
-    return tyro.cli(
+    config = tyro.cli(
         Config,
         prog=prog,
         description=description,
@@ -113,6 +114,9 @@ def read(
         config=(tyro.conf.FlagConversionOff,),
         registry=REGISTRY,
     )
+    from data_pipelines.reading import layout  # slow to load, and not needed for --help
+
+    return dataclasses.replace(config, data=layout.resolved(config.data, layout.say_once))
 
 
 def typed(arguments: Sequence[str], option: str) -> str | None:
@@ -141,6 +145,10 @@ def complete(config: Config) -> Config:
 
     The network's inputs and outputs are the data's modalities and classes.
     """
+    if config.data.name == AUTO:
+        from data_pipelines.reading import layout  # slow to load, and not needed for --help
+
+        config = dataclasses.replace(config, data=layout.resolved(config.data))
     from data_pipelines.reading.own_classes import with_own_classes  # reads files, --help does not
 
     config = dataclasses.replace(config, data=with_own_classes(config.data))
@@ -223,6 +231,11 @@ def _check_execution(config: Config) -> None:
         raise ConfigError(
             "a deterministic run needs compiler options, which pmap does not take; "
             "got --deterministic=True and --parallel=pmap. Use --parallel=jit."
+        )
+    if config.num_folds < 2 and config.folds_file is None:
+        raise ConfigError(
+            f"cross-validation needs at least 2 folds; got {config.num_folds} and no file of one "
+            "split. Use --num-folds=5, or name the split with --folds-file."
         )
     at_once = config.folds_at_once
     if at_once != "auto" and at_once < 1:

@@ -117,7 +117,7 @@ class Config:
     folds_at_once: Literal["auto"] | int = "auto"
     """How many folds train side by side; auto: one on each equal part of several accelerators."""
     folds_file: Path | None = None
-    """Published folds to use (JSON list of train and val case ids) instead of drawing them."""
+    """Folds, or one split, to use instead of drawing them: JSON list of train and val case ids."""
     group_by: str | None = None
     """Fact of cases (PI-CAI: center; own folder: group) of which each fold leaves out one value."""
     profile: Path | None = None

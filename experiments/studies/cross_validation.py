@@ -18,6 +18,7 @@ from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.files import expanded
 from data_pipelines.preparing import preprocessing
+from data_pipelines.progress import duration, progress, recorded
 from data_pipelines.reading import volume_io
 from data_pipelines.serving import loading, splits
 from experiments.measuring import mean_shape, summary
@@ -35,7 +36,8 @@ from experiments.process.accelerator import (
     profiled,
     select_accelerator,
 )
-from experiments.process.console import log, progress
+from experiments.process.console import log
+from experiments.process.environment import versions_in_words
 from experiments.process.signals import deferred_signals
 from experiments.process.storage import (
     locked,
@@ -53,12 +55,28 @@ from experiments.run_folder import (
     fold_title,
     folder_of,
 )
+from experiments.settings.command_line import complete
 from experiments.settings.config import Config
 from experiments.settings.stored import flatten, to_json
 from experiments.training import feed, tensorboard
 from experiments.training.fold import Fold
-from experiments.training.loop import train_folds
+from experiments.training.loop import NOTHING_LEFT, Rest, train_folds
 from experiments.training.programs import Programs, compile_programs, folds_at_once, groups
+
+
+def cross_validate(config: Config) -> Results:
+    """A whole cross-validation, for programs: ``run`` on the completed configuration.
+
+    What follows from the data need not be set (``experiments.settings.command_line.complete``). Run
+    again, it continues what is in ``config.output``.
+
+    Raises:
+        ConfigError: for settings that cannot work, or a run folder of another configuration.
+        DataError: for faults of the data.
+    """
+    results = run(complete(config))
+    assert results is not None, "there is one process, which has the results"
+    return results
 
 
 def run(
@@ -101,6 +119,7 @@ def run(
                 folder.refuse_other(config)
                 remove_temporary_files(folder.path)
                 folder.open(config, source, folds, "" if plan is None else plan.sha256)
+                held.enter_context(recorded(folder.log, versions_in_words()))
                 if plan is not None:
                     record.write(plan, folder.plan)
         return run_folds(config, devices, programs, source, folds)
@@ -138,7 +157,7 @@ def run_folds(
     positive = sum(info.positive for info in source.info)
     log(
         f"{len(source)} cases, {positive} with {config.data.target}, "
-        f"{folds_in_words(config, folds)}; {devices[0].device_kind} x {len(devices)}; "
+        f"{folds_in_words(config, folds, len(source))}; {devices[0].device_kind} x {len(devices)}; "
         f"run folder {folder.path}"
     )
     at_once = folds_at_once(config, devices)
@@ -158,19 +177,34 @@ def run_folds(
             left.append(Fold(fold, training, validation, folder.fold(fold).path))
         else:
             log(f"{fold_title(fold, config.num_folds)}: done before")
-    for group in groups(left, at_once):
-        run_group(config, programs, source, group)
+    waiting, taken_s = groups(left, at_once), []
+    for number, group in enumerate(waiting, 1):
+        started, times = time.perf_counter(), len(waiting) - number
+        rest = Rest(times, float(np.mean(taken_s)) if taken_s else None)
+        run_group(config, programs, source, group, rest)
+        taken_s.append(time.perf_counter() - started)
+        if times:
+            # the first group compiled as well
+            each_s = float(np.mean(taken_s[1:] or taken_s))
+            log(f"{number} of {len(waiting)} done; about {duration(times * each_s)} left")
     if not hosts.is_first():
         return None
     done = folder.done(config.num_folds)
     return finish(config, folder, mean_shape.run(config, source, folds, done))
 
 
-def folds_in_words(config: Config, folds: splits.Folds) -> str:
-    """How many folds of what, and which group each of them leaves out, in their order."""
+def folds_in_words(config: Config, folds: splits.Folds, num_cases: int) -> str:
+    """How many folds of what, which group each of them leaves out, and which cases are in none."""
     over = f"by {config.group_by}" if config.group_by else "over patients"
     names = f" ({', '.join(folds.names)})" if folds.names else ""
-    return f"{len(folds)} folds {over}{names}"
+    used = {case_id for ids in folds.validation for case_id in ids}
+    used |= {case_id for i in range(len(folds)) for case_id in folds.training(i)}
+    words = f"{len(folds)} folds {over}{names}" if len(folds) > 1 else "one split"
+    if folds.test:
+        words += f", {len(folds.test)} cases held out as a test"
+    if others := num_cases - len(used) - len(folds.test):
+        words += f", {others} cases in no fold"
+    return words
 
 
 def make_folds(config: Config, source: loading.CaseSource) -> splits.Folds:
@@ -202,7 +236,11 @@ def make_folds(config: Config, source: loading.CaseSource) -> splits.Folds:
 
 
 def run_group(
-    config: Config, programs: Programs, source: loading.CaseSource, group: Sequence[Fold]
+    config: Config,
+    programs: Programs,
+    source: loading.CaseSource,
+    group: Sequence[Fold],
+    rest: Rest = NOTHING_LEFT,
 ) -> None:
     """Train the folds of a group side by side, and predict and measure them one after another.
 
@@ -213,7 +251,7 @@ def run_group(
             fold.directory.mkdir(exist_ok=True)
     first = any(fold.number == (config.folds or [0])[0] for fold in group)
     with profiled(config.profile if first and hosts.is_first() else None):
-        trained = train_folds(config, programs, source, group)
+        trained = train_folds(config, programs, source, group, rest)
     if hosts.is_first():
         for fold, (params, summary) in zip(group, trained, strict=True):
             measure_fold(config, programs, source, fold, params, summary)

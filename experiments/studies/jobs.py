@@ -18,8 +18,9 @@ from typing import cast
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.process import end_with_parent
+from data_pipelines.progress import progress
 from experiments.process.accelerator import select_accelerator
-from experiments.process.console import RunError, log, progress, run_main
+from experiments.process.console import RunError, log, run_main
 from experiments.run_folder import folder_of
 from experiments.settings.config import Config
 from experiments.training.programs import Programs, compile_programs

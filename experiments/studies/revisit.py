@@ -10,9 +10,9 @@ import tyro
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case
 from data_pipelines.faults import DataError
+from data_pipelines.progress import progress
 from data_pipelines.serving import loading
 from experiments.prediction.windows import Params
-from experiments.process.console import progress
 from experiments.process.records import to_text
 from experiments.process.storage import write_text
 from experiments.run_folder import RunFolder, fold_title

@@ -13,13 +13,14 @@ import numpy as np
 from cmsad_jax import parallel
 from cmsad_jax.training import TrainState
 from data_pipelines.case import Case
+from data_pipelines.progress import doing, duration, progress
 from data_pipelines.serving import loading
 from data_pipelines.targets import IGNORED, foreground
 from experiments.measuring.metrics import to_mask
 from experiments.prediction.windows import Params, predict_case
 from experiments.process import hosts
 from experiments.process.accelerator import uncollected
-from experiments.process.console import progress
+from experiments.process.console import log
 from experiments.process.signals import deferred_signals
 from experiments.run_folder import FoldSummary
 from experiments.settings.config import Config
@@ -53,8 +54,27 @@ def reference_dice(
     return float(np.mean(scores)) if scores else None
 
 
+class Rest(NamedTuple):
+    """What a run has still to do after some folds: how often as much, and how long it took so far.
+
+    Attributes:
+        times: how many groups of folds follow.
+        each_s: what a group took from its first step to its last figure; None before one is done.
+    """
+
+    times: int = 0
+    each_s: float | None = None
+
+
+NOTHING_LEFT = Rest()
+
+
 def train_folds(
-    config: Config, programs: Programs, source: loading.CaseSource, folds: Sequence[Fold]
+    config: Config,
+    programs: Programs,
+    source: loading.CaseSource,
+    folds: Sequence[Fold],
+    rest: Rest = NOTHING_LEFT,
 ) -> list[tuple[Params, FoldSummary]]:
     """Train a fold, or several that stand at the same step side by side, or what is left of them.
 
@@ -76,9 +96,12 @@ def train_folds(
         members = [FoldInTraining(config, fold, source.fingerprint) for fold in folds]
         for member in members:
             closing.callback(member.close)
-        training = Training(config, programs, source, members)
+        training = Training(config, programs, source, members, rest)
+        # Until the first program is compiled, which may take minutes in which Python stands still.
+        stop.nothing_to_save = not jax.distributed.is_initialized()
         while training.number < config.train.steps:
             training.make()
+            stop.nothing_to_save = False
             stopping = stop.after_step()
             saving = stopping or training.saves(training.number)
             training.count(everything=saving)
@@ -120,6 +143,7 @@ class Training:
         programs: of the run.
         source: all cases.
         members: the folds, which all go on from the same step.
+        rest: of the run, for the time that is left.
 
     Attributes:
         number: of steps made.
@@ -132,6 +156,7 @@ class Training:
         programs: Programs,
         source: loading.CaseSource,
         members: Sequence[FoldInTraining],
+        rest: Rest = NOTHING_LEFT,
     ):
         self._config, self._programs, self._source = config, programs, source
         self._members = members
@@ -160,6 +185,20 @@ class Training:
             total=config.train.steps,
             initial=self.number,
         )
+        self._rest = rest
+        self._bar.remark = self.time_left
+
+    def time_left(self) -> str:
+        """Of the whole run, where it goes on after these folds; what is not known is left out."""
+        left_s, made = self._bar.left_s, self._bar.n - self._bar.initial
+        if left_s is None or not self._rest.times or made >= self._config.train.steps:
+            return ""
+        each_s = self._rest.each_s
+        if each_s is None:
+            each_s = (
+                left_s * self._config.train.steps / max(self._config.train.steps - self.number, 1)
+            )
+        return f"; of the run about {duration(left_s + self._rest.times * each_s)}"
 
     def saves(self, number: int) -> bool:
         """Whether something is saved after a step."""
@@ -182,13 +221,28 @@ class Training:
                 self._needed = uncollected(memory.check)(
                     self._config, program.step, self._state, placed, resident_bytes=resident
                 )
-        with memory.explained(self._config, self._needed):
+        with memory.explained(self._config, self._needed), self._compiling(first, size):
             self._state, metrics = step(self._state, placed)
             if first:
                 jax.block_until_ready(self._state)
         self._compiled.add(size)
         self.number += size
         self._uncounted.append(Made(calls, metrics, first))
+
+    @contextlib.contextmanager
+    def _compiling(self, first: bool, size: int) -> Iterator[None]:
+        """Say that a program is compiled, the first time in the process, and how long it took."""
+        if not first or size in self._programs.compiled_s:
+            yield
+            return
+        what = "the training step" if size == 1 else f"{size} training steps in one"
+        kept = ", kept for later runs" if self._config.compilation_cache else ""
+        log(f"compiling {what}{kept}")
+        started = time.perf_counter()
+        with doing(f"compiling {what}"):
+            yield
+        taken_s = self._programs.compiled_s[size] = time.perf_counter() - started
+        log(f"compiled in {duration(taken_s)}, with the first step")
 
     def count(self, *, everything: bool) -> None:
         """Let each fold account for the calls that are done: all but the last, or ``everything``.
@@ -206,8 +260,12 @@ class Training:
         if any(member.done.skipped_in_a_row for member in self._members):
             # Nothing is started before it is known what came of the last.
             self._count(len(self._uncounted))
-        self._bar.set_postfix(shown(self._members), refresh=False)
+        remark = self.time_left()
+        more = {"run": remark.rpartition("about ")[2]} if remark else {}
+        self._bar.set_postfix({**shown(self._members), **more}, refresh=False)
         self._bar.update(last.size)
+        if last.first:
+            self._bar.without_start()
 
     def _count(self, num_calls: int) -> None:
         for made in self._uncounted[:num_calls]:

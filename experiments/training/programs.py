@@ -35,6 +35,7 @@ class Programs:
             and, within it, of each encoder stage, resized to the window; none for early fusion.
         side_by_side: ``step`` and ``several`` of a number of folds above 1, of which they take
             lists.
+        compiled_s: what it took to compile ``step``, and ``several``, by how many steps they make.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -44,6 +45,7 @@ class Programs:
     predict: Callable[..., jax.Array]
     attention: Callable[..., jax.Array]
     side_by_side: Callable[[int], tuple[parallel.ParallelStep, parallel.ParallelStep | None]]
+    compiled_s: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def of_folds(self, count: int) -> tuple[parallel.ParallelStep, parallel.ParallelStep | None]:
         """``step`` and ``several`` of so many folds, of which they take lists, also of one."""

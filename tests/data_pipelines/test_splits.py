@@ -127,11 +127,6 @@ def test_faulty_published_folds_are_refused(tmp_path):
     path.write_text('[{"train": [1], "val": []}]')
     with pytest.raises(DataError, match=r"must be a list of folds"):
         load_published(path, infos(3))
-    publish(path, ["c000"], ["c001"])
-    with pytest.raises(
-        DataError, match=r"every case must be in a fold; .* lacks 2 of 4: c002, c003"
-    ):
-        load_published(path, infos(4))
     publish(path, ["c000", "c001"], ["c001", "c002"])
     with pytest.raises(DataError, match=r"has c001 in folds 0 and 1"):
         load_published(path, infos(3))
@@ -139,12 +134,64 @@ def test_faulty_published_folds_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"fold 1 of .* has none of this data set"):
         load_published(path, infos(3))
     publish(path, ["c000"], ["c001", "c002"], train=["c000"])
-    with pytest.raises(DataError, match=r"in fold 0 of .* this fails for c000, c001, c002"):
+    with pytest.raises(
+        DataError, match=r"may train and be validated in one fold; fold 0 of .*c000"
+    ):
+        load_published(path, infos(3))
+    publish(path, ["c000"], ["c001", "c002"], train=["other"])
+    with pytest.raises(DataError, match=r"must train on at least one case; fold 0 of .* has none"):
         load_published(path, infos(3))
     same_patient = [CaseInfo("c000", "p", True), CaseInfo("c001", "p", False)]
     publish(path, ["c000"], ["c001"])
     with pytest.raises(DataError, match=r"must share a fold; .* patient p in folds 0 and 1"):
         load_published(path, same_patient)
+
+
+def test_one_split_and_fewer_training_cases_are_folds(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps([{"train": ["c002", "c001"], "val": ["c000"]}]))
+    folds = load_published(path, infos(5))
+    assert (folds.validation, folds.training(0)) == ((("c000",),), ("c001", "c002"))
+    folds.save(tmp_path / "kept.json")
+    assert Folds.load(tmp_path / "kept.json") == folds == load_published(path, infos(4))
+    fewer = [{"train": ["c001"], "val": ["c000"]}, {"train": ["c000"], "val": ["c001"]}]
+    path.write_text(json.dumps(fewer))
+    plain = load_published(path, infos(2))
+    assert plain.trained == (), "each trains on all others"
+    assert plain.sha256 == Folds(plain.validation).sha256
+    fewer[0]["train"] = ["c001", "c002"]
+    path.write_text(json.dumps(fewer))
+    assert load_published(path, infos(3)).sha256 != plain.sha256
+
+
+def test_held_out_cases_train_and_validate_nowhere(tmp_path):
+    path = tmp_path / "f.json"
+    split = {"folds": [{"train": ["c001"], "val": ["c000"]}], "test": ["c002", "c009"]}
+    path.write_text(json.dumps(split))
+    folds = load_published(path, infos(3))
+    assert folds.test == ("c002",)
+    folds.save(tmp_path / "kept.json")
+    assert Folds.load(tmp_path / "kept.json") == folds
+    split["test"] = ["c001"]
+    path.write_text(json.dumps(split))
+    with pytest.raises(DataError, match=r"train and be held out as a test .* c001 and c001 of"):
+        load_published(path, infos(3))
+    split["test"] = "c001"
+    path.write_text(json.dumps(split))
+    with pytest.raises(DataError, match=r'must give as "test" a list of case ids, or none; got'):
+        load_published(path, infos(3))
+
+
+@pytest.mark.parametrize("schema", [{}, {"schema": 2}])
+def test_fold_files_of_older_versions_are_read(schema, tmp_path):
+    folds = Folds((("a",), ("b", "c")))
+    record = {
+        **schema,
+        "sha256": folds.sha256,
+        "folds": [{"train": ["b", "c"], "val": ["a"]}, {"train": ["a"], "val": ["b", "c"]}],
+    }
+    (tmp_path / "f.json").write_text(json.dumps(record))
+    assert Folds.load(tmp_path / "f.json") == folds
 
 
 def test_folds_of_another_data_set_are_refused():

@@ -43,6 +43,7 @@ NOT_OF_THE_METHOD = {
     "deterministic",
     "data.allow_missing",
     "data.cache",
+    "data.files",
     "data.labels",
     "data.lesions",
     "data.name",

@@ -104,7 +104,7 @@ def test_data_set(tree):
     (mine / f"{case_id_of(0)}_adc.nii.gz").unlink()
     with pytest.raises(AssertionError, match=r"must have every modality +got no 'adc'"):
         run(command, tree)
-    shown = re.sub(r"[\s│]+", " ", run("python -m data_pipelines.validate --help", tree))
+    shown = re.sub(r"[\s│]+", " ", run("python -m data_pipelines.validate --help-all", tree))
     assert "nifti_folder or flat" in shown
     floors = run(
         "python -m pytest -q -p no:cacheprovider tests/test_architecture.py -k has_its_floor", tree

@@ -86,11 +86,45 @@ def test_missing_extra_is_named_with_the_line_to_type():
         "from experiments.__main__ import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, encoding="utf-8")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout.count("\n")) == (2, 1), "the first line"
     assert done.stderr == (
         "error: cmsad cv needs the packages of the extra experiments; got no package tyro. "
         'Use pip install "cmsad-jax[experiments]".\n'
     )
+
+
+def test_jobs_are_functions_that_return_what_the_files_hold(tmp_path, monkeypatch):
+    from experiments import EvaluateConfig, evaluate
+    from experiments.measuring.summary import Summary
+
+    case = raw_case("a")
+    for folder in ("predictions", "labels"):
+        write_folder(tmp_path / "in" / folder, case)
+        path = tmp_path / "in" / folder / "a/lesion.nii.gz"
+        (tmp_path / folder).mkdir()
+        path.rename(tmp_path / folder / "a.nii.gz")
+    config = EvaluateConfig(tmp_path / "predictions", tmp_path / "labels", output=tmp_path / "out")
+    figures = evaluate(config)
+    assert isinstance(figures, Summary)
+    assert figures.mean["lesion"]["dice"] == 1.0
+    assert (tmp_path / "out/metrics.json").is_file()
+
+
+def test_names_of_the_jobs_are_resolved_when_they_are_used():
+    code = """
+import sys, experiments
+assert "jax" not in sys.modules
+from experiments import Config, PredictCommand, cross_validate, predict
+assert Config().train.steps == 250
+assert predict.PredictCommand is PredictCommand and callable(predict)
+assert cross_validate.__module__ == "experiments.studies.cross_validation"
+assert {"cross_validate", "predict", "evaluate"} <= {*dir(experiments)}
+try:
+    experiments.predic
+except AttributeError as error:
+    assert str(error) == "module 'experiments' has no attribute 'predic'"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture(scope="module")

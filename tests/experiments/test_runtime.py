@@ -107,6 +107,46 @@ def test_second_signal_ends_at_once_and_the_kernel_frees_the_lock(tmp_path):
         pass
 
 
+STUCK = """
+import hashlib, sys
+from experiments.process import signals
+from experiments.process.console import run_main
+signals.GRACE_S = float(sys.argv[1])
+def main():
+    with signals.deferred_signals() as stop:
+        stop.nothing_to_save = sys.argv[2] == "nothing"
+        if sys.argv[2] == "nothing":
+            print("ready", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("grace", "what", "answer"),
+    [
+        ("0.2", "work", "SIGINT: stopping; again to quit now"),
+        ("60", "nothing", "SIGINT: interrupted; what is done is kept, run again to continue"),
+    ],
+)
+def test_signal_ends_what_does_not_return_to_python(grace, what, answer):
+    """As XLA does while it compiles: in a run with nothing to save, and everywhere else."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK, grace, what],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr is not None
+        assert process.stderr.read().startswith(answer)
+
+
 def test_signal_is_raised_at_the_end_of_the_section():
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="SIGTERM"), deferred_signals():

@@ -45,7 +45,7 @@ def digest(run: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file() or path.name[0] == "."):
         name = str(path.relative_to(run))
-        if path.name in (LOCK, HOLDER, "environment.json"):  # times, versions
+        if path.name in (LOCK, HOLDER, "environment.json", "log.txt"):  # times, versions
             continue
         if name.startswith("fold_") and "/checkpoints/" in name and "/." not in name:
             continue  # below; Orbax draws the names of its files

@@ -1,0 +1,76 @@
+"""``--help`` of commands with many options: those that most people use; ``--help-all`` has all.
+
+It is text, so that it is there before configurations are loaded; a test holds it to the options and
+defaults that there are.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ALL = "--help-all"
+HELP = ("--help", "-h")
+
+Options = Sequence[tuple[str, str, str]]
+"""Of each option what is typed, what it means, and its default in words."""
+
+OF_DATA: Options = (
+    ("--data.path FOLDER", "your files; whose layout it is shows by itself", "the phantom"),
+    (
+        "--data.files NAME=PATTERN ...",
+        "other names, as t2w='*T2*' adc='*ADC*' lesion='*ROI*'",
+        "",
+    ),
+    ("--data.modalities NAME ...", "contrasts to use", "t2w adc hbv"),
+    ("--data.target NAME", "what is segmented: lesion, gland or zones", "lesion"),
+    ("--data.allow-missing True", "accept cases that lack a modality", "False"),
+    ("--data.preprocess.spacing-mm D H W", "voxels of the grid that the network sees", "3 2 2"),
+    ("--data.preprocess.size D H W", "how many of them", "20 48 48"),
+)
+
+OF_READING: Options = (
+    *OF_DATA,
+    ("--data.name NAME", "picai, prostate158, msd_prostate, nifti_folder, phantom", "auto"),
+    ("--data.cache FOLDER", "where built data sets are kept", "~/.cache/cmsad_jax"),
+    ("--num-workers N", "processes that read the cases", "one, or one for each CPU"),
+)
+"""Of ``validate`` and ``build``."""
+
+OF_TRAINING: Options = (
+    *OF_DATA,
+    ("--preset NAME", "small (for CPUs), volume3d or slice2d (for accelerators)", "small"),
+    ("--accelerator NAME", "auto, cpu, gpu or tpu", "auto"),
+    ("--output FOLDER", "the run folder; the same command continues it", "below runs"),
+    ("--num-folds N", "folds over patients", "5"),
+    ("--folds N ...", "those to run now", "all"),
+    ("--train.steps N", "updates for each fold", "250"),
+    ("--train.batch-size N", "examples for each update", "2"),
+    ("--train.crop D H W", "voxels of a training crop and of the sliding window", "12 48 48"),
+    ("--seed N", "of folds, weights, sampling and augmentation", "0"),
+)
+"""Of ``cv``, with the preset ``small``."""
+
+
+def program(module: str) -> str:
+    """What a user types to start a command: ``cmsad cv``, or ``python -m experiments.cv``."""
+    if any(Path(word).stem == "cmsad" for word in sys.orig_argv[1:2]):
+        return f"cmsad {module.rpartition('.')[2]}"
+    return f"python -m {module}"
+
+
+def show(module: str, purpose: str, options: Options) -> bool:
+    """Print the short help if the command line asks for help; whether it did."""
+    if not any(word in HELP for word in sys.argv[1:]):
+        return False
+    print(f"usage: {program(module)} [OPTIONS]\n\n{purpose}\n")
+    width = max(len(option) for option, _, _ in options)
+    for option, meaning, default in options:
+        told = f" ({default})" if default else ""
+        print(f"  {option:{width}}  {meaning}{told}")
+    print(f"\n  {ALL:{width}}  every option, with its default")
+    return True
+
+
+def full(arguments: Sequence[str]) -> list[str]:
+    """The arguments as tyro understands them: its ``--help`` shows all options."""
+    return ["--help" if word == ALL else word for word in arguments]
