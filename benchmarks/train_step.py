@@ -59,10 +59,16 @@ class Row:
     versions: str
 
 
+PEER = "no augmentation"
+"""Variant that the PyTorch network does as well: modalities alone teach, not the label."""
+
+
 def variants(config: Config) -> dict[str, Config]:
     """The preset, and the preset without one part of it at a time."""
     loss, network = config.loss, config.network
-    no_distillation = dataclasses.replace(loss, cross_modal_weight=0.0, self_weight=0.0)
+    no_distillation = dataclasses.replace(
+        loss, cross_modal_weight=0.0, self_weight=0.0, label_weight=0.0
+    )
     concat = dataclasses.replace(network, fusion=FusionConfig(kind="concat"))
     probabilities: dict[str, Any] = {
         field.name: 0.0
@@ -77,7 +83,9 @@ def variants(config: Config) -> dict[str, Config]:
         "concat, no distillation": dataclasses.replace(
             config, network=concat, loss=no_distillation
         ),
-        "no augmentation": dataclasses.replace(config, train=still),
+        PEER: dataclasses.replace(
+            config, train=still, loss=dataclasses.replace(loss, teachers=("all",))
+        ),
         **{
             name: dataclasses.replace(system(config), loss=no_distillation)
             for name, system in SYSTEMS.items()
@@ -96,10 +104,6 @@ def random_batch(config: Config) -> dict[str, jax.Array]:
         "present": jnp.ones((batch, shape[-1]), bool),
         "key": jnp.arange(2 * batch, dtype=jnp.uint32).reshape(batch, 2),
     }
-
-
-PEER = "no augmentation"
-"""Variant that the PyTorch network does as well."""
 
 
 @dataclasses.dataclass(frozen=True)

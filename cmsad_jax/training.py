@@ -88,8 +88,9 @@ class LossConfig:
     """Label of voxels that count in no loss; follows from the data."""
     pairs: Literal["mutual"] | tuple[str, ...] = "mutual"
     """Who teaches whom: mutual is every ordered pair; or a list such as 'adc->t2w'."""
-    teachers: tuple[Teacher, ...] = ("all",)
-    """Who teaches: modalities (all, or those informed of the target), label, fused, average."""
+    teachers: tuple[Teacher, ...] = ("label", "all")
+    """Who teaches: modalities (all, or those informed of the target), label, fused, average. By
+    modalities alone the maps become one pattern, the same for all patients."""
     label_weight: float = 0.3
     """Weight of the label's teaching, where it is among the teachers; 0 switches it off."""
     fused_weight: float = 0.1

@@ -586,19 +586,20 @@ def test_what_is_wrong_is_refused_with_rule_what_came_and_remedy(
 
 
 TVERSKY_OF_DICE = {"region": "tversky", "tversky_alpha": 0.5, "tversky_beta": 0.5}
-NO_DISTILLATION = {"cross_modal_weight": 0.0, "self_weight": 0.0}
+NO_DISTILLATION = {"cross_modal_weight": 0.0, "self_weight": 0.0, "label_weight": 0.0}
 
 TOGETHER = [
     (
         "early",
         NAMES,
         {},
-        "got the fusion early, .*Use --loss.cross-modal-weight=0 --loss.self-weight=0",
+        "got the fusion early, .*Use --loss.cross-modal-weight=0 --loss.self-weight=0 "
+        "--loss.label-weight=0, or another",
     ),
     (
         "early",
         NAMES,
-        {"self_weight": 0.0},
+        {"self_weight": 0.0, "label_weight": 0.0},
         "one for all. Use --loss.cross-modal-weight=0, or another",
     ),
     ("early", NAMES, NO_DISTILLATION, None),
@@ -635,7 +636,7 @@ TOGETHER = [
     (
         "early",
         NAMES,
-        {**NO_DISTILLATION, "teachers": ("label", "fused")},
+        {"cross_modal_weight": 0.0, "self_weight": 0.0, "teachers": ("label", "fused")},
         "Use --loss.label-weight=0 --loss.fused-weight=0, or another",
     ),
     ("early", NAMES, {**NO_DISTILLATION, "teachers": ("average",)}, None),

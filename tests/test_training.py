@@ -182,7 +182,7 @@ def test_switched_off_distillation_leaves_nothing_in_the_program():
     texts = {}
     for name, config in {
         "on": base,
-        "off": dataclasses.replace(base, cross_modal_weight=0.0, self_weight=0.0),
+        "off": dataclasses.replace(base, cross_modal_weight=0.0, self_weight=0.0, label_weight=0.0),
     }.items():
         state, step = make_step(tiny_config(fusion="concat"), config)
         texts[name] = jax.jit(step).lower(state, batch).compile().as_text()

@@ -40,6 +40,10 @@ _NOT_IDENTITY = (
 )
 
 
+_BEFORE: Mapping[str, dict[str, Any]] = {"LossConfig": {"teachers": ["all"]}}
+"""What runs did that were stored before a field existed, where today's default is another."""
+
+
 def to_json(config: Any) -> Any:
     """A configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -56,6 +60,7 @@ def from_json(kind: type[T], values: Any) -> T:
     hints = typing.get_type_hints(kind)
     if kind is DataConfig:
         values = _with_options_moved(values)
+    values = _BEFORE.get(kind.__name__, {}) | values
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
         raise ConfigError(

@@ -59,7 +59,7 @@ TINY = dataclasses.replace(
         fusion=FusionConfig(kind="concat"),
         deep_supervision=0,
     ),
-    loss=LossConfig(cross_modal_weight=0.0, self_weight=0.0),
+    loss=LossConfig(cross_modal_weight=0.0, self_weight=0.0, label_weight=0.0),
     data=dataclasses.replace(
         PRESETS["small"].data,
         phantom=PhantomOptions(num_cases=5),

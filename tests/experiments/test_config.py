@@ -69,6 +69,12 @@ def test_run_stored_with_one_teacher_is_one_with_several_today():
     assert parse(["--loss.teachers", "label", "all"]).loss.teachers == ("label", "all")
 
 
+def test_run_stored_before_others_could_teach_has_modalities_alone():
+    stored = to_json(parse([]))
+    assert stored["loss"].pop("teachers") == ["label", "all"]
+    assert from_json(Config, stored).loss.teachers == ("all",)
+
+
 def test_unknown_option_ends_with_status_2_and_says_which(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(["--train.stepz=5"])

@@ -43,7 +43,7 @@ def plain(output: Path, cache: Path) -> Config:
         config,
         folds=(0,),
         network=network,
-        loss=LossConfig(cross_modal_weight=0.0, self_weight=0.0),
+        loss=LossConfig(cross_modal_weight=0.0, self_weight=0.0, label_weight=0.0),
         predict=PredictConfig(figures=0, flip=False),
     )
 

@@ -26,7 +26,7 @@ def test_baselines_train_by_the_same_step(baseline):
     network, params = init(baseline(tiny_config()), batch)
     optimizer = optax.sgd(1e-2)
     state = TrainState(np.int32(0), params, params, optimizer.init(params))
-    loss = LossConfig(warmup_steps=0, cross_modal_weight=0.0, self_weight=0.0)
+    loss = LossConfig(warmup_steps=0, cross_modal_weight=0.0, self_weight=0.0, label_weight=0.0)
     step = jax.jit(partial(train_step, network=network, optimizer=optimizer, loss=loss))
     after, metrics = step(state, batch)
     assert set(metrics) == {
