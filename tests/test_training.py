@@ -66,6 +66,7 @@ def test_every_term_is_named_and_the_total_is_their_weighted_sum():
         "cross_entropy_loss",
         "cross_modal_distillation_loss",
         "self_distillation_loss",
+        "label_distillation_loss",
         "correlation_loss",
         "map_distance",
     }
@@ -75,6 +76,7 @@ def test_every_term_is_named_and_the_total_is_their_weighted_sum():
         + metrics["cross_entropy_loss"]
         + ramp * 0.5 * metrics["cross_modal_distillation_loss"]
         + ramp * 0.5 * metrics["self_distillation_loss"]
+        + ramp * 0.3 * metrics["label_distillation_loss"]
         + ramp * 0.5 * metrics["correlation_loss"]
     )
     np.testing.assert_allclose(total, expected, rtol=1e-6)
