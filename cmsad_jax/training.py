@@ -89,8 +89,7 @@ class LossConfig:
     pairs: Literal["mutual"] | tuple[str, ...] = "mutual"
     """Who teaches whom: mutual is every ordered pair; or a list such as 'adc->t2w'."""
     teachers: tuple[Teacher, ...] = ("label", "all")
-    """Who teaches: modalities (all, or those informed of the target), label, fused, average. By
-    modalities alone the maps become one pattern, the same for all patients."""
+    """Who teaches: modalities (all, or those informed of the target), label, fused, average."""
     label_weight: float = 0.3
     """Weight of the label's teaching, where it is among the teachers; 0 switches it off."""
     fused_weight: float = 0.1
@@ -160,11 +159,6 @@ class LossConfig:
             raise ConfigError(
                 "distillation needs an encoder for each modality; got the fusion early, which has "
                 f"one for all. Use {' '.join(on)}, or another --network.fusion.kind."
-            )
-        if self.ignored_label is not None and "label" in teachers:
-            raise ConfigError(
-                "the label cannot teach where voxels of it are ignored, as its maps cover all; got "
-                f"--loss.teachers {' '.join(self.teachers)}. Leave out label."
             )
         if self.taught_by_modalities:
             parse_pairs(self.pairs, names)
@@ -535,9 +529,11 @@ def distillation_terms(
     The arguments are those of ``loss_terms``.
     """
     terms: dict[str, tuple[float, Array]] = {}
-    target = labels > 0
+    target, whole = labels > 0, jnp.ones(len(labels), bool)
     if config.ignored_label is not None:
-        target &= labels != config.ignored_label
+        ignored = labels == config.ignored_label
+        target &= ~ignored
+        whole = ~ignored.any(tuple(range(1, labels.ndim)))
     if labelled is not None:
         target &= labelled.reshape(-1, *(1,) * (target.ndim - 1))
     teachers = {*config.teachers}
@@ -563,7 +559,9 @@ def distillation_terms(
         value = distillation.self_distillation_loss(output.features, **between)
         terms["self_distillation_loss"] = (config.self_weight, value)
     if "label" in teachers and config.label_weight and output.features:
-        value = distillation.label_distillation_loss(output.features, target, **maps)
+        # A map is of the whole example: where voxels of the label are ignored, it teaches nothing.
+        known = target & whole.reshape(-1, *(1,) * (target.ndim - 1))
+        value = distillation.label_distillation_loss(output.features, known, **maps)
         terms["label_distillation_loss"] = (config.label_weight, value)
     if "fused" in teachers and config.fused_weight and output.features:
         value = distillation.fused_distillation_loss(

@@ -85,8 +85,7 @@ class PredictCommand:
     batch_size: int | None = None
     """Windows for each call; changes speed and memory alone. The model's own by default."""
     threshold: float | Literal["learnt"] | None = None
-    """Probability above which a voxel belongs to the target; learnt: that of the model's operating
-    point, which gave the best Dice. The model's own by default."""
+    """Probability above which a voxel is foreground, or learnt. The model's own by default."""
     attention: bool = False
     """Write the attention map of each modality too, scaled to a maximum of 1."""
     uncertainty: bool = False

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmsad_jax.modules import NetworkConfig
 from cmsad_jax.modules.network import NetworkOutput
-from cmsad_jax.training import LossConfig, segmentation_terms
+from cmsad_jax.training import LossConfig, loss_terms, segmentation_terms
 from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.targets import IGNORED
@@ -65,9 +64,26 @@ def test_ignored_voxels_have_no_part_in_the_terms():
     assert (gradient[:, :, 2:] != 0).all()
 
 
-def test_the_label_does_not_teach_where_it_is_ignored():
-    with pytest.raises(ConfigError, match="label cannot teach where voxels of it are ignored"):
-        LossConfig(ignored_label=IGNORED, teachers=("all", "label")).check(NetworkConfig())
+def test_the_label_teaches_where_none_of_it_is_ignored():
+    """In the other examples it teaches nothing, and what is ignored in them moves no gradient."""
+    rng = np.random.default_rng(0)
+    features = {"t2w": [jnp.asarray(rng.normal(size=(2, 4, 4, 4, 3)), jnp.float32)]}
+    logits = jnp.zeros((2, 4, 4, 4, 2))
+    labels = np.zeros((2, 4, 4, 4), np.int32)
+    labels[:, 1:3, 1:3, 1:3] = 1
+    labels[1, 0, 0, 0] = IGNORED
+    config = LossConfig(
+        teachers=("label",), self_weight=0.0, stages=(0,), ignored_label=IGNORED, warmup_steps=0
+    )
+    of_stages = {name: tuple(stages) for name, stages in features.items()}
+    output = NetworkOutput(
+        logits, (), of_stages, of_stages["t2w"], (None,), correlation_loss=jnp.zeros(2)
+    )
+    present = jnp.ones((2, 1), bool)
+    terms = loss_terms(output, jnp.asarray(labels), present, config=config, modalities=("t2w",))
+    value = np.asarray(terms["label_distillation_loss"][2])
+    assert value[0] > 0
+    assert value[1] == 0
 
 
 def case() -> tuple[np.ndarray, np.ndarray]:
