@@ -36,9 +36,7 @@ class PlanCommand:
     memory_gib: float | None = None
     """Memory of each device in GiB; by default that of the device at hand or the chip's."""
     compile: bool | None = None
-    """Ask the compiler which step fits; else it is estimated. By default it is asked for the device
-    at hand; for another chip it takes minutes, and a compiler that is installed. It then also tells
-    the operations, bytes and hours of the run."""
+    """Compile the step to see what fits; by default for the device at hand, else it is estimated."""
     table: bool = False
     """Print, for the plan or a preset, the largest batch for crops around its own."""
 
