@@ -40,11 +40,17 @@ class Network:
 
     def __init__(self, config: Config, weights: Mapping[str, Any]):
         network = config.network
-        found = network.num_classes, network.encoder.norm, network.encoder.slices
-        if found != (1, "instance", "none"):
+        found = (
+            *(network.num_classes, network.encoder.norm, network.encoder.slices),
+            *(
+                network.distance_clip_mm,
+                "separable" in (network.encoder.block, network.decoder_block),
+            ),
+        )
+        if found != (1, "instance", "none", None, False):
             raise ValueError(
-                "the PyTorch network has one logit, instance norm and no attention across slices; "
-                f"got {found}. Leave its row out."
+                "the PyTorch network has one logit, instance norm, no attention across slices, no "
+                f"distance and no separable block; got {found}. Leave its row out."
             )
         self.config = network
         self.weights = weights

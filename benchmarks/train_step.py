@@ -129,6 +129,7 @@ def prepare(name: str, config: Config) -> tuple[Prepared, Any, float]:
         augmentation=config.train.augmentation,
         modality_dropout=config.train.modality_dropout,
         average_decay=config.train.average_decay,
+        spacing_mm=config.data.preprocess.spacing_mm[-config.network.encoder.rank :],
     )
     batch = random_batch(config)
     state: Any = init_state(network, optimizer, batch["image"].shape, key=jax.random.key(0))

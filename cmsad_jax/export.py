@@ -8,6 +8,8 @@ An artifact (``model.cmsad``) is a zip archive, nothing in it compressed:
     ``jax.export`` programs for cpu, cuda and tpu with a symbolic batch size. ``predict`` maps
     ``(weights, windows, present)`` to probabilities ``b *window k``; ``attention`` to the attention
     energy ``b *window m``.
+    Some models have ``modality_weights``, ``b *window m``, and ``drawn``, ``b *window k``: see
+    ``Model.predict``.
 ``weights/<member>.safetensors``
     float32 weights of each member of the ensemble, named by their path in the network
     (``encoder_t2w/stage0_block0/...``).
@@ -260,7 +262,7 @@ def load(source: Path | str | io.BytesIO) -> "Model":
         check_weights(values, f"{name}: {path}")
     for key, program in programs.items():
         _check_fit(program, description, weights, f"{name}: programs/{key}.stablehlo")
-        num_outputs = len(description.modalities) if key == "attention" else description.num_outputs
+        num_outputs = _num_outputs(description, key)
         _check_result(program, description, weights[0], num_outputs, f"{name}: {key}")
     # On CPUs the full effort doubles the time to compile and gains no speed.
     options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
@@ -325,7 +327,9 @@ class Model:
         Args:
             image: one case on the reference grid, scaled, float32; 0 where there is nothing.
             present: its modalities; None is all.
-            program: ``predict``, or ``attention`` for the energy of each modality.
+            program: ``predict``; ``attention`` for the energy of each modality;
+                ``modality_weights`` for its weight, the same at every voxel of a window; ``drawn``
+                for the standard deviation over draws of the attention across slices.
 
         Raises:
             ConfigError: channels that are not the model's modalities, a modality missing that the
@@ -340,7 +344,7 @@ class Model:
             image,
             present,
             window=facts.window,
-            num_classes=num_modalities if program == "attention" else facts.num_outputs,
+            num_classes=_num_outputs(facts, program),
             overlap=facts.overlap,
             batch_size=facts.batch_size,
             flip_axes=(len(facts.window) - 1,) if facts.flip else (),
@@ -393,6 +397,12 @@ class Model:
                 f"the program must be one of {', '.join(self.programs)}; got {program!r}. "
                 "Export the run again for others."
             )
+
+
+def _num_outputs(description: Description, program: str) -> int:
+    """Last axis of what a program returns."""
+    of_modalities = program in ("attention", "modality_weights")
+    return len(description.modalities) if of_modalities else description.num_outputs
 
 
 def _write_archive(file: io.BytesIO | io.BufferedWriter, files: Mapping[str, bytes]) -> None:

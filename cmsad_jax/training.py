@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from cmsad_jax.augmentation import AugmentationConfig, augment
-from cmsad_jax.losses import distillation, segmentation
+from cmsad_jax.losses import distance, distillation, segmentation
 from cmsad_jax.losses.distillation import AttentionConfig, parse_pairs
 from cmsad_jax.modules.blocks import resize
 from cmsad_jax.modules.encoder import EncoderConfig
@@ -104,6 +104,8 @@ class LossConfig:
     """Of the distance over voxels; the mean shrinks as maps grow, and its weight must make up."""
     stop_gradient: bool = True
     """Whether a teacher learns nothing of its student; the label and the average never learn."""
+    distance_weight: float = 1.0
+    """Weight of the error of the signed distance in units of its clip, where it is learnt."""
     warmup_steps: int = 100
     """Steps over which the distillation and correlation weights rise from 0; 0 has none."""
     deep_weight: float = 0.5
@@ -173,6 +175,12 @@ class LossConfig:
                 "the correlation loss needs the fusion scff of two or more modalities; "
                 f"got {kind} of {', '.join(names)}. Use --loss.correlation-weight=0."
             )
+        if network.distance_clip_mm is not None and not self.distance_weight:
+            raise ConfigError(
+                "a distance is learnt from its loss; got a distance_clip_mm of "
+                f"{network.distance_clip_mm:g} and a weight of 0. Use --loss.distance-weight=1.0, "
+                "or --network.distance-clip-mm None."
+            )
         if self.region == "tversky" and self.tversky_alpha == self.tversky_beta == 0.5:
             raise ConfigError(
                 "Tversky with equal weights of false positives and false negatives is Dice; got "
@@ -230,14 +238,18 @@ class LossConfig:
         normalization = self.attention.normalization
         if normalization != "softmax":
             yield f"loss.attention.normalization is {normalization}", ["attention.temperature"]
+        if network.distance_clip_mm is None:
+            yield "network.distance_clip_mm is None", ["distance_weight"]
         if not network.deep_supervision:
             yield "network.deep_supervision is 0", ["deep_weight"]
 
     def _idle_network_settings(self, network: NetworkConfig) -> Iterator[tuple[str, Sequence[str]]]:
         """Why, and which, settings of the network change nothing under this objective."""
         kind = network.fusion.kind
+        if kind not in ("scff", "weighted"):
+            yield f"network.fusion.kind is {kind}", ["fusion.hidden"]
         if kind != "scff":
-            of_scff = ("expression", "hidden", "gate_identity", "stages")
+            of_scff = ("expression", "gate_identity", "stages")
             yield f"network.fusion.kind is {kind}", [f"fusion.{name}" for name in of_scff]
         if not self.correlation_weight:
             of_correlation = ("correlation_direction", "correlation_stop_gradient")
@@ -292,8 +304,7 @@ def _idle_slice_settings(encoder: EncoderConfig) -> Iterator[tuple[str, Sequence
     idle = {"none": ("stages", *of_csam, "rank", *of_cat), "csam": of_cat, "cat": of_csam}
     why = f"network.encoder.slices is {encoder.slices}"
     yield why, [f"encoder.slice_attention.{name}" for name in idle[encoder.slices]]
-    drawn = encoder.slices == "csam" and encoder.slice_attention.sampling
-    if encoder.slices != "none" and not drawn:
+    if encoder.slices != "none" and not encoder.draws:
         yield "no attention across slices is drawn", ["encoder.slice_attention.rank"]
 
 
@@ -592,6 +603,8 @@ def loss_terms(
     labelled: Bool[Array | np.ndarray, " b"] | None = None,
     average: NetworkOutput | None = None,
     withheld: Bool[Array, " b"] | None = None,
+    clip_mm: float | None = None,
+    spacing_mm: Sequence[float] | None = None,
     axis_name: str | None = None,
 ) -> dict[str, tuple[float, bool, Float[Array, " b"]]]:
     """Every term that is switched on: name to (weight, whether it warms up, value per example).
@@ -605,6 +618,8 @@ def loss_terms(
         labelled: which examples have a label; None is all.
         average: what the averaged network made of all modalities there are, if it teaches.
         withheld: in which examples it saw more than the network.
+        clip_mm: largest distance, where the network learns it.
+        spacing_mm: size of a voxel along each axis of space, for distances.
         axis_name: the mapped axis over which the batch is split.
     """
     terms: dict[str, tuple[float, bool, Array]] = {}
@@ -614,6 +629,12 @@ def loss_terms(
     )
     for weight, (name, value) in zip(weights, of_segmentation.items(), strict=True):
         terms[name] = (weight, False, value)
+    if output.distance_mm is not None and clip_mm is not None:
+        value = distance.distance_loss(
+            output.distance_mm, labels, spacing_mm=_known(spacing_mm), clip_mm=clip_mm
+        )
+        value = value if labelled is None else jnp.where(labelled, value, 0.0)
+        terms["distance_loss"] = (config.distance_weight, False, value)
     of_distillation = distillation_terms(
         output,
         labels,
@@ -631,6 +652,16 @@ def loss_terms(
     return terms
 
 
+def _known(spacing_mm: Sequence[float] | None) -> Sequence[float]:
+    """The size of a voxel, which distances are measured by."""
+    if spacing_mm is None:
+        raise ConfigError(
+            "a signed distance needs the size of a voxel; got no spacing_mm. "
+            "Pass for example spacing_mm=(3.0, 0.5, 0.5) to the train step."
+        )
+    return spacing_mm
+
+
 def loss_fn(
     params: PyTree,
     batch: Batch,
@@ -639,6 +670,7 @@ def loss_fn(
     network: CMSAD,
     config: LossConfig,
     average: PyTree | None = None,
+    spacing_mm: Sequence[float] | None = None,
     axis_name: str | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean objective of a batch, and the mean of every term under its own name (unweighted).
@@ -653,6 +685,7 @@ def loss_fn(
         network: the model.
         config: terms and weights.
         average: weights of the averaged network.
+        spacing_mm: size of a voxel along each axis of space, where distances are learnt.
         axis_name: the mapped axis over which the batch is split.
     """
     config.check(network.config)
@@ -677,6 +710,8 @@ def loss_fn(
         labelled=batch.get("labelled"),
         average=taught,
         withheld=withheld,
+        clip_mm=network.config.distance_clip_mm,
+        spacing_mm=spacing_mm,
         axis_name=axis_name,
     ).items():
         metrics[name] = value.mean()
@@ -705,6 +740,7 @@ def train_step(
     average_decay: float = 0.0,
     accumulation: int = 1,
     rolled: bool = False,
+    spacing_mm: Sequence[float] | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update: augment, differentiate, clip, step, average.
@@ -730,6 +766,7 @@ def train_step(
             for an overlap over the batch, which is then taken over each part.
         rolled: loop over the parts inside the program. Compiles once for any number of them, but
             XLA's convolutions are 14 to 34 times slower in a rolled loop on CPUs.
+        spacing_mm: size of a voxel along each axis of space, where distances are learnt.
         axis_name: the mapped axis over which gradients are averaged (as in
             ``cmsad_jax.parallel``).
 
@@ -758,6 +795,7 @@ def train_step(
         network=network,
         config=loss,
         average=state.average,
+        spacing_mm=spacing_mm,
         axis_name=axis_name,
     )
     gradient, metrics = _mean_over_parts(
@@ -818,7 +856,7 @@ def _of_slices(
         return {}
     present = batch["present"].reshape(len(batch["present"]), 1, 1, 1, -1)
     found = {"slices": seen_slices(jnp.where(present, batch["image"], 0))}
-    if encoder.slices == "csam" and encoder.slice_attention.sampling:
+    if encoder.draws:
         found["drawn"] = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
     return found
 

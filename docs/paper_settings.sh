@@ -60,6 +60,7 @@ settings=(
   --network.decoder-blocks 1
   --network.deep-supervision 3
   --network.head-bias -4.0
+  --network.distance-clip-mm None
   # Segmentation losses
   --loss.region dice
   --loss.voxel cross_entropy
@@ -88,6 +89,7 @@ settings=(
   --loss.fused-weight 0.1
   --loss.average-weight 0.1
   --loss.average-output-weight 1.0
+  --loss.distance-weight 1.0
   --loss.distance l2
   --loss.reduction sum
   --loss.stop-gradient True
@@ -142,6 +144,9 @@ settings=(
   --predict.overlap 0.5
   --predict.flip True
   --predict.threshold 0.5
+  --predict.draws 8
+  --predict.mask-from probability
+  --predict.distance-width-mm 1.0
 )
 
 python -m experiments.cv --preset=volume3d "${settings[@]}" "$@"

@@ -37,7 +37,7 @@ from experiments.settings.command_line import complete, parse
 from experiments.settings.config import Config, DistributedConfig, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
-from experiments.settings.systems import SYSTEMS
+from experiments.settings.systems import OF_ITS_OWN_SIZE, SYSTEMS
 from experiments.studies import jobs
 from experiments.studies.ablation_table import (
     FULL,
@@ -90,7 +90,7 @@ class AblationConfig:
     preset: Literal["quick", "full"] = "full"
     """How much is run; quick: one seed, two folds, few steps; full: three seeds, all folds."""
     config: str = "small"
-    """Preset of experiments.cv to start from: small, volume3d or slice2d."""
+    """Preset of experiments.cv to start from: small, light, volume3d or slice2d."""
     output: Path = Path("runs/ablation")
     """Folder of the runs and of the table."""
     seeds: tuple[int, ...] | None = None
@@ -137,7 +137,10 @@ def variants(base: Config, options: Sequence[str], command: AblationConfig) -> l
         if row == FULL or row in asked
     ]
     found += [
-        Variant(row, complete(_changed(system(base), _NO_DISTILLATION)))
+        Variant(
+            row,
+            complete(_changed(system(base), {} if row in OF_ITS_OWN_SIZE else _NO_DISTILLATION)),
+        )
         for row, system in SYSTEMS.items()
         if row in asked
     ]
@@ -149,7 +152,9 @@ def variants(base: Config, options: Sequence[str], command: AblationConfig) -> l
         return found
     target = baselines.count_parameters(found[0].config.network, window(base))
     return [
-        dataclasses.replace(
+        variant
+        if variant.name in OF_ITS_OWN_SIZE
+        else dataclasses.replace(
             variant,
             config=dataclasses.replace(
                 variant.config,

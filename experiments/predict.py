@@ -157,14 +157,24 @@ def data_config(description: export.Description) -> DataConfig:
 
 
 def compute(model: export.Model, case: Case, *, attention: bool) -> Computed:
-    """Run the model on one case."""
+    """Run the model on one case; of one that weighs modalities, also their weights."""
     image = case.image.astype(np.float32) * np.float32(STORED_UNIT)
     prediction = model.predict(image, case.present)
     maps = None
     if attention:
         maps = model.predict(image, case.present, program="attention").probability
         maps /= np.maximum(maps.max((0, 1, 2)), 1e-12)
-    return Computed(case, prediction, maps)
+    weights = None
+    if "modality_weights" in model.programs:
+        found = model.predict(image, case.present, program="modality_weights").probability
+        weights = found.mean((0, 1, 2))
+    return Computed(case, prediction, maps, weights)
+
+
+def deviation_of_draws(model: export.Model, case: Case) -> np.ndarray:
+    """Standard deviation of the probability over draws of attention across slices."""
+    image = case.image.astype(np.float32) * np.float32(STORED_UNIT)
+    return model.predict(image, case.present, program="drawn").probability.max(-1)
 
 
 class OtherImagesError(DataError):
@@ -453,6 +463,8 @@ def predict_cases(
                 continue
             started = time.perf_counter()
             computed = compute(model, case, attention=extras.attention)
+            if extras.uncertainty and "drawn" in model.programs:
+                computed = dataclasses.replace(computed, drawn=deviation_of_draws(model, case))
             account.computing_s += time.perf_counter() - started
             if np.isfinite(computed.prediction.probability).all():
                 write(computed)

@@ -8,12 +8,14 @@ from cmsad_jax.kernels.api import (
     normalize_map,
     resize_map,
 )
+from cmsad_jax.kernels.depthwise import depthwise_convolution
 
 __all__ = [
     "attention_energy",
     "attention_map",
     "convolution",
     "correlation",
+    "depthwise_convolution",
     "normalize_map",
     "resize_map",
 ]

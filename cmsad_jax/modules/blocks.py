@@ -15,12 +15,14 @@ from cmsad_jax import kernels
 from cmsad_jax.kernels.packing import pack, packed_convolution, packing_of, unpack
 
 Norm = Literal["instance", "group"]
-Block = Literal["residual", "plain"]
+Block = Literal["residual", "plain", "separable"]
 
 _Layer = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]
 """Kernel, and the scale and bias of the normalisation that follows."""
 
 _GROUP_SIZE = 8
+_IMAGE_CHANNELS = 4
+"""Fewer are an image, of which one kernel a channel would see too little."""
 _CONSTANT = 1e-6
 """A variance below this share of the mean square is float32's rounding of a constant."""
 
@@ -209,6 +211,43 @@ class PlainBlock(_ConvolutionBlock):
         return self._apply(x, (self._layer(0, self.kernel, x.shape[-1]),))
 
 
+class SeparableBlock(_ConvolutionBlock):
+    """A residual block whose convolutions are depthwise, then pointwise: few weights.
+
+    ``act(norm(point(depth(act(norm(point(depth(x))))))) + shortcut(x))`` (Howard et al., 2017,
+    without a norm between the two). Of fewer than four channels, such as an image, the first is a
+    full convolution.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *out_space o"]:
+        """Apply the block; the shortcut is a strided pointwise convolution where shapes change."""
+        x = x.astype(self.dtype)
+        ones = (1,) * len(self.kernel)
+        strides = self.strides or ones
+        if x.shape[-1] < _IMAGE_CHANNELS:
+            y = self._normalized(x, 0, self.kernel, strides)
+        else:
+            y = self._normalized(self._depthwise(x, 0, strides), 0, ones, ones)
+        y = self._normalized(self._depthwise(nn.leaky_relu(y), 1, ones), 1, ones, ones)
+        if x.shape != y.shape:
+            x = self._normalized(x, 2, ones, strides)
+        return nn.leaky_relu(x + y)
+
+    def _depthwise(self, x: Float[Array, "..."], index: int, strides: tuple[int, ...]):
+        shape = (*self.kernel, 1, x.shape[-1])
+        kernel = _Kernel(shape, name=f"Depthwise_{index}")()[..., 0, :]
+        return kernels.depthwise_convolution(x, kernel.astype(self.dtype), strides=strides)
+
+    def _normalized(
+        self, x: Float[Array, "..."], index: int, kernel: tuple[int, ...], strides: tuple[int, ...]
+    ):
+        weights, scale, bias = self._layer(index, kernel, x.shape[-1])
+        y = kernels.convolution(x, weights.astype(self.dtype), strides=strides)
+        dtype = jnp.dtype(self.dtype).name
+        return normalize(y, scale, bias, kind=self.norm, dtype=dtype)
+
+
 # Inlined: on a CPU, a train step in whose program convolutions stand in functions of their own
 # takes six times as long.
 @functools.partial(jax.jit, static_argnames=("strides", "norm", "dtype"), inline=True)
@@ -263,7 +302,7 @@ def _layers(
     return nn.leaky_relu((layer(x, layers[2], strides, inputs) if len(layers) > 2 else x) + y)
 
 
-BLOCKS = {"residual": ResidualBlock, "plain": PlainBlock}
+BLOCKS = {"residual": ResidualBlock, "plain": PlainBlock, "separable": SeparableBlock}
 
 
 def block_class(block: Block, *, rematerialize: bool) -> Callable[..., nn.Module]:

@@ -26,6 +26,8 @@ class Decoder(nn.Module):
         block: residual, or plain.
         num_blocks: blocks of each stage.
         rematerialize: as in ``NetworkConfig``.
+        num_distances: foreground classes of which the finest stage also gives a distance; 0 has
+            none.
     """
 
     num_classes: int
@@ -37,12 +39,20 @@ class Decoder(nn.Module):
     block: Block = "residual"
     num_blocks: int = 1
     rematerialize: bool = False
+    num_distances: int = 0
 
     @nn.compact
     def __call__(
         self, fused: Sequence[Float[Array, "b ..."]]
-    ) -> tuple[Float[Array, "b *space k"], tuple[Float[Array, "b ..."], ...]]:
-        """Logits at the finest stage, and those of the ``num_deep`` coarser ones, finest first."""
+    ) -> tuple[
+        Float[Array, "b *space k"],
+        tuple[Float[Array, "b ..."], ...],
+        Float[Array, "b *space f"] | None,
+    ]:
+        """Logits at the finest stage, those of the ``num_deep`` coarser ones, and distances.
+
+        The coarser ones are finest first; distances are in units of nothing yet, float32.
+        """
         x = fused[-1]
         pointwise = (1,) * (x.ndim - 2)
         block_type = block_class(self.block, rematerialize=self.rematerialize)
@@ -59,7 +69,11 @@ class Decoder(nn.Module):
                 x = block_type(
                     channels, self.kernels[stage], None, self.norm, self.dtype, name=name
                 )(x)
-        return self._head("head0", pointwise)(x), tuple(reversed(deep))
+        logits = self._head("head0", pointwise)(x)
+        distance = None
+        if self.num_distances:
+            distance = Conv(self.num_distances, pointwise, name="distance")(x)
+        return logits, tuple(reversed(deep)), distance
 
     def _head(self, name: str, pointwise: tuple[int, ...]) -> nn.Module:
         return Conv(self.num_classes, pointwise, bias=self.head_bias, name=name)

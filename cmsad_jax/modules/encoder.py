@@ -136,6 +136,11 @@ class EncoderConfig:
         every = tuple(range(self.num_stages)) if stages is None else stages
         return () if self.slices == "none" else every
 
+    @property
+    def draws(self) -> bool:
+        """Whether attention across slices is drawn in training."""
+        return self.slices == "csam" and self.slice_attention.sampling
+
     def stage_shapes(self, space: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Spatial shape of each stage for an input of shape ``space``.
 

@@ -38,18 +38,18 @@ from cmsad_jax.types import (
 class FusionConfig:
     """How the modalities' features become one."""
 
-    kind: Literal["scff", "concat", "mean", "max", "attention", "early"] = "scff"
+    kind: Literal["scff", "concat", "mean", "max", "attention", "weighted", "early"] = "scff"
     """Spatial correlated feature fusion, or a baseline; early: one encoder of all modalities."""
     expression: Literal["nonlinear", "linear"] = "nonlinear"
     """SCFF: a modality expressed by another one, g, is a g^2 + b g + c, or linear: b g + c."""
     hidden: int = 16
-    """SCFF: hidden units of the MLP that gives the coefficients."""
+    """SCFF, weighted: hidden units of the MLP that gives the coefficients, or the weights."""
     gate_kernel: int = 3
     """SCFF, attention: in-plane kernel of the convolution that gives the gates, in voxels, odd."""
     gate_identity: bool = True
     """SCFF: a modality is multiplied by 1 + gate; else by its gate alone."""
     residual: bool = True
-    """SCFF, concat, attention: add the mean of the modalities to their joint convolution."""
+    """SCFF, concat, attention, weighted: add the mean of the modalities to what is convolved."""
     stages: tuple[int, ...] | None = None
     """SCFF: stages that have it, from 0; the others join by concat. All by default."""
     correlation_direction: Literal["forward", "reverse"] = "forward"
@@ -79,11 +79,14 @@ class FusionOutput:
         correlation_loss: ``KL(softmax_c(g_i) || softmax_c(ghat_ij))`` summed over channels,
             averaged over voxels and over the pairs present; 0 where there is no pair. ``g_i`` is
             under a stop-gradient unless ``FusionConfig`` says otherwise, and so is the direction.
+        weights: of ``weighted``, one weight for each modality, float32, 0 where it is absent and
+            summing to 1; None for the others.
     """
 
     fused: Float[Array, "b *space c"]
     gates: Float[Array, "b *space m"] | None
     correlation_loss: Float[Array, " b"]
+    weights: Float[Array, "b m"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,7 @@ class Fusion(nn.Module):
             "mean": self._mean,
             "max": self._max,
             "attention": self._attention,
+            "weighted": self._weighted,
         }
         return kinds[self.config.kind](self._project(ordered, present))
 
@@ -199,6 +203,20 @@ class Fusion(nn.Module):
         ]
         fused = self._join(sum(weighed[1:], weighed[0]))
         return FusionOutput(self._with_mean(fused, given), gates, _no_loss(given))
+
+    def _weighted(self, given: _Projected) -> FusionOutput:
+        """Joint convolution of what a softmax over the modalities weighs, once for each example."""
+        axes = tuple(range(1, given.rank + 1))
+        pooled = [g.astype(jnp.float32).mean(axes) for g in given.features]
+        hidden = nn.relu(nn.Dense(self.config.hidden, name="weights_hidden")(jnp.hstack(pooled)))
+        scores = nn.Dense(len(pooled), name="weights")(hidden)
+        lowest = jnp.finfo(jnp.float32).min
+        weights = jax.nn.softmax(jnp.where(given.present, scores, lowest))
+        weights = jnp.where(given.present, weights, 0)  # where none is there, none has any
+        each = weights.astype(self.dtype).reshape(-1, *(1,) * given.rank, len(pooled))
+        weighed = [g * each[..., m : m + 1] for m, g in enumerate(given.features)]
+        fused = self._join(sum(weighed[1:], weighed[0]))
+        return FusionOutput(self._with_mean(fused, given), None, _no_loss(given), weights)
 
     def _concat(self, given: _Projected) -> FusionOutput:
         """Joint convolution of all modalities."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, PyTree, Shaped
 from cmsad_jax.modules.blocks import Block
 from cmsad_jax.modules.decoder import Decoder
 from cmsad_jax.modules.encoder import Encoder, EncoderConfig
-from cmsad_jax.modules.fusion import Fusion, FusionConfig
+from cmsad_jax.modules.fusion import Fusion, FusionConfig, FusionOutput
 from cmsad_jax.modules.slices import SliceMask, seen_slices, slices_apart, slices_together
 from cmsad_jax.types import (
     ConfigError,
@@ -51,6 +52,8 @@ class NetworkConfig:
     """Number of coarser decoder stages that are supervised as well."""
     head_bias: float = -4.0
     """Initial bias of the logit of a single class (log-odds): foreground is rare."""
+    distance_clip_mm: float | None = None
+    """Learn the signed distance to the target's surface as well, clipped to so many mm."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; weights, norms' statistics, attention maps, losses and logits are float32."""
     matmul_precision: Literal["default", "high", "highest"] = "highest"
@@ -70,6 +73,8 @@ class NetworkConfig:
         check_number("num_classes", self.num_classes, least=1, usual=1, whole=True)
         check_number("decoder_blocks", self.decoder_blocks, least=1, usual=1, whole=True)
         check_number("head_bias", self.head_bias, least=-100, usual=-4)
+        if self.distance_clip_mm is not None:
+            check_number("distance_clip_mm", self.distance_clip_mm, least=0, usual=15, above=True)
         check_number("deep_supervision", self.deep_supervision, least=0, usual=1, whole=True)
         if not 0 <= self.deep_supervision < self.encoder.num_stages:
             raise ConfigError(
@@ -103,6 +108,10 @@ class NetworkOutput:
         fused: fused feature of each stage.
         gates: spatial gates ``b *space m`` of each stage; None where the fusion has none.
         correlation_loss: mean of SCFF's correlation loss over the stages that have SCFF, else 0.
+        distance_mm: signed distance ``b *space f`` to the surface of each foreground class, below 0
+            inside, within ``distance_clip_mm`` both ways, float32; None if it is not learnt.
+        modality_weights: of each stage, weights ``b m`` that sum to 1 over the modalities present;
+            None where the fusion has none. In 2.5D the mean over the slices that are there.
     """
 
     logits: Float[Array, "b *space k"]
@@ -111,6 +120,8 @@ class NetworkOutput:
     fused: tuple[Float[Array, "b ..."], ...]
     gates: tuple[Float[Array, "b ..."] | None, ...]
     correlation_loss: Float[Array, " b"]
+    distance_mm: Float[Array, "b *space f"] | None = None
+    modality_weights: tuple[Float[Array, "b m"] | None, ...] = ()
 
 
 class CMSAD(nn.Module):
@@ -163,11 +174,13 @@ class CMSAD(nn.Module):
         if config.fusion.kind == "early":
             fused = self._encoder("encoder")(jnp.concatenate(inputs, -1), slices, keys)
             fused, gates = [_apart(encoder, f) for f in fused], [None] * encoder.num_stages
-            losses = [jnp.zeros(image.shape[0])]
+            losses, weights = [jnp.zeros(image.shape[0])], gates
         else:
             features = self._encode(inputs, masks, slices, keys)
-            fused, gates, losses = self._fuse(features, present, slices)
-        logits, deep_logits = Decoder(
+            outputs, losses = self._fuse(features, present, slices)
+            fused, gates = [each.fused for each in outputs], [each.gates for each in outputs]
+            weights = [_over_slices(each.weights, slices) for each in outputs]
+        logits, deep_logits, distance = Decoder(
             config.num_classes,
             encoder.kernels,
             config.deep_supervision,
@@ -177,19 +190,18 @@ class CMSAD(nn.Module):
             config.decoder_block,
             config.decoder_blocks,
             config.rematerialize,
+            num_distances=0 if config.distance_clip_mm is None else max(1, config.num_classes - 1),
             name="decoder",
         )(fused)
+        if distance is not None and config.distance_clip_mm is not None:
+            distance = config.distance_clip_mm * jnp.tanh(distance)
+        of_slices = (logits, deep_logits, tuple(fused), tuple(gates), distance)
+        if encoder.apart:
+            of_slices = jax.tree.map(partial(slices_together, depth=image.shape[1]), of_slices)
+        logits, deep_logits, fused, gates, distance = of_slices
         loss = jnp.stack(losses).mean(0)
-        if not encoder.apart:
-            return NetworkOutput(logits, deep_logits, features, tuple(fused), tuple(gates), loss)
-        depth = image.shape[1]
         return NetworkOutput(
-            slices_together(logits, depth),
-            tuple(slices_together(deep, depth) for deep in deep_logits),
-            features,
-            tuple(slices_together(f, depth) for f in fused),
-            tuple(g if g is None else slices_together(g, depth) for g in gates),
-            loss,
+            logits, deep_logits, features, fused, gates, loss, distance, tuple(weights)
         )
 
     def _encoder(self, name: str) -> Encoder:
@@ -220,15 +232,15 @@ class CMSAD(nn.Module):
 
     def _fuse(
         self, features: dict[str, tuple[Array, ...]], present: Present, slices: SliceMask | None
-    ) -> tuple[list[Array], list[Array | None], list[Array]]:
-        """Fused feature and gates of every stage, slices apart in 2.5D; correlation losses."""
+    ) -> tuple[list[FusionOutput], list[Array]]:
+        """The fusion of every stage, slices apart in 2.5D, and the correlation losses."""
         config = self.config
         encoder, names, dtype = config.encoder, config.modalities, jnp.dtype(config.dtype)
         if encoder.apart:
             depth = features[names[0]][0].shape[1]
             every = jnp.broadcast_to(present[:, None], (present.shape[0], depth, len(names)))
             present = slices_apart(every)
-        fused, gates, losses = [], [], []
+        outputs, losses = [], []
         for stage, channels in enumerate(encoder.channels):
             fusion = config.fusion
             if fusion.kind == "scff" and stage not in config.scff_stages:
@@ -236,14 +248,10 @@ class CMSAD(nn.Module):
             output = Fusion(channels, names, fusion, dtype, name=f"fusion{stage}")(
                 {name: _apart(encoder, features[name][stage]) for name in names}, present
             )
-            fused.append(output.fused)
-            gates.append(output.gates)
+            outputs.append(output)
             if fusion.kind == config.fusion.kind:
-                loss = output.correlation_loss
-                losses.append(
-                    _over_slices(loss, slices) if slices is not None and encoder.apart else loss
-                )
-        return fused, gates, losses
+                losses.append(_over_slices(output.correlation_loss, slices))
+        return outputs, losses
 
 
 def _apart(encoder: EncoderConfig, feature: Array) -> Array:
@@ -251,10 +259,13 @@ def _apart(encoder: EncoderConfig, feature: Array) -> Array:
     return slices_apart(feature) if encoder.apart else feature
 
 
-def _over_slices(loss: Float[Array, " bd"], slices: SliceMask) -> Float[Array, " b"]:
-    """Mean over the slices that are there."""
-    of_slices = jnp.where(slices, slices_together(loss, slices.shape[1]), 0)
-    return of_slices.sum(1) / jnp.maximum(jnp.asarray(slices).sum(1), 1)
+def _over_slices(values: Array | None, slices: SliceMask | None) -> Array | None:
+    """In 2.5D the mean over the slices that are there, of what fusion has for each; else itself."""
+    if values is None or slices is None or values.shape[0] == slices.shape[0]:
+        return values
+    of_slices = slices_together(values, slices.shape[1])
+    there = jnp.asarray(slices).reshape(*slices.shape, *(1,) * (of_slices.ndim - 2))
+    return jnp.where(there, of_slices, 0).sum(1) / jnp.maximum(there.sum(1), 1)
 
 
 def _checked_slices(
@@ -310,6 +321,20 @@ def apply(
     output = network.apply({"params": params}, image, present, slices, keys)
     assert isinstance(output, NetworkOutput)
     return output
+
+
+def probabilities_of_distance(
+    distance_mm: Float[Array, "b *space f"], width_mm: float
+) -> Float[Array, "b *space k"]:
+    """Probabilities that are even on the surface, and rise inside over about ``width_mm``.
+
+    ``sigmoid(-distance / width)`` of one class; of several, the softmax of the same scores and of 0
+    for the background, which comes first.
+    """
+    scores = -distance_mm / width_mm
+    if scores.shape[-1] == 1:
+        return nn.sigmoid(scores)
+    return nn.softmax(jnp.concatenate([jnp.zeros_like(scores[..., :1]), scores], -1))
 
 
 def probabilities(logits: Logits) -> Float[Array, "b *space k"]:

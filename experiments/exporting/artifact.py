@@ -3,14 +3,21 @@
 import contextlib
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import jax
 
 from cmsad_jax import export
 from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from experiments.exporting.model_card import TrainingSet, model_card
 from experiments.measuring.summary import summarise
-from experiments.prediction.windows import attention_window, predict_window
+from experiments.prediction.windows import (
+    attention_window,
+    drawn_window,
+    predict_window,
+    weights_window,
+)
 from experiments.process.records import encode
 from experiments.process.storage import naming_path
 from experiments.run_folder import Results, RunFolder, RunRecord, fold_name
@@ -42,10 +49,7 @@ def write_artifact(
     chosen = folder.members(config, folds)
     weights = [flatten_weights(load_params(run, fold)) for fold in chosen]
     programs = {}
-    functions = {"predict": predict_window(config)}
-    if config.network.fusion.kind != "early":
-        finest = config.loss.distilled_stages(config.network.encoder.num_stages)[0]
-        functions["attention"] = attention_window(config, (finest,))
+    functions = functions_of(config)
     for name, function in functions.items():
         programs[name] = export.export_program(
             lambda flat, windows, present, function=function: function(
@@ -87,6 +91,19 @@ def write_artifact(
             license_text=text.strip() + "\n",
         )
     return description
+
+
+def functions_of(config: Config) -> dict[str, Callable[..., jax.Array]]:
+    """What an artifact of a run can compute, by the name of its program."""
+    functions = {"predict": predict_window(config)}
+    if config.network.fusion.kind != "early":
+        finest = config.loss.distilled_stages(config.network.encoder.num_stages)[0]
+        functions["attention"] = attention_window(config, (finest,))
+    if config.network.fusion.kind == "weighted":
+        functions["modality_weights"] = weights_window(config)
+    if config.network.encoder.draws:
+        functions["drawn"] = drawn_window(config)
+    return functions
 
 
 def describe(

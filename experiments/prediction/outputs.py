@@ -27,7 +27,7 @@ from experiments.process.storage import file_sha256, locked, naming_path, remove
 RECORD = "predictions.json"
 SEGMENTATIONS, DICOM_SEG = "segmentations", "dicom_seg"
 KINDS = (
-    *("masks", "probabilities", "entropy", "disagreement", "attention"),
+    *("masks", "probabilities", "entropy", "disagreement", "drawn", "attention"),
     *(SEGMENTATIONS, DICOM_SEG),
 )
 """Folders of images beside the record."""
@@ -77,6 +77,7 @@ class PredictedCase:
         lesion_probability: that the case holds a lesion; None where the model has no operating
             point.
         called: whether a candidate of it is called, by that point.
+        modality_weights: how much each counts, of a model that weighs them; their sum is 1.
         warnings: what is worth a look, if there is something.
         files: sha256 of each image, by its path in the folder; None in records of before.
     """
@@ -90,6 +91,7 @@ class PredictedCase:
     candidates: tuple[Candidate, ...] | None = None
     lesion_probability: float | None = None
     called: bool | None = None
+    modality_weights: Mapping[str, float] | None = None
     warnings: tuple[str, ...] | None = None
     files: Mapping[str, str] | None = None
 
@@ -230,6 +232,10 @@ class Computed:
     case: Case
     prediction: EnsemblePrediction
     attention: np.ndarray | None
+    modality_weights: np.ndarray | None = None
+    """Of each modality, of a model that weighs them."""
+    drawn: np.ndarray | None = None
+    """Standard deviation over draws of attention across slices, of a model that has them drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +380,8 @@ class PredictionFolder:
                     write("attention", original(computed.attention[..., index]), f"_{name}")
         if uncertainty:
             write("disagreement", original(computed.prediction.disagreement.max(-1)))
+            if computed.drawn is not None:
+                write("drawn", original(computed.drawn))
         probability = original(computed.prediction.probability)
         if uncertainty:
             write("entropy", entropy(probability))
@@ -402,5 +410,14 @@ class PredictionFolder:
                 name: round(float(target.probability_of(probability, index).max()), 6)
                 for index, name in enumerate(target.classes)
             },
+            modality_weights=_weights_by_name(computed, description.modalities),
             files=files,
         )
+
+
+def _weights_by_name(computed: Computed, modalities: Sequence[str]) -> Mapping[str, float] | None:
+    """Of a model that weighs modalities, the weight of each."""
+    if computed.modality_weights is None:
+        return None
+    pairs = zip(modalities, computed.modality_weights, strict=True)
+    return {name: round(float(weight), 6) for name, weight in pairs}

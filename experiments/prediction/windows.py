@@ -10,7 +10,7 @@ import numpy as np
 
 from cmsad_jax import kernels
 from cmsad_jax.inference import sliding_window
-from cmsad_jax.modules.network import CMSAD, apply, probabilities
+from cmsad_jax.modules.network import CMSAD, apply, probabilities, probabilities_of_distance
 from data_pipelines.case import STORED_UNIT, Case
 from experiments.settings.config import Config, window
 
@@ -21,9 +21,13 @@ Params: TypeAlias = "Mapping[str, Params | np.ndarray | jax.Array]"
 def predict_window(config: Config) -> Callable[..., jax.Array]:
     """``Programs.predict`` of a configuration, not yet jitted."""
     network = CMSAD(config.network)
+    width = config.predict.distance_width_mm
 
     def predict(params, windows, present):
-        return probabilities(apply(network, params, windows, present).logits)
+        output = apply(network, params, windows, present)
+        if config.predict.mask_from == "distance" and output.distance_mm is not None:
+            return probabilities_of_distance(output.distance_mm, width)
+        return probabilities(output.logits)
 
     return predict
 
@@ -46,6 +50,40 @@ def attention_window(config: Config, stages: Sequence[int]) -> Callable[..., jax
         return jnp.stack([kernels.resize_map(q, window(config)) for q in maps], -1)
 
     return attention
+
+
+def drawn_window(config: Config) -> Callable[..., jax.Array]:
+    """Standard deviation of the probability over draws of attention across slices, not yet jitted.
+
+    The draws of a window go through the network as one batch, and are the same at every call.
+    """
+    network, count = CMSAD(config.network), config.predict.draws
+
+    def drawn(params, windows, present):
+        def repeated(x):
+            every = jnp.broadcast_to(x[:, None], (x.shape[0], count, *x.shape[1:]))
+            return every.reshape(-1, *x.shape[1:])
+
+        keys = jax.random.split(jax.random.key(0), count)
+        keys = jnp.broadcast_to(keys, (windows.shape[0], count)).reshape(-1)
+        output = apply(network, params, repeated(windows), repeated(present), None, keys)
+        found = probabilities(output.logits)
+        return found.reshape(-1, count, *found.shape[1:]).std(1)
+
+    return drawn
+
+
+def weights_window(config: Config) -> Callable[..., jax.Array]:
+    """Weights of the modalities, not yet jitted: the mean over the stages, at every voxel alike."""
+    network = CMSAD(config.network)
+
+    def weights(params, windows, present):
+        found = apply(network, params, windows, present).modality_weights
+        mean = jnp.stack([each for each in found if each is not None]).mean(0)
+        ones = (1,) * (windows.ndim - 2)
+        return jnp.broadcast_to(mean.reshape(-1, *ones, mean.shape[-1]), windows.shape)
+
+    return weights
 
 
 def scaled_image(case: Case) -> np.ndarray:

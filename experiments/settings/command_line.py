@@ -33,6 +33,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "train.accumulation",
             "predict.batch_size",
             "num_folds",
+            "predict.draws",
         ),
     ),
     (
@@ -43,7 +44,10 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "above 0",
         lambda value: 0 < value < math.inf,
-        ("train.optimizer.learning_rate", "train.optimizer.clip_norm"),
+        (
+            *("train.optimizer.learning_rate", "train.optimizer.clip_norm"),
+            "predict.distance_width_mm",
+        ),
     ),
     (
         "from 0 to 1",
@@ -169,6 +173,12 @@ def complete(config: Config) -> Config:
             "the averaged network teaches what is withheld from the student; got "
             "--loss.teachers with average and --train.modality-dropout=0.0. "
             "Use --train.modality-dropout=0.3, or other teachers."
+        )
+    if config.predict.mask_from == "distance" and network.distance_clip_mm is None:
+        raise ConfigError(
+            "a mask is made of a distance that the network learns; got "
+            "--predict.mask-from=distance and no distance. Use --network.distance-clip-mm=15, or "
+            "--predict.mask-from=probability."
         )
     _check_execution(config)
     config = dataclasses.replace(config, network=network)

@@ -74,6 +74,12 @@ class PredictConfig:
     """Average over the left-right mirror image."""
     threshold: float = 0.5
     """Probability above which a voxel belongs to the target."""
+    mask_from: Literal["probability", "distance"] = "probability"
+    """The learnt probability, or one made of the distance that --network.distance-clip-mm has."""
+    distance_width_mm: float = 1.0
+    """Of a distance: width of the rim in which its probability is neither 0 nor 1."""
+    draws: int = 8
+    """Draws of attention across slices, where it is drawn, for its uncertainty."""
     figures: int = 4
     """Cases of each fold that are kept for the report's pictures."""
 
@@ -97,7 +103,7 @@ class ReportConfig:
 class Config:
     """One cross-validation run."""
 
-    preset: Literal["auto", "small", "volume3d", "slice2d"] = "small"
+    preset: Literal["auto", "small", "light", "volume3d", "slice2d"] = "small"
     """Defaults: for CPUs, for volumes or slices on accelerators; auto plans by data and device."""
     plan: Path | None = None
     """Plan to follow, as python -m experiments.plan wrote it, edited or not."""

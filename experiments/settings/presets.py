@@ -1,5 +1,6 @@
 """Named starting points for a run."""
 
+from cmsad_jax.modules import baselines
 from cmsad_jax.modules.encoder import EncoderConfig
 from cmsad_jax.modules.network import NetworkConfig
 from cmsad_jax.training import LossConfig, OptimizerConfig
@@ -28,6 +29,7 @@ _FINE_GRID = PreprocessConfig(spacing_mm=(3.0, 0.5, 0.5), size=(20, 256, 256))
 PRESETS: dict[str, Config] = {
     "auto": Config(preset="auto"),
     "small": Config(preset="small"),
+    "light": Config(preset="light", network=baselines.light(NetworkConfig())),
     "volume3d": Config(
         preset="volume3d",
         data=DataConfig(preprocess=_FINE_GRID),

@@ -41,9 +41,32 @@ def across_slices(config: Config, kind: Slices) -> Config:
     return dataclasses.replace(config, network=network, train=train)
 
 
+def with_distance(config: Config) -> Config:
+    """The network that learns the signed distance to the surface beside the mask."""
+    network = dataclasses.replace(config.network, distance_clip_mm=15.0)
+    return dataclasses.replace(config, network=network)
+
+
+def modality_weights(config: Config) -> Config:
+    """The network that weighs each modality once for each example."""
+    fusion = dataclasses.replace(config.network.fusion, kind="weighted")
+    return dataclasses.replace(config, network=dataclasses.replace(config.network, fusion=fusion))
+
+
+def light(config: Config) -> Config:
+    """The network with separable convolutions."""
+    return dataclasses.replace(config, network=baselines.light(config.network))
+
+
 SYSTEMS: dict[str, Callable[[Config], Config]] = {
     "slice2d": slices_alone,
     "csam": partial(across_slices, kind="csam"),
     "cat": partial(across_slices, kind="cat"),
+    "distance": with_distance,
+    "modality-weights": modality_weights,
+    "light": light,
 }
 """By the name of its row."""
+
+OF_ITS_OWN_SIZE = ("light",)
+"""Rows that are about their size: neither widened to the weights of others, nor less distilled."""

@@ -85,6 +85,7 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
         average_decay=config.train.average_decay,
         accumulation=config.train.accumulation,
         rolled=devices[0].platform != "cpu",
+        spacing_mm=config.data.preprocess.spacing_mm[-config.network.encoder.rank :],
     )
     image_shape = (1, *window(config), len(config.data.modalities))
 

@@ -18,7 +18,9 @@ from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.summary import summarise
 from experiments.run_folder import Results, RunFolder
 from experiments.settings.config import window
+from experiments.settings.presets import PRESETS
 from experiments.settings.stored import to_json
+from experiments.settings.systems import SYSTEMS
 from experiments.studies import ablation_table, cross_validation
 from experiments.studies.ablation_table import folder_of_row, write_table
 from tests.experiments.fake_run import row_of
@@ -69,9 +71,13 @@ def test_rows_are_those_of_the_method(tmp_path):
 
 
 def test_systems_are_rows_where_they_are_asked_for(tmp_path):
-    rows = rows_of(tmp_path, rows=("slice2d", "csam", "cat"))
-    assert list(rows) == ["full", "slice2d", "csam", "cat"]
+    rows = rows_of(tmp_path, rows=tuple(SYSTEMS))
+    assert list(rows) == ["full", *SYSTEMS]
     full = rows.pop("full")
+    assert rows.pop("distance").network.distance_clip_mm == 15
+    assert rows.pop("modality-weights").network.fusion.kind == "weighted"
+    light = rows.pop("light")
+    assert light == dataclasses.replace(full, network=PRESETS["light"].network)
     for name, config in rows.items():
         encoder = config.network.encoder
         assert encoder.slices == ("none" if name == "slice2d" else name)
@@ -136,6 +142,19 @@ def test_rows_are_matched_in_parameters(tmp_path):
         for name in ("full", "early-unet")
     ]
     assert counts[1] == pytest.approx(counts[0], rel=0.03)
+
+
+def test_the_light_row_keeps_its_size_and_the_others_are_widened(tmp_path):
+    rows = rows_of(tmp_path, rows=("light", "slice2d"), match_parameters=True)
+    space = window(rows["full"])
+    counts = {
+        name: baselines.count_parameters(config.network, window(config))
+        for name, config in rows.items()
+    }
+    assert counts["light"] < 500_000 < counts["full"]
+    assert counts["slice2d"] == pytest.approx(counts["full"], rel=0.03)
+    operations = [baselines.count_operations(rows[n].network, space) for n in ("light", "full")]
+    assert operations[0] < 0.5 * operations[1]
 
 
 def save(run, dice):

@@ -90,7 +90,7 @@ SMALL = PRESETS["small"]
     [
         (
             lambda: parse(["--preset", "huge"]),
-            "preset must be one of auto, small, volume3d, slice2d",
+            "preset must be one of auto, small, light, volume3d, slice2d",
         ),
         (
             lambda: complete(
@@ -122,6 +122,10 @@ SMALL = PRESETS["small"]
                 )
             ),
             "must keep more than one voxel",
+        ),
+        (
+            lambda: parse(["--predict.mask-from=distance"]),
+            "got --predict.mask-from=distance and no distance. Use --network.distance-clip-mm=15",
         ),
         (lambda: complete(dataclasses.replace(SMALL, folds=(5,))), "folds must be among 0 to 4"),
         (

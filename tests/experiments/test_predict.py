@@ -15,12 +15,14 @@ import pytest
 import SimpleITK as sitk
 
 import cmsad_jax.export
+from cmsad_jax.modules import FusionConfig
+from cmsad_jax.modules.slices import SliceAttentionConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Volume
 from data_pipelines.faults import DataError
 from data_pipelines.preparing import preprocessing
 from experiments import evaluate, export, predict
-from experiments.exporting.artifact import describe
+from experiments.exporting.artifact import describe, write_artifact
 from experiments.measuring import lesions
 from experiments.prediction.inputs import find_inputs, read_case
 from experiments.prediction.outputs import PredictionFolder
@@ -635,6 +637,34 @@ def test_several_classes_and_networks_of_slices(config, tmp_path):
     assert account.volume_ml["tz"] == pytest.approx((mask == 2).sum() * 3.0 / 1000, abs=1e-3)
     assert account.highest_probability["tz"] == pytest.approx(tz.max(), abs=1e-6)
     assert load(tmp_path / "entropy/a.nii.gz").max() <= 1 + 1e-6
+
+
+def test_weights_of_modalities_and_draws_are_told_of_models_that_have_them(tmp_path):
+    config = tiny_config()
+    encoder = dataclasses.replace(
+        config.network.encoder,
+        block="plain",
+        slices="csam",
+        slice_attention=SliceAttentionConfig(sampling=True, stages=(0,)),
+    )
+    network = dataclasses.replace(
+        config.network, encoder=encoder, fusion=FusionConfig(kind="weighted", hidden=4)
+    )
+    make_untrained_run(tmp_path / "run", dataclasses.replace(config, network=network), done=1)
+    write_artifact(tmp_path / "run", tmp_path / "model.cmsad", folds=[0], platforms=("cpu",))
+    model = cmsad_jax.export.load(tmp_path / "model.cmsad")
+    assert {*model.programs} == {"predict", "attention", "modality_weights", "drawn"}
+    case = preprocessing.preprocess_case(case_of("a"), config.data, require_label=False)
+    computed = predict.compute(model, case, attention=False)
+    drawn = predict.deviation_of_draws(model, case)
+    assert 1e-6 < drawn.max() < 0.5
+    folder = PredictionFolder(tmp_path / "out")
+    computed = dataclasses.replace(computed, drawn=drawn)
+    told = folder.write_case(computed, model.description, uncertainty=True)
+    assert [*told.modality_weights] == ["t2w", "adc"]
+    assert sum(told.modality_weights.values()) == pytest.approx(1, abs=1e-5)
+    assert 0 < told.modality_weights["adc"] < 1
+    assert load(folder.image("drawn", "a")).max() == pytest.approx(drawn.max(), rel=0.2)
 
 
 def record_of(output):

@@ -21,6 +21,7 @@ from cmsad_jax.modules import (
 )
 from cmsad_jax.training import LossConfig, OptimizerConfig
 from cmsad_jax.types import ConfigError
+from tests import oracles
 from tests.networks import TINY_2D, TINY_3D, init, random_params, tiny_batch, tiny_config
 
 KINDS = typing.get_args(typing.get_type_hints(FusionConfig)["kind"])
@@ -131,6 +132,43 @@ def test_attention_gates_share_one_among_the_modalities_that_are_present():
     np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-6)
     assert np.all(gates[..., 1] == 0)
     assert np.ptp(gates[..., 0]) > 0.01
+
+
+def test_one_weight_a_modality_and_example_is_a_softmax_of_pooled_features():
+    names = ("t2w", "adc", "hbv")
+    fusion = Fusion(4, names, FusionConfig(kind="weighted", hidden=3, residual=False))
+    x = np.asarray(jax.random.normal(jax.random.key(0), (3, 2, 8, 8, 4)))
+    features = dict(zip(names, x, strict=True))
+    params = random_params(fusion, features)
+    present = np.array([[True, False, True], [True, True, True]])
+    output = jax.jit(fusion.apply)({"params": params}, features, present)
+    params = jax.tree.map(np.asarray, params)
+    for b in range(2):
+        g = [
+            (x[m, b] @ params[f"project{m}"]["kernel"][0, 0] + params[f"project{m}"]["bias"])
+            * present[b, m]
+            for m in range(3)
+        ]
+        pooled = np.concatenate([each.mean((0, 1)) for each in g])
+        hidden = np.maximum(oracles.dense(pooled, params["weights_hidden"]), 0)
+        scores = np.exp(oracles.dense(hidden, params["weights"])) * present[b]
+        weights = scores / scores.sum()
+        np.testing.assert_allclose(output.weights[b], weights, rtol=1e-4, atol=1e-6)
+        weighed = sum(w * each for w, each in zip(weights, g, strict=True))
+        expected = weighed @ params["join"]["kernel"][0, 0] + params["join"]["bias"]
+        np.testing.assert_allclose(output.fused[b], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_of_modalities_are_told_for_each_stage_and_are_of_an_example_in_2_5d():
+    batch = tiny_batch(batch=1, modalities=2)
+    encoder = dataclasses.replace(TINY_2D, slices="cat", block="plain")
+    config = dataclasses.replace(
+        tiny_config(fusion="weighted", modalities=("a", "b"), deep_supervision=0), encoder=encoder
+    )
+    network, params = init(config, batch)
+    output = jax.jit(network.apply)({"params": params}, batch["image"])
+    assert [weights.shape for weights in output.modality_weights] == [(1, 2)] * 3
+    np.testing.assert_allclose([w.sum() for w in output.modality_weights], 1, rtol=1e-5)
 
 
 def test_scff_gates_lie_between_0_and_1_and_linear_expression_drops_the_square():
@@ -343,13 +381,13 @@ def test_bad_settings_are_refused(make, message):
     ("config", "field", "choices"),
     [
         (EncoderConfig(), "norm", "instance, group"),
-        (EncoderConfig(), "block", "residual, plain"),
+        (EncoderConfig(), "block", "residual, plain, separable"),
         (FusionConfig(), "kind", ", ".join(KINDS)),
         (FusionConfig(), "expression", "nonlinear, linear"),
         (FusionConfig(), "correlation_direction", "forward, reverse"),
         (OptimizerConfig(), "kind", "adamw, adam, sgd"),
         (OptimizerConfig(), "decay", "cosine, polynomial, steps, constant"),
-        (NetworkConfig(), "decoder_block", "residual, plain"),
+        (NetworkConfig(), "decoder_block", "residual, plain, separable"),
         (NetworkConfig(), "dtype", "float32, bfloat16"),
         (LossConfig(), "region", "dice, tversky"),
         (LossConfig(), "voxel", "cross_entropy, focal"),
