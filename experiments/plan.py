@@ -36,7 +36,7 @@ class PlanCommand:
     memory_gib: float | None = None
     """Memory of each device in GiB; by default that of the device at hand or the chip's."""
     compile: bool | None = None
-    """Compile the step to see what fits; by default for the device at hand, else it is estimated."""
+    """Compile the step to see what fits; without it, or by default for --chip, it is estimated."""
     table: bool = False
     """Print, for the plan or a preset, the largest batch for crops around its own."""
 
