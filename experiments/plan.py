@@ -52,7 +52,7 @@ def run(command: PlanCommand, options: Sequence[str]) -> None:
             f"a number of chips goes with their name; got --chips={command.chips} and no --chip. "
             "Use --chip=v5e, or leave --chips out: the devices at hand are counted."
         )
-    from experiments.planning import configure, fits, record
+    from experiments.planning import configure, record
 
     preset = command_line.typed(options, "preset")
     if command.table and preset not in (None, "auto"):
@@ -75,6 +75,8 @@ def run(command: PlanCommand, options: Sequence[str]) -> None:
 
         log(forecast.in_words(config, command.chip, command.chips))
     if command.table:
+        from experiments.planning import fits  # loads what reads files
+
         fits.run(fits.FitCommand(command.memory_gib), config)
 
 

@@ -70,9 +70,9 @@ def asked_for(arguments: Sequence[str], **words: Any) -> Config:
             skipping = argument.startswith(_OF_NETWORK)
         if not skipping:
             kept.append(argument)
+    asked = command_line.read(kept, default=PRESETS["auto"], **words)
     from data_pipelines.reading.own_classes import with_own_classes  # reads files, --help does not
 
-    asked = command_line.read(kept, default=PRESETS["auto"], **words)
     return dataclasses.replace(asked, preset="auto", data=with_own_classes(asked.data))
 
 
