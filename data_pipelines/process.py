@@ -84,6 +84,19 @@ def printing() -> Iterator[None]:
         raise SystemExit(status)
 
 
+def put(text: str) -> None:
+    """All that a program has to print; what ``printing`` says of readers and full disks holds."""
+    with printing():
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _discard(sys.stdout)
+            say(f"error: standard output: {error.strerror}")
+            raise SystemExit(3) from None
+
+
 def say(message: str) -> None:
     """A line on stderr, if it is still there: a closed terminal takes none."""
     with contextlib.suppress(OSError):

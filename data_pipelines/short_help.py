@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipelines.process import put
+
 ALL = "--help-all"
 HELP = ("--help", "-h")
 
@@ -62,12 +64,12 @@ def show(module: str, purpose: str, options: Options) -> bool:
     """Print the short help if the command line asks for help; whether it did."""
     if not any(word in HELP for word in sys.argv[1:]):
         return False
-    print(f"usage: {program(module)} [OPTIONS]\n\n{purpose}\n")
+    lines = [f"usage: {program(module)} [OPTIONS]", "", purpose, ""]
     width = max(len(option) for option, _, _ in options)
     for option, meaning, default in options:
         told = f" ({default})" if default else ""
-        print(f"  {option:{width}}  {meaning}{told}")
-    print(f"\n  {ALL:{width}}  every option, with its default")
+        lines.append(f"  {option:{width}}  {meaning}{told}")
+    put("\n".join([*lines, "", f"  {ALL:{width}}  every option, with its default"]))
     return True
 
 

@@ -10,6 +10,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from data_pipelines.process import put
 from experiments.process.greeting import SILENT, say_start
 
 COMMANDS = {
@@ -95,9 +96,9 @@ def main() -> None:
     """Command line."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(overview())
+        put(overview())
     elif arguments[0] == "--version":
-        print(importlib.metadata.version("cmsad-jax"))
+        put(importlib.metadata.version("cmsad-jax"))
     else:
         run(arguments[0], arguments[1:])
 
