@@ -58,7 +58,9 @@ def check(
     if builder.is_prepared():
         return
     builder.must_be_storable()
-    log(f"reading {len(builder.entries)} cases of {builder.name}; they are kept for later runs")
+    count = len(builder.entries)
+    cases = f"{count} case" + ("" if count == 1 else "s")
+    log(f"reading {cases} of {builder.name}; what is built is kept for later runs")
     findings = validate(builder, num_workers=num_workers)
     table = faults.format_table(findings.problems)
     if findings.num_errors:

@@ -136,7 +136,8 @@ def test_a_clean_data_set_passes_and_is_built_from_what_was_read(tmp_path, monke
     assert "the data set can be built; cases: 2, errors: 0, warnings: 0." in done.stdout
     messages = []
     validation.check(open_builder(config), messages.append)
-    assert messages == []
+    reading = "reading 2 cases of nifti_folder; what is built is kept for later runs"
+    assert messages == [reading], "nothing is wrong"
     builder = open_builder(config)
     monkeypatch.setattr(type(builder), "read_available", None)  # must not be needed again
     builder.prepare()
@@ -148,9 +149,10 @@ def test_warnings_are_logged_and_do_not_stop_a_run(tmp_path):
     config = write_folder(tmp_path / "data", real_adc(raw_case("a"), scale=1e-3))
     messages = []
     validation.check(open_builder(config), messages.append)
-    assert len(messages) == 1
-    assert "warnings: 1." in messages[0]
-    assert "1e-6 mm2/s" in messages[0].replace("\n", " ")
+    reading, table = messages
+    assert reading.startswith("reading 1 case of nifti_folder")
+    assert "warnings: 1." in table
+    assert "1e-6 mm2/s" in table.replace("\n", " ")
 
 
 def test_files_that_are_not_fetched_are_named_for_every_case(tmp_path, capsys):
