@@ -84,6 +84,7 @@ settings=(
   --loss.attention.temperature 1.0
   --loss.stages None
   --loss.pairs mutual
+  # Modalities alone, as the abstract has it; the preset adds the label (docs/concepts/distillation.md)
   --loss.teachers all
   --loss.label-weight 0.3
   --loss.fused-weight 0.1
