@@ -73,7 +73,7 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
     """
     slices = math.gcd(folds_at_once(config, devices), len(devices))
     parallel.check_batch_size(config.train.batch_size, len(devices) // slices)
-    network = CMSAD(config.network)
+    network, rank = CMSAD(config.network), config.network.encoder.rank
     optimizer = config.train.optimizer.optimizer(config.train.steps)
     step = partial(
         train_step,
@@ -85,7 +85,7 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
         average_decay=config.train.average_decay,
         accumulation=config.train.accumulation,
         rolled=devices[0].platform != "cpu",
-        spacing_mm=config.data.preprocess.spacing_mm[-config.network.encoder.rank :],
+        spacing_mm=tuple(map(float, config.data.preprocess.spacing_mm[-rank:])),
     )
     image_shape = (1, *window(config), len(config.data.modalities))
 

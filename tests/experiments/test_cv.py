@@ -388,12 +388,12 @@ def test_centres_become_folds(tmp_path, cache):
     )
     folds = cross_validation.make_folds(config, source)
     assert [len(ids) for ids in folds.validation] == [5, 5]
-    assert cross_validation.folds_in_words(config, folds) == "2 folds by center (A, B)"
+    assert cross_validation.folds_in_words(config, folds, 10) == "2 folds by center (A, B)"
     drawn = dataclasses.replace(config, group_by=None)
-    assert (
-        cross_validation.folds_in_words(drawn, cross_validation.make_folds(drawn, source))
-        == "2 folds over patients"
-    )
+    folds = cross_validation.make_folds(drawn, source)
+    assert cross_validation.folds_in_words(drawn, folds, 10) == "2 folds over patients"
+    words = cross_validation.folds_in_words(drawn, folds, 12)
+    assert words == "2 folds over patients, 2 cases in no fold"
     with pytest.raises(ConfigError, match=r"that of groups; got 3 and 2. Use --num-folds=2"):
         cross_validation.make_folds(dataclasses.replace(config, num_folds=3), source)
     with pytest.raises(ConfigError, match="from a file or from groups; got both"):

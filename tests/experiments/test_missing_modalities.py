@@ -199,7 +199,6 @@ def test_runs_that_cannot_be_evaluated_are_refused(run, config, source, tmp_path
 def test_former_name_warns_and_does_the_same(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["experiments.missing", "--help"])
     monkeypatch.delitem(sys.modules, "experiments.missing_modalities")
-    warned = pytest.warns(FutureWarning, match="experiments.missing_modalities")
-    with warned, pytest.raises(SystemExit):
+    with pytest.warns(FutureWarning, match="experiments.missing_modalities"):
         runpy.run_module("experiments.missing", run_name="__main__")
     assert "usage: python -m experiments.missing_modalities" in capsys.readouterr().out
