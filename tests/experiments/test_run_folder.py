@@ -87,7 +87,7 @@ def test_a_golden_run_is_reported_compared_and_exported(golden, capsys):
     assert "| Fold 2 | 3 |" in text
     compare.main([str(run.path), str(run.path)])
     assert "+0.0000" in capsys.readouterr().out
-    figures = artifact.figures(run.read_results())
+    figures = artifact.figures(run.read_results(), range(3))
     assert figures["mean"]["lesion"]["dice"] == summary.mean["lesion"]["dice"]
     run.write_results(run.read_results())
     assert run.table.read_text("utf-8") == before
@@ -220,7 +220,7 @@ def test_a_metric_is_added_in_one_place(tmp_path, monkeypatch, capsys):
     assert f"| Tubes (voxels) | {mean:.1f} |" in text
     assert text.count("| Tb. (voxels) |") == 2  # fold by fold, case by case
     assert "<small>Mean lesion Tubes (voxels)</small>" in page
-    assert artifact.figures(run.read_results())["mean"]["lesion"]["tubes"] == mean
+    assert artifact.figures(run.read_results(), range(2))["mean"]["lesion"]["tubes"] == mean
 
 
 NAMES = re.compile(
@@ -265,5 +265,5 @@ def test_published_folds_carry_no_number_and_later_ones_are_refused(tmp_path):
     edit(tmp_path / "folds.json", lambda content: content.pop("schema"))
     assert Folds.load(tmp_path / "folds.json") == folds
     edit(tmp_path / "folds.json", lambda content: content.update(schema="new"))
-    with pytest.raises(DataError, match=r"fold files of schema 2 and before .* has 'new'\. Use"):
+    with pytest.raises(DataError, match=r"fold files of schema 3 and before .* has 'new'\. Use"):
         Folds.load(tmp_path / "folds.json")

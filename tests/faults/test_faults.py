@@ -122,7 +122,7 @@ def test_masks_cannot_be_exchanged_between_cases(cases, tmp_path, monkeypatch):
             np.testing.assert_array_equal(mask, alone[case_id])
 
 
-def trained(config, programs, source, folds):
+def trained(config, programs, source, folds, rest):
     """What ``train_folds`` leaves and returns, without training."""
     for fold in folds:
         write_history(fold.directory / "history.csv", [{"step": 1.0, "loss": 1.0}])
