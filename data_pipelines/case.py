@@ -123,6 +123,19 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageFacts:
+    """What one image of a case is like as its file has it, before anything is scaled.
+
+    Attributes:
+        spacing_mm: voxel size along its canonical axes, ``d h w``.
+        intensity: 0.5th, 50th and 99.5th percentile of the voxels above 0 in its middle.
+    """
+
+    spacing_mm: tuple[float, float, float]
+    intensity: tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class CaseInfo:
     """What the folds must know of a case.
 
@@ -131,9 +144,11 @@ class CaseInfo:
         patient_id: who was imaged.
         positive: whether the label holds any foreground.
         metadata: further facts, such as PI-CAI's ``center``.
+        images: what the image of each modality is like; empty where that was not measured.
     """
 
     case_id: str
     patient_id: str
     positive: bool
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    images: Mapping[str, ImageFacts] = dataclasses.field(default_factory=dict, compare=False)

@@ -34,6 +34,7 @@ from data_pipelines.reading import case_files
 from data_pipelines.reading.case_files import CaseFiles
 from data_pipelines.short_help import program
 from experiments.exporting.artifact import write_artifact
+from experiments.measuring.training_data import in_words, unlike
 from experiments.prediction.outputs import (
     Computed,
     Extras,
@@ -49,6 +50,7 @@ from experiments.prediction.outputs import (
 from experiments.process.accelerator import select_accelerator
 from experiments.process.called import callable_module
 from experiments.process.console import log, run_main
+from experiments.process.records import RecordError, decode, encode
 from experiments.run_folder import fold_name
 from experiments.settings.config import Accelerator, ReportConfig
 from experiments.settings.options import REGISTRY
@@ -145,15 +147,35 @@ def open_model(command: PredictCommand) -> export.Model:
 
 
 def data_config(description: export.Description) -> DataConfig:
-    """How cases are to be preprocessed for a model."""
-    return DataConfig(
-        target=description.target,
-        labels=description.labels,
-        lesions=description.lesions,
-        modalities=description.modalities,
-        allow_missing=description.allow_missing,
-        preprocess=from_json(PreprocessConfig, dict(description.preprocess)),
-    )
+    """How cases are to be preprocessed for a model.
+
+    Raises:
+        ConfigError: in a way that there is not, or for a target that this version does not know.
+    """
+    from data_pipelines.preparing.preprocessing import check_preprocess  # slow, not for --help
+
+    try:
+        grid = decode(PreprocessConfig, encode(description.preprocess), "preprocess")
+        from_json(PreprocessConfig, dict(description.preprocess))  # knows every field
+        data = DataConfig(
+            target=description.target,
+            labels=description.labels,
+            lesions=description.lesions,
+            modalities=description.modalities,
+            allow_missing=description.allow_missing,
+            preprocess=grid,
+        )
+        check_preprocess(data)
+        if data.definition and data.modalities != tuple(description.modalities):
+            raise DataError(
+                f"modalities are called {', '.join(data.modalities)} here; got "
+                f"{', '.join(description.modalities)}."
+            )
+    except (RecordError, DataError) as error:
+        raise ConfigError(
+            f"a model must say how its images are prepared; got: {error} Export the run again."
+        ) from error
+    return data
 
 
 def compute(model: export.Model, case: Case, *, attention: bool) -> Computed:
@@ -317,6 +339,7 @@ def run(command: PredictCommand) -> int:
             f"model {model.sha256[:12]}"
             + (f"; {len(done)} were predicted before the interruption" if done else "")
         )
+        say_trained_on(facts)
         with recorded(account):
             predict_cases(model, entries, data, account, before, done)
         count, wall = len(account.cases) + account.refused, max(account.wall_s, 1e-9)
@@ -394,6 +417,19 @@ def open_account(
     return account, old.cases, done
 
 
+def say_trained_on(facts: Facts) -> None:
+    """What the model was trained on; of drawn images, that it knows no patient."""
+    data = facts.model.training_data
+    log(f"the model was trained on {in_words(data)}")
+    if data is not None and data.synthetic:
+        print(
+            "warning: this model has seen synthetic images alone; what it says of patients means "
+            "nothing.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 @contextlib.contextmanager
 def recorded(account: Account) -> Iterator[None]:
     """Write the record at the end, also of what came to it early."""
@@ -422,10 +458,10 @@ def predict_cases(
     """
     # slow to load, and not needed for --help
     from data_pipelines.preparing import preprocessing
-    from data_pipelines.preparing.examination import gland_suspicions
+    from data_pipelines.preparing.examination import gland_suspicions, image_facts
     from experiments.prediction import inputs
 
-    extras = account.facts.extras
+    extras, trained_on = account.facts.extras, account.facts.model.training_data
     repeated = {
         problem.case_id: problem
         for problem in case_files.check_ids(entry.case_id for entry in entries)
@@ -441,8 +477,11 @@ def predict_cases(
             case = None
             if entry.case_id not in done:
                 case = preprocessing.preprocess_case(raw, data, require_label=False)
-                if raw.gland is not None:
-                    account.warnings[entry.case_id] = tuple(gland_suspicions(raw.gland))
+                account.warnings[entry.case_id] = (
+                    *(p.text for p in entry.problems if p.level == "warning"),
+                    *(() if raw.gland is None else gland_suspicions(raw.gland)),
+                    *unlike(trained_on, {name: image_facts(v) for name, v in raw.images.items()}),
+                )
         except DataError as error:
             case = error
         return case, time.thread_time() - started

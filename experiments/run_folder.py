@@ -17,6 +17,8 @@ from experiments.measuring.mean_shape import MeanShape
 from experiments.measuring.metrics import METRICS
 from experiments.measuring.rows import Row
 from experiments.measuring.summary import Summary, summarise
+from experiments.measuring.training_data import SCHEMA as DATA_SCHEMA
+from experiments.measuring.training_data import TrainingData, gather
 from experiments.process import records
 from experiments.process.environment import Environment, environment
 from experiments.process.records import INLINE
@@ -293,6 +295,11 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
+    def training_data(self) -> Path:
+        """What the data are like."""
+        return self.path / "training_data.json"
+
+    @property
     def folds(self) -> Path:
         """Which cases train and validate in which fold."""
         return self.path / "folds.json"
@@ -363,6 +370,12 @@ class RunFolder:
             return Environment()
         return records.read_record(Environment, self.environment, schema=SCHEMA)
 
+    def read_training_data(self) -> TrainingData | None:
+        """What the data are like; None of runs that were made before that was recorded."""
+        if not self.training_data.is_file():
+            return None
+        return records.read_record(TrainingData, self.training_data, schema=DATA_SCHEMA)
+
     def read_folds(self) -> splits.Folds:
         """The folds."""
         return splits.Folds.load(self.folds)
@@ -393,8 +406,8 @@ class RunFolder:
 
     def refuse_other(self, config: Config) -> None:
         """Raise ``ConfigError`` if the folder holds something that is not this run."""
-        # written before the configuration
-        begun = {LOCK, HOLDER, self.folds.name, self.environment.name}
+        before = (self.folds, self.environment, self.training_data)  # of the configuration
+        begun = {LOCK, HOLDER, *(path.name for path in before)}
         if not self.path.exists() or (
             self.path.is_dir()
             and all(p.name in begun or TEMPORARY.fullmatch(p.name) for p in self.path.iterdir())
@@ -434,12 +447,19 @@ class RunFolder:
                 )
             for fold in self.done(config.num_folds):
                 self.fold(fold).read_results()  # before hours of training, not after
+            if not self.training_data.is_file():  # begun by an earlier version
+                self._write_training_data(config, source)
             return
         with naming_path(self.folds):
             folds.save(self.folds)
         records.write_record(self.environment, environment(), schema=SCHEMA)
+        self._write_training_data(config, source)
         record = RunRecord(to_json(config), source.fingerprint, plan_sha256)
         records.write_record(self.config, record, schema=SCHEMA)
+
+    def _write_training_data(self, config: Config, source: loading.CaseSource) -> None:
+        data = gather(config.data.name, source.info, config.data.modalities)
+        records.write_record(self.training_data, data, schema=DATA_SCHEMA)
 
     def members(self, config: Config, folds: Sequence[int] | None) -> list[int]:
         """The folds to use, all of which must be done.

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipelines.config import AUTO, DataConfig
+from data_pipelines.config import AUTO, SYNTHETIC, DataConfig
 from data_pipelines.faults import DataError
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ def open_builder(config: DataConfig) -> "CaseBuilder":
         raise DataError(
             f"data set must be one of {', '.join(names)}; got {config.name!r}. "
             "Use one of these with --data.name; nifti_folder reads your own files."
+        )
+    if config.name in SYNTHETIC and config.path is not None:
+        raise DataError(
+            f"the data set '{config.name}' draws its images and reads no file; got "
+            f"--data.path={config.path}. Say of which layout that folder is: --data.name=picai or "
+            "another one (nifti_folder reads your own files); or leave --data.path out."
         )
     from data_pipelines.reading.own_classes import with_own_classes
 

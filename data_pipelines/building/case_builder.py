@@ -189,7 +189,13 @@ class CaseBuilder(DataSet[E], tfds.core.GeneratorBasedBuilder, skip_registration
     def infos(self) -> tuple[CaseInfo, ...]:
         """Facts of the prepared cases, in stored order, without reading them."""
         return tuple(
-            CaseInfo(case["case_id"], case["patient_id"], case["positive"], case["metadata"])
+            CaseInfo(
+                case["case_id"],
+                case["patient_id"],
+                case["positive"],
+                case["metadata"],
+                {name: staging.image_facts_of(v) for name, v in case.get("images", {}).items()},
+            )
             for case in self._stored_info()["cases"]
         )
 
@@ -241,7 +247,7 @@ class CaseBuilder(DataSet[E], tfds.core.GeneratorBasedBuilder, skip_registration
                     "case_id": case.case_id,
                     "patient_id": case.patient_id,
                     "positive": case.positive,
-                    "metadata": json.loads(text_of(record["metadata"])),
+                    **json.loads(text_of(record["metadata"])),
                 }
             )
         content = {
@@ -276,7 +282,12 @@ def _record(found: Examination) -> dict[str, Any]:
     if found.case is None or found.faulty:
         errors = [str(problem) for problem in found.problems if problem.level == "error"]
         raise DataError(_report(errors, 1))
-    return {**encode(found.case), "metadata": json.dumps(dict(found.metadata))}
+    images = {} if found.facts is None else found.facts.images
+    facts = {
+        "metadata": dict(found.metadata),
+        "images": {name: dataclasses.asdict(image) for name, image in images.items()},
+    }
+    return {**encode(found.case), "metadata": json.dumps(facts)}
 
 
 def _problems(found: Examination) -> tuple[faults.Problem, ...]:

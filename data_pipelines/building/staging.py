@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from data_pipelines.case import Case
+from data_pipelines.case import Case, ImageFacts
 from data_pipelines.faults import DataError, Problem
 from data_pipelines.files import atomic_file
 from data_pipelines.preparing.examination import Examination, Facts
@@ -95,7 +95,13 @@ def _facts(fields: Mapping[str, Any]) -> Facts:
         fields["image_sha256"],
         tuple(fields["lesion_ml"]),
         fields["label_source"],
+        {name: image_facts_of(values) for name, values in fields["images"].items()},
     )
+
+
+def image_facts_of(values: Mapping[str, Any]) -> ImageFacts:
+    """What an image is like, from its JSON values."""
+    return ImageFacts(tuple(values["spacing_mm"]), tuple(values["intensity"]))
 
 
 def default_workers(num_cases: int, *, worth_a_pool: int = _CASES_WORTH_A_POOL) -> int:

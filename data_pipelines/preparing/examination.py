@@ -13,7 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from data_pipelines.case import Case, RawCase, Volume
+from data_pipelines.case import Case, ImageFacts, RawCase, Volume
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, DataErrors, Problem
 from data_pipelines.preparing.fingerprint import spread
@@ -25,6 +25,7 @@ _FAR_MM = 1.0
 _FAR_DEGREES = 1.0
 _MAX_POINTS = 20_000
 _USUAL_ML = {"lesion": (0.01, 60), "gland": (8, 350), "zones": (8, 350)}
+_PERCENTILES = (0.5, 50, 99.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Facts:
         image_sha256: modality to a hash of its voxels.
         lesion_ml: volume of each connected part of the target.
         label_source: where the label came from, if there are several places.
+        images: modality to what its image is like.
     """
 
     patient_id: str
@@ -46,6 +48,7 @@ class Facts:
     image_sha256: dict[str, str]
     lesion_ml: tuple[float, ...]
     label_source: str = ""
+    images: dict[str, ImageFacts] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +167,7 @@ def _facts(raw: RawCase, config: DataConfig) -> Facts:
         {name: _voxel_hash(v) for name, v in images.items()},
         volumes,
         raw.metadata.get("label_source", ""),
+        {name: image_facts(v) for name, v in images.items()},
     )
 
 
@@ -171,6 +175,16 @@ def _of_target(array: np.ndarray, config: DataConfig) -> np.ndarray:
     """Where a label file holds target: of classes of one's own not what is ignored."""
     ignore = config.definition.ignore
     return (array > 0) if ignore is None else (array > 0) & (array != ignore)
+
+
+def image_facts(volume: Volume) -> ImageFacts:
+    """What an image is like: its grid, and the spread of its intensities."""
+    d, h, w = (round(mm, 4) for mm in canonical(volume).spacing_mm)
+    middle = volume.array[tuple(slice(n // 4, max(n - n // 4, n // 4 + 1)) for n in volume.shape)]
+    positive = middle[np.isfinite(middle) & (middle > 0)]
+    found = np.percentile(positive, _PERCENTILES) if positive.size else (0.0, 0.0, 0.0)
+    low, median, high = (float(f"{value:.6g}") for value in found)
+    return ImageFacts((d, h, w), (low, median, high))
 
 
 def _voxel_hash(volume: Volume) -> str:

@@ -12,6 +12,7 @@ from cmsad_jax import export
 from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from experiments.exporting.model_card import TrainingSet, model_card
 from experiments.measuring.summary import summarise
+from experiments.measuring.training_data import to_provenance
 from experiments.prediction.windows import (
     attention_window,
     drawn_window,
@@ -69,6 +70,7 @@ def write_artifact(
         provenance={
             **encode(_without_paths(record)),
             "environment": encode(folder.read_environment()),
+            **_training_data(folder),
         },
         metrics=figures(results, chosen) if results else {},
         operating_point=encode(results.summary.operation.point)
@@ -143,6 +145,12 @@ def _training_set(folder: RunFolder, members: Sequence[int]) -> TrainingSet:
         return TrainingSet()
     folds = folder.read_folds()
     return TrainingSet(tuple(len(folds.training(fold)) for fold in members), tuple(folds.names))
+
+
+def _training_data(folder: RunFolder) -> dict[str, object]:
+    """What is known of the data, for the provenance; nothing of runs of before."""
+    data = folder.read_training_data()
+    return {} if data is None else {"training_data": to_provenance(data)}
 
 
 def figures(results: Results, members: Sequence[int]) -> dict[str, object]:

@@ -13,13 +13,13 @@ import numpy as np
 from data_pipelines.case import Case, RawCase
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, MissingDataError, Problem
-from data_pipelines.modalities import by_modality, modality_of
+from data_pipelines.modalities import ALIASES, by_modality, modality_of
 from data_pipelines.nifti_folder.nifti_folder_dataset_builder import GLAND
 from data_pipelines.preparing import preprocessing
 from data_pipelines.preparing.labels import settled
 from data_pipelines.progress import say_line
 from data_pipelines.reading import dataset_json, volume_io
-from data_pipelines.reading.case_files import CaseFiles
+from data_pipelines.reading.case_files import CaseFiles, unused_files
 from data_pipelines.reading.volume_io import name_without_ending
 from data_pipelines.targets import TARGET_CLASSES
 from experiments.prediction.outputs import KINDS, RECORD
@@ -135,11 +135,21 @@ def _cases_in(
                 numbered.setdefault(name, {}).setdefault(modality, []).append(path)
     cases = []
     for case_id in dict.fromkeys((*named, *numbered)):
-        files, _ = by_modality(named.get(case_id, ()), wanted)
+        files, left = by_modality(named.get(case_id, ()), wanted)
+        if one_case and case_id == folder.name:
+            left += [path for name, path in volumes if _is_odd(name, wanted)]
         for modality, paths in numbered.get(case_id, {}).items():
             files.setdefault(modality, []).extend(paths)
-        cases.append(_case_files(case_id, folder, files, wanted, four_axes.get(case_id, {})))
+        case = _case_files(case_id, folder, files, wanted, four_axes.get(case_id, {}))
+        unused = unused_files(case_id, left, ", ".join(wanted))
+        cases.append(dataclasses.replace(case, problems=(*case.problems, *unused)))
     return cases
+
+
+def _is_odd(name: str, wanted: Sequence[str]) -> bool:
+    """Whether a volume in the folder of a case is neither a modality of the field nor a label."""
+    words = {*re.split(r"[_\s.-]", name.lower())}
+    return modality_of(name, (*wanted, *ALIASES)) is None and not words & _LABEL_WORDS
 
 
 def _case_and_modality(name: str, wanted: Sequence[str]) -> tuple[str, str] | None:
@@ -241,8 +251,9 @@ def read_raw(files: CaseFiles, data: DataConfig) -> RawCase:
     Raises:
         DataError: what is wrong with them.
     """
-    if files.problems:
-        raise DataError("\n".join(problem.text for problem in files.problems))
+    errors = [problem.text for problem in files.problems if problem.level == "error"]
+    if errors:
+        raise DataError("\n".join(errors))
     if data.preprocess.centre == GLAND and files.gland is None:
         raise DataError(
             f"a model that sees the grid around the gland needs a mask of it; got none for "

@@ -21,6 +21,7 @@ from experiments.measuring import lesions
 from experiments.measuring.lesions import Candidate
 from experiments.measuring.metrics import to_mask
 from experiments.measuring.operating_point import OperatingPoint
+from experiments.measuring.training_data import TrainingData, from_provenance
 from experiments.process.records import INLINE, RecordError, decode, read_record, write_record
 from experiments.process.storage import file_sha256, locked, naming_path, remove_temporary_files
 
@@ -105,6 +106,7 @@ class ModelFacts:
     git_commit: str | None
     data_fingerprint: str | None
     license: str
+    training_data: TrainingData | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +190,21 @@ def operating_point(description: export.Description) -> OperatingPoint | None:
         ) from error
 
 
+def training_data_of(description: export.Description) -> TrainingData | None:
+    """What a model was trained on; None where it does not say.
+
+    Raises:
+        ConfigError: it says it in a way that this version does not know.
+    """
+    try:
+        return from_provenance(description.provenance)
+    except RecordError as error:
+        raise ConfigError(
+            f"a model must say what it was trained on as this version does; got: {error}. "
+            "Export the run again."
+        ) from error
+
+
 def judged(
     case: PredictedCase, candidates: Sequence[Candidate], point: OperatingPoint | None
 ) -> PredictedCase:
@@ -214,6 +231,7 @@ def facts_of(model: export.Model, extras: Extras) -> Facts:
             git_commit=description.provenance.get("environment", {}).get("git_commit"),
             data_fingerprint=description.provenance.get("data_fingerprint"),
             license=description.license,
+            training_data=training_data_of(description),
         ),
         Settings(
             threshold=description.threshold,

@@ -87,6 +87,11 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return _decode(hint, value, where)
     if hint is object:
         return value
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        known = ", ".join(map(repr, arguments))
+        raise RecordError(f"{where} is {value!r:.40} where one of {known} is expected")
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return value  # a whole number stays one: what is written again is as it was
     if isinstance(value, Mapping):

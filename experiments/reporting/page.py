@@ -14,6 +14,7 @@ from experiments.measuring.lesions import Place, locate
 from experiments.measuring.metrics import METRICS
 from experiments.measuring.statistics import FEW_PATIENTS, few_patients_warning
 from experiments.measuring.summary import Summary
+from experiments.measuring.training_data import absences, in_words
 from experiments.process.environment import Environment
 from experiments.process.records import encode
 from experiments.process.storage import write_text
@@ -240,6 +241,7 @@ def _facts(
         "device": environment.device,
         "checkpoint": CHECKPOINT_LABELS.get(results.checkpoint or "", "not recorded"),
         "rule": _rule(results, classes),
+        "data": in_words(run.read_training_data()),
         "tiles": _tiles(summary, classes),
         "headline": [headline_table(summary, name) for name in classes],
         "counts": count_table(summary, classes),
@@ -298,7 +300,7 @@ def _fold_facts(
     return {
         "status": _status(done, num_folds, names),
         "complete": len(done) == num_folds,
-        "warnings": _warnings(results.summary, classes, names),
+        "warnings": [*_data_warnings(run), *_warnings(results.summary, classes, names)],
         "per_fold": fold_table(results.summary, classes, num_folds, names),
         "folds_table": folds and folds_table(folds),
         "folds_sha256": folds and folds.sha256,
@@ -341,6 +343,18 @@ def _status(done: Sequence[int], num_folds: int, names: Sequence[str]) -> str:
         f"{', '.join(f'fold {fold_name(fold, names)}' for fold in missing)}. "
         "Every figure below is of the folds that are done."
     )
+
+
+def _data_warnings(run: RunFolder) -> list[str]:
+    """What must be known of the data before any figure."""
+    data = run.read_training_data()
+    if data is None:
+        return []
+    synthetic = (
+        f"The data are synthetic ({data.name}): no figure below says anything of patients, nor "
+        "does a model of this run."
+    )
+    return [*([synthetic] if data.synthetic else []), *absences(data)]
 
 
 def _warnings(summary: Summary, classes: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from experiments.measuring.metrics import to_mask
 from experiments.measuring.rows import Row
 from experiments.planning import record
 from experiments.planning.record import Plan
+from experiments.measuring.training_data import absences, gather
 from experiments.prediction.windows import Params, predict_case
 from experiments.process import hosts
 from experiments.process.accelerator import (
@@ -93,6 +94,8 @@ def run(
         DataError: for faults of the data.
     """
     devices = select_accelerator(config.accelerator)
+    for sentence in config.loss.without_effect(config.network):
+        log(f"note: {sentence}")
     if config.compilation_cache:
         keep_compiled(config.data.cache / "compiled")
     programs = programs or compile_programs(config, devices)
@@ -155,6 +158,11 @@ def run_folds(
     """The folds asked for that are not done, and the report, in an open and locked run folder."""
     folder = folder_of(config)
     positive = sum(info.positive for info in source.info)
+    data = gather(config.data.name, source.info, config.data.modalities)
+    if data.synthetic:
+        log(f"note: {config.data.name} holds synthetic images; what is learned is of no patient")
+    for sentence in absences(data):
+        log(f"note: {sentence}")
     log(
         f"{len(source)} cases, {positive} with {config.data.target}, "
         f"{folds_in_words(config, folds, len(source))}; {devices[0].device_kind} x {len(devices)}; "

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.building import case_builder
+from data_pipelines.building.builders import open_builder
 from data_pipelines.building.records import decode, encode
 from data_pipelines.case import Case, CaseInfo
 from data_pipelines.config import DataConfig, PreprocessConfig
@@ -356,3 +357,9 @@ def test_beam_builds_the_same_data_set(tmp_path):
     assert {info.case_id for info in beamed.infos} == {info.case_id for info in alone.infos}
     for record in beamed.source():
         assert_same(decode(record), cases[decode(record).case_id])
+
+
+def test_a_folder_for_a_data_set_that_reads_none_is_refused(tmp_path):
+    for name in ("phantom", "phantom2"):
+        with pytest.raises(DataError, match=rf"'{name}' draws its images .* --data\.path"):
+            open_builder(DataConfig(name=name, path=tmp_path, cache=tmp_path))

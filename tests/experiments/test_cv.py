@@ -88,6 +88,12 @@ def test_run_folder_holds_config_versions_folds_curves_and_report(finished):
     record = json.loads((output / "config.json").read_text("utf-8"))
     assert record["config"]["train"]["steps"] == 2
     assert record["data_fingerprint"] == loading.build(config.data).fingerprint
+    data = json.loads((output / "training_data.json").read_text("utf-8"))
+    assert (data["schema"], data["name"], data["synthetic"], data["num_cases"]) == (
+        *(1, "phantom", True),
+        metrics.summary.num_cases,
+    )
+    assert data["modalities"]["adc"]["num_cases"] == metrics.summary.num_cases
     environment = json.loads((output / "environment.json").read_text("utf-8"))
     assert environment["versions"]["jax"] == jax.__version__
     assert run_folder.RunFolder(output).read_results() == metrics
@@ -181,7 +187,9 @@ def test_work_that_is_done_is_not_done_again(finished, tmp_path, cache, monkeypa
     written = {path: path.stat().st_mtime_ns for path in kept}
     monkeypatch.setattr(loop.loading, "train_batches", None)  # training would fail
     cross_validation.run(config)
-    assert f"{len(kept)} of {len(kept) + 1} cases predicted before" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{len(kept)} of {len(kept) + 1} cases predicted before" in said
+    assert "note: phantom holds synthetic images; what is learned is of no patient" in said
     assert {path: path.stat().st_mtime_ns for path in kept} == written
     assert nib.load(spoilt).header["descrip"].item().decode() == spoilt.name.split(".")[0]
 
@@ -400,7 +408,7 @@ def test_centres_become_folds(tmp_path, cache):
         cross_validation.make_folds(dataclasses.replace(config, folds_file=tmp_path), source)
 
 
-def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
+def test_one_modality_two_classes_and_slices_run(tmp_path, cache, capsys):
     config = tiny(tmp_path / "run", cache, modalities=("t2w",), target="zones")
     flat = dataclasses.replace(ENCODER, kernels=((3, 3), (3, 3)), strides=((1, 1), (2, 2)))
     config = dataclasses.replace(
@@ -415,6 +423,8 @@ def test_one_modality_two_classes_and_slices_run(tmp_path, cache):
     assert baseline.mean_dice > 0.1
     measured = [row for row in metrics.summary.metric_per_case if row.dice is not None]
     assert baseline.num_cases == len(measured), "of the same fold alone"
+    said = capsys.readouterr().out
+    assert "note: There is no cross-modal distillation, as t2w is the only modality." in said
 
 
 def test_fold_that_finds_nothing_anywhere_is_told_with_a_remedy():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import io
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -12,10 +14,13 @@ import safetensors.numpy
 import cmsad_jax.export
 from cmsad_jax.named_weights import flatten_weights
 from cmsad_jax.types import ConfigError
+from data_pipelines.case import CaseInfo
 from data_pipelines.faults import DataError
 from experiments import export
 from experiments.exporting import artifact, model_card
 from experiments.measuring.summary import summarise
+from experiments.measuring.training_data import from_provenance, gather
+from experiments.process.records import write_record
 from experiments.run_folder import RunFolder, RunRecord
 from experiments.settings.config import Config
 from experiments.settings.stored import from_json, to_json
@@ -127,6 +132,16 @@ def test_figures_are_of_the_members_alone(tmp_path):
     card = model_card.model_card(description, 1, grouped)
     assert "5 to 9 for each member" in card
     assert "RUMC, ZGT, PCNN" in card
+
+
+def test_artifact_says_what_the_model_was_trained_on(run, tmp_path):
+    older = artifact.write_artifact(run[0], io.BytesIO(), folds=[0])
+    assert "training_data" not in older.provenance
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    data = gather("picai", [CaseInfo("a", "p", True), CaseInfo("b", "p", False)], ("t2w", "adc"))
+    write_record(RunFolder(folder).training_data, data, schema=1)
+    newer = artifact.write_artifact(folder, io.BytesIO(), folds=[0])
+    assert from_provenance(newer.provenance) == data
 
 
 def test_card_follows_the_classes_and_the_grid(exported):

@@ -24,6 +24,7 @@ from data_pipelines.preparing import preprocessing
 from experiments import evaluate, export, predict
 from experiments.exporting.artifact import describe, write_artifact
 from experiments.measuring import lesions
+from experiments.measuring.training_data import ModalityData, TrainingData, to_provenance
 from experiments.prediction.inputs import find_inputs, read_case
 from experiments.prediction.outputs import PredictionFolder
 from experiments.process.storage import locked
@@ -347,6 +348,73 @@ def test_a_full_disk_ends_with_the_path_and_keeps_what_is_done(quick, tmp_path, 
     assert stopped.value.filename == str(out / "masks/b.nii.gz")
     assert [case["case_id"] for case in record_of(out)["cases"]] == ["a"]
     assert [path.name for path in (out / "masks").iterdir()] == ["a.nii.gz"]
+
+
+def test_what_a_model_was_trained_on_is_said_and_compared(quick, tmp_path, capsys):
+    write_folder(tmp_path / "in", case_of("a"))
+    arguments = ["--model", str(quick), "--input", str(tmp_path / "in"), "--output"]
+    predict.main([*arguments, str(tmp_path / "unknown")])
+    said = capsys.readouterr()
+    assert "the model was trained on data that are not known" in said.out
+    assert said.err == ""
+    (case,) = record_of(tmp_path / "unknown")["cases"]
+    assert "warnings" not in case
+
+    like = ModalityData(7, ((3.0, 3.0), (0.4, 2.0), (0.4, 2.0)), (1.0, 1e5))
+    other = dataclasses.replace(like, spacing_mm=((9.0, 9.0), (0.4, 3.0), (0.4, 3.0)))
+    data = TrainingData("phantom", True, 7, 6, 5, {"t2w": like, "adc": other})
+    model = predict.export.load(quick)
+    model.description.provenance["training_data"] = to_provenance(data)
+    predict.main([*arguments, str(tmp_path / "known")])
+    said = capsys.readouterr()
+    assert "trained on 7 cases of 6 drawn subjects, 5 of them positive, of the" in said.out
+    assert "warning: this model has seen synthetic images alone" in said.err
+    record = record_of(tmp_path / "known")
+    assert record["model"]["training_data"]["name"] == "phantom"
+    (warning,) = record["cases"][0]["warnings"]
+    assert "'adc' should have voxels like those that the model was trained on; got 3 mm" in warning
+    assert f"warning: case a: {warning}" in said.err
+    model.description.provenance["training_data"] = 7
+    with pytest.raises(ConfigError, match="must say what it was trained on as this version does"):
+        predict.main([*arguments, str(tmp_path / "odd")])
+
+
+def test_volumes_that_nothing_reads_are_named(quick, tmp_path, capsys):
+    write_folder(tmp_path / "in", case_of("a"))
+    for name in ("sub1_ktrans", "t2", "lesion_2", "hbv", "prostate_mask"):
+        (tmp_path / f"in/a/{name}.nii.gz").write_bytes(b"")
+    (tmp_path / "in/a/notes.txt").touch()
+    predict.main(
+        ["--model", str(quick), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    )
+    (case,) = record_of(tmp_path / "out")["cases"]
+    (warning,) = case["warnings"]
+    assert "should be used; got sub1_ktrans.nii.gz, t2.nii.gz, of which nothing is read" in warning
+    assert "Rename it if it is one of t2w, adc," in warning
+    assert f"warning: case a: {warning}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "spleen"}, "target of a model must be one of lesion, gland.*got 'spleen'"),
+        ({"modalities": ("T2W", "adc")}, "called t2w, adc here; got T2W, adc"),
+        ({"preprocess": {"centre": "feet"}}, "preprocess.centre is 'feet' where"),
+        ({"preprocess": {"clip_percentiles": [0.5]}}, r"clip_percentiles is \[0.5\] where"),
+        ({"preprocess": {"clip_percentiles": [99, 1]}}, "percentiles must rise within 0 to 100"),
+        ({"preprocess": {"size": "all"}}, "preprocess.size is 'all' where"),
+        ({"preprocess": {"colour": 1}}, "got 'colour' in PreprocessConfig"),
+        ({"preprocess": {"centre": "gland"}, "target": "gland"}, "placed by what is to be found"),
+    ],
+)
+def test_what_a_model_says_of_its_images_is_checked_before_any_is_read(
+    change, message, quick, tmp_path
+):
+    model = predict.export.load(quick)
+    description = dataclasses.replace(model.description, **change)
+    with pytest.raises(ConfigError, match=message):
+        predict.data_config(description)
+    assert predict.data_config(model.description).modalities == MODALITIES
 
 
 def test_missing_modality_is_a_fault_unless_trained_for(artifact, tmp_path, capsys):

@@ -21,7 +21,9 @@ from experiments.measuring import lesions
 from experiments.measuring.mean_shape import MeanShape
 from experiments.measuring.rows import Detection, Match
 from experiments.measuring.summary import summarise
+from experiments.measuring.training_data import ModalityData, TrainingData
 from experiments.process.console import run_main
+from experiments.process.records import write_record
 from experiments.report import main
 from experiments.reporting import charts, figures, pictures, sprites, views
 from experiments.reporting.lesion_list import KINDS, kind_of, lesion_table, located
@@ -752,3 +754,19 @@ def test_a_failing_report_costs_nothing_of_the_results(tmp_path, monkeypatch, ca
     assert "Dice 0.123" in printed
     assert "report:" not in printed
     assert folder.read_results().folds_done == (0, 1)
+
+
+def test_what_the_data_are_stands_before_the_figures(tmp_path):
+    run = RunFolder(make_run(tmp_path / "run", num_folds=2, figures=False))
+    write_report(run)
+    assert "- Data: data that are not known" in run.report_markdown.read_text("utf-8")
+    t2w = ModalityData(12, ((3.0, 3.0), (0.5, 0.5), (0.5, 0.5)), (1.0, 2.0))
+    adc = dataclasses.replace(t2w, num_cases=9)
+    data = TrainingData("phantom", True, 12, 12, 6, {"t2w": t2w, "adc": adc})
+    write_record(run.training_data, data, schema=1)
+    write_report(run)
+    for file in (run.report_markdown, run.report_html):
+        text = file.read_text("utf-8")
+        assert "of the data set phantom (synthetic images, no patients)" in text
+        assert "The data are synthetic (phantom): no figure below says anything of" in text
+        assert "adc is absent in 3 of 12 cases." in text
