@@ -16,7 +16,7 @@ import numpy as np
 from data_pipelines.case import Case, ImageFacts, RawCase, Volume
 from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError, DataErrors, Problem
-from data_pipelines.preparing.fingerprint import spread
+from data_pipelines.preparing.fingerprint import intensity_of, spread
 from data_pipelines.preparing.geometry import canonical, coverage, overlaps, parts_of
 from data_pipelines.preparing.preprocessing import preprocess_case, reference_grid, reference_image
 from data_pipelines.targets import foreground
@@ -25,7 +25,6 @@ _FAR_MM = 1.0
 _FAR_DEGREES = 1.0
 _MAX_POINTS = 20_000
 _USUAL_ML = {"lesion": (0.01, 60), "gland": (8, 350), "zones": (8, 350)}
-_PERCENTILES = (0.5, 50, 99.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +179,7 @@ def _of_target(array: np.ndarray, config: DataConfig) -> np.ndarray:
 def image_facts(volume: Volume) -> ImageFacts:
     """What an image is like: its grid, and the spread of its intensities."""
     d, h, w = (round(mm, 4) for mm in canonical(volume).spacing_mm)
-    middle = volume.array[tuple(slice(n // 4, max(n - n // 4, n // 4 + 1)) for n in volume.shape)]
-    positive = middle[np.isfinite(middle) & (middle > 0)]
-    found = np.percentile(positive, _PERCENTILES) if positive.size else (0.0, 0.0, 0.0)
-    low, median, high = (float(f"{value:.6g}") for value in found)
-    return ImageFacts((d, h, w), (low, median, high))
+    return ImageFacts((d, h, w), intensity_of(volume.array))
 
 
 def _voxel_hash(volume: Volume) -> str:

@@ -128,7 +128,7 @@ def measure(raw: RawCase, config: DataConfig) -> CaseFacts:
             grid.shape == reference.shape and np.allclose(grid.affine, reference.affine, atol=0.1)
             for grid in grids
         ),
-        {name: _intensity(image.array) for name, image in images.items()},
+        {name: intensity_of(image.array) for name, image in images.items()},
         **_target(raw.label, reference, config),
         metadata=dict(raw.metadata),
     )
@@ -171,12 +171,13 @@ def _content(reference: Volume) -> Triple:
     return _rounded(half)
 
 
-def _intensity(array: np.ndarray) -> Triple:
+def intensity_of(array: np.ndarray) -> Triple:
+    """``PERCENTILES`` of an image; zeros where nothing in its middle is above 0."""
     middle = array[tuple(slice(n // 4, max(n - n // 4, n // 4 + 1)) for n in array.shape)]
     positive = middle[np.isfinite(middle) & (middle > 0)]
     if not positive.size:
         return 0.0, 0.0, 0.0
-    low, median, high = (round(float(v), 4) for v in np.percentile(positive, PERCENTILES))
+    low, median, high = (float(f"{v:.6g}") for v in np.percentile(positive, PERCENTILES))
     return low, median, high
 
 

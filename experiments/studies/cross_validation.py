@@ -26,9 +26,9 @@ from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.mean_shape import MeanShape
 from experiments.measuring.metrics import to_mask
 from experiments.measuring.rows import Row
+from experiments.measuring.training_data import absences, gather
 from experiments.planning import record
 from experiments.planning.record import Plan
-from experiments.measuring.training_data import absences, gather
 from experiments.prediction.windows import Params, predict_case
 from experiments.process import hosts
 from experiments.process.accelerator import (

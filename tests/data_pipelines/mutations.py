@@ -337,7 +337,8 @@ def _millimetres(path: Path) -> tuple[float, float, float]:
     if "nii" not in path.name:
         return 1.0, 1.0, 1.0
     unit = int(nib.load(path).header["xyzt_units"]) & 7  # pyright: ignore[reportIndexIssue]
-    return ({1: 1e3, 3: 1e-3}.get(unit, 1.0),) * 3
+    scale = {1: 1e3, 3: 1e-3}.get(unit, 1.0)
+    return scale, scale, scale
 
 
 def _nibabel(path: Path) -> Volume:

@@ -397,7 +397,7 @@ def test_volumes_that_nothing_reads_are_named(quick, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": "spleen"}, "target of a model must be one of lesion, gland.*got 'spleen'"),
+        ({"target": "spleen"}, "a target must be lesion, gland.*got 'spleen' without"),
         ({"modalities": ("T2W", "adc")}, "called t2w, adc here; got T2W, adc"),
         ({"preprocess": {"centre": "feet"}}, "preprocess.centre is 'feet' where"),
         ({"preprocess": {"clip_percentiles": [0.5]}}, r"clip_percentiles is \[0.5\] where"),

@@ -175,6 +175,7 @@ def test_a_fold_measured_without_a_metric_is_refused_before_training(golden, mon
 
     class Source:
         fingerprint = run.read_record().data_fingerprint
+        info = ()
 
     run.open(config, Source(), folds)
     monkeypatch.setitem(METRICS, "tubes", counted())
