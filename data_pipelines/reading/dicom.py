@@ -15,7 +15,7 @@ import SimpleITK as sitk
 
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.reading.dicom_elements import PIXELS, Elements
-from data_pipelines.reading.file_checks import MAX_BYTES, MAX_VOXELS
+from data_pipelines.reading.file_checks import MAX_VOXELS
 
 CONVERTER = "Convert the series with dcm2niix and give the file of the image that is meant"
 
@@ -135,9 +135,9 @@ def _check_pixels(folder: Path, elements: Elements, num_files: int) -> None:
             f"rows, {columns} columns). Copy that file again."
         )
     voxels = rows * columns * num_files
-    if voxels > MAX_VOXELS or 8 * voxels > MAX_BYTES:
+    if voxels > MAX_VOXELS:
         raise DataError(
-            f"{folder} must hold at most {min(MAX_VOXELS, MAX_BYTES // 8)} voxels; got {rows} x "
+            f"{folder} must hold at most {MAX_VOXELS} voxels; got {rows} x "
             f"{columns} in {num_files} files. Check their headers, or crop the series."
         )
     slope = elements.decimals(0x00281053, 1)

@@ -17,7 +17,7 @@ from data_pipelines.faults import DataError, MissingDataError
 MAX_VOXELS = 2**25
 """Largest volume that is read: 1024 x 1024 x 32 voxels."""
 
-MAX_BYTES = 2**28
+MAX_BYTES = 2**27
 """Most bytes of voxels that one file may hold."""
 
 MAX_PADDING = 2**16

@@ -157,7 +157,7 @@ def header(**fields):
         ({"dim": (3, 2, -3, 4, 1, 1, 1, 1)}, r"at least one voxel along each axis; got the shape"),
         (
             {"dim": (3, 2000, 2000, 2000, 1, 1, 1, 1)},
-            r"at most 33554432 voxels in 256 MiB; got the",
+            r"at most 33554432 voxels in 128 MiB; got the",
         ),
         ({"dim": (3, 2, 3, 5, 1, 1, 1, 1)}, r"got: 376 bytes for the 382 that its header declares"),
         ({"vox_offset": 10}, r"got: voxels that begin at byte 10"),

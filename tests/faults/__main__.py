@@ -27,7 +27,7 @@ import jax
 from cmsad_jax.training import TrainState
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.programs import compile_programs
-from tests.faults import corruption, hostile
+from tests.faults import commands, corruption, hostile
 from tests.faults.digest import digest
 from tests.faults.job import PHASES, tiny
 from tests.faults.soak import STEPS, soak
@@ -348,12 +348,37 @@ def rows(share: float, jobs: int, only: Sequence[str], folder: Path) -> Iterator
         yield lost_data(count(3), folder, reference, calls)
     if "hostile" in only:
         yield Row("hostile names", hostile.results(folder / "hostile", count(100)))
+    if "strangers" in only:
+        yield Row("strangers' artifacts", commands.strangers(folder / "strangers", count(55)))
+    if {*COMMANDS} & {*only}:
+        yield from commands_struck([name for name in COMMANDS if name in only], count, folder)
     if "soak" in only:
         grown, figures = soak(cache, folder)
         yield Row(f"soak of {STEPS} steps", [grown], figures)
 
 
-KINDS = ("kill", "term", "corrupt", "disk", "data", "hostile", "soak")
+def commands_struck(
+    names: Sequence[str], count: Callable[[int], int], folder: Path
+) -> Iterator[Row]:
+    """Signals at drawn moments of other commands, and a disk that fills up."""
+    (folder / "given").mkdir()
+    known = commands.kinds(folder / "given")
+    for name in names:
+        out = folder / f"{name}_whole"
+        reference, took_s = commands.undisturbed(known[name], out)
+        results = commands.struck(name, known[name], count(12), folder, reference, took_s)
+        yield Row(f"{name}: KILL, TERM, HUP", list(results), f"undisturbed {took_s:.1f} s")
+        with small_file_system(folder / f"small_{name}") as small:
+            if small is None:
+                yield Row(f"{name}: full disk", None, "mounting a file system needs privileges")
+                continue
+            size = commands.size_of(out)
+            found = commands.filled(name, known[name], count(4), small, reference, size)
+            yield Row(f"{name}: full disk", list(found))
+
+
+COMMANDS = ("predict", "export", "build", "ablation")
+KINDS = ("kill", "term", "corrupt", "disk", "data", "hostile", "strangers", *COMMANDS, "soak")
 
 
 def keep_compiled(cache: Path) -> None:
