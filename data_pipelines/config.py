@@ -10,9 +10,6 @@ from data_pipelines.phantom2.options import Phantom2Options
 from data_pipelines.prostate158.options import Prostate158Options
 from data_pipelines.targets import Target, target_of
 
-SYNTHETIC = ("phantom", "phantom2")
-"""Data sets of drawn images: no patient is in them, and no patient's image is like them."""
-
 MODALITIES = ("t2w", "adc", "hbv")
 """The field's set: T2-weighted, apparent diffusion coefficient, high-b-value diffusion."""
 

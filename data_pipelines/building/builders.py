@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipelines.config import AUTO, SYNTHETIC, DataConfig
+from data_pipelines.config import AUTO, DataConfig, origin_of
 from data_pipelines.faults import DataError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def open_builder(config: DataConfig) -> "CaseBuilder":
             f"data set must be one of {', '.join(names)}; got {config.name!r}. "
             "Use one of these with --data.name; nifti_folder reads your own files."
         )
-    if config.name in SYNTHETIC and config.path is not None:
+    if origin_of(config.name).synthetic and config.path is not None:
         raise DataError(
             f"the data set '{config.name}' draws its images and reads no file; got "
             f"--data.path={config.path}. Say of which layout that folder is: --data.name=picai or "

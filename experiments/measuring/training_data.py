@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_pipelines.case import CaseInfo, ImageFacts
-from data_pipelines.config import SYNTHETIC
+from data_pipelines.config import origin_of
 from experiments.process import records
 from experiments.process.records import RecordError
 
@@ -48,13 +48,13 @@ class TrainingData:
 
     Attributes:
         name: of the data set.
-        synthetic: whether its images are drawn rather than of patients.
+        synthetic: whether its images are drawn rather than of patients; None if that is not known.
         num_cases, num_patients, num_positive: how many; None where it is not known.
         modalities: facts of the images of each; empty where they are not known.
     """
 
     name: str
-    synthetic: bool
+    synthetic: bool | None
     num_cases: int | None = None
     num_patients: int | None = None
     num_positive: int | None = None
@@ -66,7 +66,7 @@ def gather(name: str, cases: Sequence[CaseInfo], modalities: Sequence[str]) -> T
     known = any(case.images for case in cases)
     return TrainingData(
         name,
-        name in SYNTHETIC,
+        origin_of(name).synthetic,
         len(cases),
         len({case.patient_id for case in cases}),
         sum(case.positive for case in cases),
@@ -96,7 +96,7 @@ def from_provenance(provenance: Mapping[str, object]) -> TrainingData | None:
     config = provenance.get("config")
     data = config.get("data") if isinstance(config, Mapping) else None
     name = data.get("name") if isinstance(data, Mapping) else None
-    return TrainingData(name, name in SYNTHETIC) if isinstance(name, str) else None
+    return TrainingData(name, origin_of(name).synthetic) if isinstance(name, str) else None
 
 
 def to_provenance(data: TrainingData) -> dict[str, object]:
@@ -108,7 +108,11 @@ def in_words(data: TrainingData | None) -> str:
     """One phrase: how many cases of which data set, and whether there are patients in it."""
     if data is None:
         return "data that are not known"
-    kind = "synthetic images, no patients" if data.synthetic else "images of patients"
+    kind = {
+        True: "synthetic images, no patients",
+        False: "images of patients",
+        None: "origin not known",
+    }[data.synthetic]
     if data.num_cases is None:
         return f"the data set {data.name} ({kind}), how many cases is not known"
     return (
