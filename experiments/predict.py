@@ -456,12 +456,46 @@ def predict_cases(
     those whose name other images have, the results ``before`` are kept. When it is interrupted
     the account holds the cases whose files are all written.
     """
+    extras = account.facts.extras
+    read = reader(entries, data, account, done)
+    with ThreadPoolExecutor(1) as readers, writing(account, model.description) as write:
+        read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
+        for entry, (case, seconds) in progress(
+            read_cases, description="Predicting", total=len(entries)
+        ):
+            account.beside_s += seconds
+            for text in account.warnings.get(entry.case_id, ()):
+                print(f"warning: case {entry.case_id}: {text}", file=sys.stderr, flush=True)
+            if isinstance(case, OtherImagesError):
+                account.keep(entry, before, case)
+            elif isinstance(case, DataError):
+                account.fail(entry.case_id, case)
+            if not isinstance(case, Case):
+                continue
+            started = time.perf_counter()
+            computed = compute(model, case, attention=extras.attention)
+            if extras.uncertainty and "drawn" in model.programs:
+                computed = dataclasses.replace(computed, drawn=deviation_of_draws(model, case))
+            account.computing_s += time.perf_counter() - started
+            if np.isfinite(computed.prediction.probability).all():
+                write(computed)
+            else:
+                account.fail(entry.case_id, not_finite(model, case))
+
+
+def reader(
+    entries: Sequence[CaseFiles], data: DataConfig, account: Account, done: Collection[str]
+) -> Callable[[CaseFiles], tuple[Case | DataError | None, float]]:
+    """What reads a case: the case, why there is none, or None if it is done; and seconds it took.
+
+    Whose images they are, and what is worth a look in them, goes into the account.
+    """
     # slow to load, and not needed for --help
     from data_pipelines.preparing import preprocessing
     from data_pipelines.preparing.examination import gland_suspicions, image_facts
     from experiments.prediction import inputs
 
-    extras, trained_on = account.facts.extras, account.facts.model.training_data
+    trained_on = account.facts.model.training_data
     repeated = {
         problem.case_id: problem
         for problem in case_files.check_ids(entry.case_id for entry in entries)
@@ -486,29 +520,7 @@ def predict_cases(
             case = error
         return case, time.thread_time() - started
 
-    with ThreadPoolExecutor(1) as readers, writing(account, model.description) as write:
-        read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
-        for entry, (case, seconds) in progress(
-            read_cases, description="Predicting", total=len(entries)
-        ):
-            account.beside_s += seconds
-            for text in account.warnings.get(entry.case_id, ()):
-                print(f"warning: case {entry.case_id}: {text}", file=sys.stderr, flush=True)
-            if isinstance(case, OtherImagesError):
-                account.keep(entry, before, case)
-            elif isinstance(case, DataError):
-                account.fail(entry.case_id, case)
-            if not isinstance(case, Case):
-                continue
-            started = time.perf_counter()
-            computed = compute(model, case, attention=extras.attention)
-            if extras.uncertainty and "drawn" in model.programs:
-                computed = dataclasses.replace(computed, drawn=deviation_of_draws(model, case))
-            account.computing_s += time.perf_counter() - started
-            if np.isfinite(computed.prediction.probability).all():
-                write(computed)
-            else:
-                account.fail(entry.case_id, not_finite(model, case))
+    return read
 
 
 def not_finite(model: export.Model, case: Case) -> DataError:
