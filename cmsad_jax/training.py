@@ -540,13 +540,7 @@ def distillation_terms(
     The arguments are those of ``loss_terms``.
     """
     terms: dict[str, tuple[float, Array]] = {}
-    target, whole = labels > 0, jnp.ones(len(labels), bool)
-    if config.ignored_label is not None:
-        ignored = labels == config.ignored_label
-        target &= ~ignored
-        whole = ~ignored.any(tuple(range(1, labels.ndim)))
-    if labelled is not None:
-        target &= labelled.reshape(-1, *(1,) * (target.ndim - 1))
+    target, known = _targets(labels, labelled, config.ignored_label)
     teachers = {*config.teachers}
     maps: dict[str, Any] = {
         "attention": config.attention,
@@ -570,8 +564,6 @@ def distillation_terms(
         value = distillation.self_distillation_loss(output.features, **between)
         terms["self_distillation_loss"] = (config.self_weight, value)
     if "label" in teachers and config.label_weight and output.features:
-        # A map is of the whole example: where voxels of the label are ignored, it teaches nothing.
-        known = target & whole.reshape(-1, *(1,) * (target.ndim - 1))
         value = distillation.label_distillation_loss(output.features, known, **maps)
         terms["label_distillation_loss"] = (config.label_weight, value)
     if "fused" in teachers and config.fused_weight and output.features:
@@ -591,6 +583,22 @@ def distillation_terms(
             )
             terms["output_distillation_loss"] = (config.average_output_weight, value)
     return terms
+
+
+def _targets(
+    labels: Labels, labelled: Bool[Array | np.ndarray, " b"] | None, ignored_label: int | None
+) -> tuple[Bool[Array, "b *space"], Bool[Array, "b *space"]]:
+    """The target of the examples with a label, and of those of which no voxel is to be ignored.
+
+    A map of attention is of a whole example: the others cannot say where it should lie.
+    """
+    target, axes = jnp.asarray(labels > 0), tuple(range(1, labels.ndim))
+    if labelled is not None:
+        target &= jnp.expand_dims(labelled, axes)
+    if ignored_label is None:
+        return target, target
+    ignored = labels == ignored_label
+    return target & ~ignored, target & ~ignored & ~ignored.any(axes, keepdims=True)
 
 
 def loss_terms(
