@@ -716,8 +716,8 @@ SAID = [
         {"fusion": FusionConfig(kind="concat", hidden=8, gate_kernel=5, expression="linear")},
         {},
         [
-            "network.fusion.expression has no effect, as network.fusion.kind is concat.",
             "network.fusion.hidden has no effect, as network.fusion.kind is concat.",
+            "network.fusion.expression has no effect, as network.fusion.kind is concat.",
             "network.fusion.gate_kernel has no effect, as network.fusion.kind is concat.",
         ],
     ),
