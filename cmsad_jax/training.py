@@ -181,6 +181,12 @@ class LossConfig:
                 f"{network.distance_clip_mm:g} and a weight of 0. Use --loss.distance-weight=1.0, "
                 "or --network.distance-clip-mm None."
             )
+        if network.distance_clip_mm is not None and self.ignored_label is not None:
+            raise ConfigError(
+                "a distance to the surface is not known where voxels are to be ignored; got a "
+                f"distance_clip_mm of {network.distance_clip_mm:g} and labels with such voxels. "
+                "Use --network.distance-clip-mm None, or labels without them."
+            )
         if self.region == "tversky" and self.tversky_alpha == self.tversky_beta == 0.5:
             raise ConfigError(
                 "Tversky with equal weights of false positives and false negatives is Dice; got "

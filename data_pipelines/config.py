@@ -43,9 +43,6 @@ MOVED = {
 AUTO = "auto"
 """Stands for the data set that the files at ``DataConfig.path`` are, or for the phantom."""
 
-DRAWN = ("phantom", "phantom2")
-"""Data sets that read no files."""
-
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -55,7 +52,7 @@ class DataConfig:
     """
 
     name: str = AUTO
-    """Builder: phantom, phantom2, picai, prostate158, msd_prostate or nifti_folder."""
+    """auto, phantom, phantom2, picai, prostate158, msd_prostate or nifti_folder."""
     path: Path | None = None
     """Where the user's files lie. With auto, they say which builder; without, the phantom."""
     files: tuple[str, ...] = ()

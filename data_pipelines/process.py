@@ -113,8 +113,6 @@ def _reader_left(stream: TextIO) -> bool:
         return any(event & select.POLLERR for _, event in poll.poll(0))
     except (OSError, ValueError):  # a stream without a file
         return False
-    except AttributeError:  # no poll, as on Windows
-        return True
 
 
 def _discard(stream: TextIO) -> None:

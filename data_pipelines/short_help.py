@@ -16,6 +16,12 @@ HELP = ("--help", "-h")
 Options = Sequence[tuple[str, str, str]]
 """Of each option what is typed, what it means, and its default in words."""
 
+CROSS_VALIDATION = (
+    "Cross-validation of CMSAD over patients, from files to a report. "
+    "Sizes are in the order d h w: slices, rows, columns."
+)
+"""What ``--help`` of ``cv`` says first."""
+
 OF_DATA: Options = (
     ("--data.path FOLDER", "your files; whose layout it is shows by itself", "the phantom"),
     (
@@ -32,7 +38,7 @@ OF_DATA: Options = (
 
 OF_READING: Options = (
     *OF_DATA,
-    ("--data.name NAME", "picai, prostate158, msd_prostate, nifti_folder, phantom", "auto"),
+    ("--data.name NAME", "picai, prostate158, msd_prostate, nifti_folder, phantom2 ...", "auto"),
     ("--data.cache FOLDER", "where built data sets are kept", "~/.cache/cmsad_jax"),
     ("--num-workers N", "processes that read the cases", "one, or one for each CPU"),
 )
@@ -40,7 +46,7 @@ OF_READING: Options = (
 
 OF_TRAINING: Options = (
     *OF_DATA,
-    ("--preset NAME", "small (for CPUs), volume3d or slice2d (for accelerators)", "small"),
+    ("--preset NAME", "small, light, volume3d, slice2d; auto plans by data and device", "small"),
     ("--accelerator NAME", "auto, cpu, gpu or tpu", "auto"),
     ("--output FOLDER", "the run folder; the same command continues it", "below runs"),
     ("--num-folds N", "folds over patients", "5"),

@@ -4,13 +4,9 @@
 their own T2W files, measures, and writes the report. Folds that are done are not done again.
 """
 
-from data_pipelines.short_help import OF_TRAINING, program, show
+from data_pipelines.short_help import CROSS_VALIDATION, OF_TRAINING, program, show
 
 MODULE = "experiments.cv"
-PURPOSE = (
-    "Cross-validation of CMSAD over patients, from files to a report. "
-    "Sizes are in the order d h w: slices, rows, columns."
-)
 
 
 def main() -> None:
@@ -27,7 +23,7 @@ def main() -> None:
     cross_validation.run(planned.config, plan=planned.plan)
 
 
-if __name__ == "__main__" and not show(MODULE, PURPOSE, OF_TRAINING):
+if __name__ == "__main__" and not show(MODULE, CROSS_VALIDATION, OF_TRAINING):
     from experiments.process.console import run_main
 
     run_main(main)

@@ -33,6 +33,7 @@ from data_pipelines.progress import progress
 from data_pipelines.reading import case_files
 from data_pipelines.reading.case_files import CaseFiles
 from data_pipelines.short_help import program
+from data_pipelines.targets import target_of
 from experiments.exporting.artifact import write_artifact
 from experiments.measuring.training_data import in_words, unlike
 from experiments.prediction.outputs import (
@@ -166,7 +167,8 @@ def data_config(description: export.Description) -> DataConfig:
             preprocess=grid,
         )
         check_preprocess(data)
-        if data.definition and data.modalities != tuple(description.modalities):
+        target_of(data.target, data.labels, data.lesions)  # refuses a target that cannot be
+        if data.modalities != tuple(description.modalities):
             raise DataError(
                 f"modalities are called {', '.join(data.modalities)} here; got "
                 f"{', '.join(description.modalities)}."

@@ -23,7 +23,7 @@ class Decoder(nn.Module):
         norm: normalisation of the blocks.
         head_bias: initial bias of the logits; below 0 where the foreground is rare.
         dtype: in which the convolutions compute; logits are float32.
-        block: residual, or plain.
+        block: residual, plain or separable.
         num_blocks: blocks of each stage.
         rematerialize: as in ``NetworkConfig``.
         num_distances: foreground classes of which the finest stage also gives a distance; 0 has
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
     ]:
         """Logits at the finest stage, those of the ``num_deep`` coarser ones, and distances.
 
-        The coarser ones are finest first; distances are in units of nothing yet, float32.
+        The coarser ones are finest first. Distances are float32, before the tanh that clips them.
         """
         x = fused[-1]
         pointwise = (1,) * (x.ndim - 2)

@@ -42,7 +42,7 @@ class EncoderConfig:
     blocks: tuple[int, ...] = (1, 1, 1, 1)
     """Number of blocks of each stage."""
     block: Block = "residual"
-    """Two convolutions with a shortcut, or one plain convolution."""
+    """Two convolutions with a shortcut, separable ones or not, or one plain convolution."""
     norm: Norm = "instance"
     """Normalisation over one example: each channel, or groups of 8 (else of their GCD with 8)."""
     slices: Slices = "none"

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipelines.config import AUTO, DataConfig, origin_of
+from data_pipelines.config import DataConfig
 from data_pipelines.faults import DataError
 
 if TYPE_CHECKING:
@@ -29,21 +29,14 @@ def open_builder(config: DataConfig) -> "CaseBuilder":
     Raises:
         DataError: no builder has that name, or the folder is not of its layout.
     """
-    if config.name == AUTO:
-        from data_pipelines.reading import layout  # slow to load, and seldom needed
+    from data_pipelines.reading import layout  # slow to load, and not needed for names
 
-        config = layout.resolved(config)
+    config = layout.resolved(config)
     names = builder_names()
     if config.name not in names:
         raise DataError(
             f"data set must be one of {', '.join(names)}; got {config.name!r}. "
             "Use one of these with --data.name; nifti_folder reads your own files."
-        )
-    if origin_of(config.name).synthetic and config.path is not None:
-        raise DataError(
-            f"the data set '{config.name}' draws its images and reads no file; got "
-            f"--data.path={config.path}. Say of which layout that folder is: --data.name=picai or "
-            "another one (nifti_folder reads your own files); or leave --data.path out."
         )
     from data_pipelines.reading.own_classes import with_own_classes
 

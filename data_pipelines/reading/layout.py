@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_pipelines.config import AUTO, DRAWN, DataConfig
+from data_pipelines.config import AUTO, DataConfig, origin_of
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.files import expanded
 from data_pipelines.modalities import ALIASES, modality_of
 from data_pipelines.reading import file_patterns
 from data_pipelines.reading.volume_io import name_without_ending
+
+DEFAULT = "phantom"
+"""The data set where no files are named."""
 
 OWN = "nifti_folder"
 """The data set of a user's own files."""
@@ -29,7 +32,7 @@ def resolved(config: DataConfig, say: Callable[[str], None] | None = None) -> Da
     Raises:
         DataError: a path or patterns that nothing reads, or files in no known layout.
     """
-    if config.name in DRAWN and config.path is not None:
+    if origin_of(config.name).synthetic and config.path is not None:
         raise DataError(
             f"a data set that is drawn reads no folder; got --data.name={config.name} and "
             f"--data.path={config.path}. Leave out --data.name, which then goes by the files "
@@ -48,7 +51,7 @@ def resolved(config: DataConfig, say: Callable[[str], None] | None = None) -> Da
                 f"patterns of file names need the folder of the files; got {config.files[0]!r} "
                 "and no path. Add --data.path=FOLDER."
             )
-        return dataclasses.replace(config, name=DRAWN[0])
+        return dataclasses.replace(config, name=DEFAULT)
     root = expanded(config.path, "--data.path")
     if not root.is_dir():
         raise MissingDataError(f"no folder at {config.path}. Check --data.path.")

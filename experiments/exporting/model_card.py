@@ -150,11 +150,11 @@ def _figures(description: export.Description) -> str:
         if metric.per_fold
     ]
     found: Mapping[str, Any] = description.metrics.get("detection") or {}
-    interval = found.get("interval") or {}
+    interval, lesion = found.get("interval") or {}, target_of_model(description).lesion
     for key, label in (("average_precision", "AP of lesions"), ("auroc", "AUROC of cases")):
         if found:
             rows.append(
-                f"| lesion | {label} | {_number(found.get(key))} | {_ends(interval.get(key))} "
+                f"| {lesion} | {label} | {_number(found.get(key))} | {_ends(interval.get(key))} "
                 f"| – | {found['num_cases']} |"  # noqa: RUF001
             )
     return f"""## Cross-validated figures
@@ -170,10 +170,11 @@ who was examined, not in training.
 
 
 def _use(description: export.Description) -> str:
+    of_what = "such images" if description.labels else "prostate MRI"
     return f"""## Intended use
 
 Research on methods: comparing with them, teaching, and finding cases worth a look in retrospective
-collections. A person who knows prostate MRI judges every result. Not intended: diagnosis, biopsy
+collections. A person who knows {of_what} judges every result. Not intended: diagnosis, biopsy
 planning, triage, or any decision on a patient; images of other organs; other sequences than
 {", ".join(name.upper() for name in description.modalities)}."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.command_line import current_names
+from data_pipelines.short_help import CROSS_VALIDATION
 from experiments.planning import record, rules
 from experiments.planning.record import Plan
 from experiments.process import hosts
@@ -32,7 +33,7 @@ def configure(
     arguments: Sequence[str] | None = None,
     *,
     prog: str | None = None,
-    description: str = command_line.DESCRIPTION,
+    description: str = CROSS_VALIDATION,
 ) -> Planned:
     """What ``command_line.parse`` gives, planned first where ``auto`` or a plan is asked for.
 

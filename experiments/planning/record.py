@@ -9,7 +9,6 @@ from typing import Any
 
 from cmsad_jax.types import ConfigError
 from experiments.process import records
-from experiments.process.storage import file_sha256
 from experiments.settings.config import Config
 from experiments.settings.presets import PRESETS
 from experiments.settings.stored import from_json, to_json
@@ -113,11 +112,6 @@ def read(path: Path) -> Plan:
             "Check --plan."
         )
     return records.read_record(Plan, path, schema=SCHEMA)
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of the file."""
-    return file_sha256(path)
 
 
 def applied(base: str, values: Mapping[str, Any], asked: Config) -> Config:

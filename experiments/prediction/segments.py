@@ -18,6 +18,7 @@ import numpy as np
 from cmsad_jax import __version__
 from data_pipelines.faults import DataError
 from data_pipelines.files import atomic_file
+from data_pipelines.targets import Target
 
 Code = tuple[str, str, str]
 """Value, scheme and meaning of a coded term."""
@@ -32,6 +33,7 @@ class Segment:
         name: of the class.
         color: red, green, blue, 0 to 255.
         category, kind: SNOMED CT terms of what it is.
+        region: that of where it lies; None where the class is one of the user's own.
     """
 
     label: int
@@ -39,6 +41,7 @@ class Segment:
     color: tuple[int, int, int]
     category: Code
     kind: Code
+    region: Code | None = None
 
 
 _TISSUE = ("85756007", "SCT", "Tissue")
@@ -61,17 +64,19 @@ _OTHER_COLORS = ((240, 190, 60), (180, 110, 220), (70, 200, 190), (235, 130, 170
 _PROSTATE: Code = ("41216001", "SCT", "Prostate")
 
 
-def segments_of(classes: Sequence[str]) -> tuple[Segment, ...]:
-    """The classes of a model, in label order from 1 on."""
+def segments_of(target: Target) -> tuple[Segment, ...]:
+    """The parts of a target, in label order from 1 on.
+
+    Those of the built-in targets lie in the prostate. Of others nothing is known but the name, and
+    nothing is claimed: they are tissue, of no region.
+    """
+    built_in = not target.values
     found = []
-    for label, name in enumerate(classes, 1):
-        other = (
-            _OTHER_COLORS[(label - 1) % len(_OTHER_COLORS)],
-            _TISSUE,
-            ("85756007", "SCT", "Tissue"),
-        )
-        color, category, kind = _KNOWN.get(name, other)
-        found.append(Segment(label, name, color, category, kind))
+    for label, name in enumerate(target.part_names, 1):
+        color, category, kind = _OTHER_COLORS[(label - 1) % len(_OTHER_COLORS)], _TISSUE, _TISSUE
+        if built_in:
+            color, category, kind = _KNOWN[name]
+        found.append(Segment(label, name, color, category, kind, _PROSTATE if built_in else None))
     return tuple(found)
 
 
@@ -123,6 +128,7 @@ def _fields(number: int, segment: Segment, mask: np.ndarray) -> list[str]:
     """Header lines of one segment."""
     found = np.argwhere(mask == segment.label)
     low, high = (found.min(0), found.max(0)) if len(found) else (np.zeros(3, int), -np.ones(3, int))
+    region = segment.region
     extent = " ".join(f"{low[axis]} {high[axis]}" for axis in (2, 1, 0))
     terms = "~".join(
         (
@@ -130,7 +136,7 @@ def _fields(number: int, segment: Segment, mask: np.ndarray) -> list[str]:
             *("^".join((code[1], code[0], code[2])) for code in (segment.category, segment.kind)),
             "^^",
             "Anatomic codes - DICOM master list",
-            "^".join((_PROSTATE[1], _PROSTATE[0], _PROSTATE[2])),
+            "^^" if region is None else "^".join((region[1], region[0], region[2])),
             "^^",
         )
     )
@@ -286,7 +292,7 @@ def _segmentation(sources: list, mask: np.ndarray, segments: Sequence[Segment], 
                 algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
                 algorithm_identification=algorithm,
                 display_color=highdicom.color.CIELabColor(*_lab(each.color)),
-                anatomic_regions=[coded(_PROSTATE)],
+                anatomic_regions=None if each.region is None else [coded(each.region)],
             )
             for each in segments
         ],

@@ -28,7 +28,7 @@ def write_tables(folder: PredictionFolder, predictions: Predictions, target: Tar
         write_text(folder.cases_table, cases_csv(predictions.cases, target.classes))
         if any(case.candidates is not None for case in predictions.cases):
             write_text(folder.candidates_table, candidates_csv(predictions.cases))
-        write_text(folder.labels, label_descriptions(segments_of(target.part_names), values))
+        write_text(folder.labels, label_descriptions(segments_of(target), values))
 
 
 def parts_of_file(mask: np.ndarray, target: Target) -> np.ndarray:
@@ -110,7 +110,7 @@ def write_segmentations(
     """
     from data_pipelines.reading import volume_io  # slow to load, and not needed for --help
 
-    segments, lacking = segments_of(target.part_names), 0
+    segments, lacking = segments_of(target), 0
     for case_id in case_ids:
         mask = volume_io.read_volume(folder.mask(case_id))
         array = parts_of_file(mask.array, target)

@@ -10,7 +10,13 @@ import numpy as np
 
 from cmsad_jax import kernels
 from cmsad_jax.inference import sliding_window
-from cmsad_jax.modules.network import CMSAD, apply, probabilities, probabilities_of_distance
+from cmsad_jax.modules.network import (
+    CMSAD,
+    NetworkOutput,
+    apply,
+    probabilities,
+    probabilities_of_distance,
+)
 from data_pipelines.case import STORED_UNIT, Case
 from experiments.settings.config import Config, window
 
@@ -21,15 +27,18 @@ Params: TypeAlias = "Mapping[str, Params | np.ndarray | jax.Array]"
 def predict_window(config: Config) -> Callable[..., jax.Array]:
     """``Programs.predict`` of a configuration, not yet jitted."""
     network = CMSAD(config.network)
-    width = config.predict.distance_width_mm
 
     def predict(params, windows, present):
-        output = apply(network, params, windows, present)
-        if config.predict.mask_from == "distance" and output.distance_mm is not None:
-            return probabilities_of_distance(output.distance_mm, width)
-        return probabilities(output.logits)
+        return probabilities_of(config, apply(network, params, windows, present))
 
     return predict
+
+
+def probabilities_of(config: Config, output: NetworkOutput) -> jax.Array:
+    """Probabilities ``b *window k``, from the logits or from the distance as a run asks for."""
+    if config.predict.mask_from == "distance" and output.distance_mm is not None:
+        return probabilities_of_distance(output.distance_mm, config.predict.distance_width_mm)
+    return probabilities(output.logits)
 
 
 def attention_window(config: Config, stages: Sequence[int]) -> Callable[..., jax.Array]:
@@ -67,7 +76,7 @@ def drawn_window(config: Config) -> Callable[..., jax.Array]:
         keys = jax.random.split(jax.random.key(0), count)
         keys = jnp.broadcast_to(keys, (windows.shape[0], count)).reshape(-1)
         output = apply(network, params, repeated(windows), repeated(present), None, keys)
-        found = probabilities(output.logits)
+        found = probabilities_of(config, output)
         return found.reshape(-1, count, *found.shape[1:]).std(1)
 
     return drawn

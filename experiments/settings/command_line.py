@@ -14,9 +14,9 @@ from cmsad_jax.modules.encoder import EncoderConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.command_line import current_names
 from data_pipelines.config import AUTO, DataConfig
-from data_pipelines.short_help import full
+from data_pipelines.short_help import CROSS_VALIDATION, full
 from data_pipelines.targets import IGNORED
-from experiments.settings.config import Config, window
+from experiments.settings.config import Config, PredictConfig, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
 
@@ -64,18 +64,11 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
 """What fields of a run must be, where no other part of the configuration has a say."""
 
 
-DESCRIPTION = (
-    "Cross-validation of CMSAD over patients, from files to a report. "
-    "Sizes are in the order d h w: slices, rows, columns."
-)
-"""What ``--help`` says first."""
-
-
 def parse(
     arguments: Sequence[str] | None = None,
     *,
     prog: str | None = None,
-    description: str = DESCRIPTION,
+    description: str = CROSS_VALIDATION,
 ) -> Config:
     """Configuration from command-line arguments: preset first, then each option.
 
@@ -96,7 +89,7 @@ def read(
     *,
     default: Config | None = None,
     prog: str | None = None,
-    description: str = DESCRIPTION,
+    description: str = CROSS_VALIDATION,
 ) -> Config:
     """What was typed, over a preset or another configuration, neither completed nor checked.
 
@@ -185,6 +178,22 @@ def complete(config: Config) -> Config:
     if config.output is None:
         config = dataclasses.replace(config, output=usual_output(config))
     return config
+
+
+def without_effect(config: Config) -> list[str]:
+    """One sentence for each setting that was changed and that this run does not use."""
+    predict, usual = config.predict, PredictConfig()
+    said = config.loss.without_effect(config.network)
+    if predict.mask_from != "distance" and predict.distance_width_mm != usual.distance_width_mm:
+        said.append("predict.distance_width_mm has no effect, as predict.mask_from is probability.")
+    if not config.network.encoder.draws and predict.draws != usual.draws:
+        said.append("predict.draws has no effect, as no attention across slices is drawn.")
+    if config.data.num_classes > 1 and predict.threshold != usual.threshold:
+        said.append(
+            "predict.threshold has no effect, as there are several classes, of which the most "
+            "probable is taken."
+        )
+    return said
 
 
 def usual_output(config: Config) -> Path:

@@ -56,7 +56,7 @@ from experiments.run_folder import (
     fold_title,
     folder_of,
 )
-from experiments.settings.command_line import complete
+from experiments.settings.command_line import complete, without_effect
 from experiments.settings.config import Config
 from experiments.settings.stored import flatten, to_json
 from experiments.training import feed, tensorboard
@@ -94,7 +94,7 @@ def run(
         DataError: for faults of the data.
     """
     devices = select_accelerator(config.accelerator)
-    for sentence in config.loss.without_effect(config.network):
+    for sentence in without_effect(config):
         log(f"note: {sentence}")
     if config.compilation_cache:
         keep_compiled(config.data.cache / "compiled")

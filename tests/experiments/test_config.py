@@ -9,7 +9,7 @@ from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.phantom.options import PhantomOptions
 from data_pipelines.prostate158.options import Prostate158Options
 from experiments.process import accelerator, console
-from experiments.settings.command_line import complete, parse
+from experiments.settings.command_line import complete, parse, without_effect
 from experiments.settings.config import Config, TrainConfig
 from experiments.settings.presets import PRESETS
 from experiments.settings.stored import differences, from_json, to_json
@@ -190,3 +190,33 @@ def test_user_mistake_ends_without_traceback(capsys):
         console.run_main(main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: rule; got x. Do y.\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], []),
+        (["--predict.draws=3"], ["predict.draws has no effect, as no attention across slices"]),
+        (
+            ["--predict.distance-width-mm=2"],
+            ["predict.distance_width_mm has no effect, as predict.mask_from is probability."],
+        ),
+        (
+            ["--data.target=zones", "--predict.threshold=0.4"],
+            ["predict.threshold has no effect, as there are several classes"],
+        ),
+        (
+            [
+                "--network.distance-clip-mm=15",
+                "--predict.mask-from=distance",
+                "--predict.distance-width-mm=2",
+            ],
+            [],
+        ),
+    ],
+)
+def test_settings_of_prediction_without_effect_are_said(options, said):
+    found = without_effect(parse(options))
+    assert len(found) == len(said)
+    for sentence, words in zip(found, said, strict=True):
+        assert sentence.startswith(words)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmsad_jax.modules.network import NetworkOutput
+from cmsad_jax.modules.network import NetworkConfig, NetworkOutput
 from cmsad_jax.training import LossConfig, loss_terms, segmentation_terms
 from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig, PreprocessConfig
@@ -62,6 +62,13 @@ def test_ignored_voxels_have_no_part_in_the_terms():
     gradient = np.asarray(jax.grad(total)(logits))
     assert (gradient[:, :, :2] == 0).all()
     assert (gradient[:, :, 2:] != 0).all()
+
+
+def test_a_distance_is_not_learnt_where_voxels_are_ignored():
+    network = NetworkConfig(distance_clip_mm=15.0)
+    with pytest.raises(ConfigError, match="surface is not known where voxels are to be ignored"):
+        LossConfig(ignored_label=IGNORED).check(network)
+    LossConfig().check(network)
 
 
 def test_the_label_teaches_where_none_of_it_is_ignored():
@@ -182,3 +189,9 @@ def test_card_names_classes_and_units():
     card = " ".join(model_card(described, 1000).split())
     assert "Segments whole, tumour in images from t2w, adc, hbv" in card
     assert "sd 1, but for what keeps its unit (adc=1200/500: centre and width)" in card
+    assert "A person who knows such images judges every result" in card
+    figures = {"mean": {}, "detection": {"num_cases": 3, "auroc": 0.8}}
+    with_lesions = dataclasses.replace(
+        described, metrics=figures | {"mean": {"tumour": {}}}, lesions=("tumour",)
+    )
+    assert "| tumour | AUROC of cases | 0.800 |" in model_card(with_lesions, 1000)

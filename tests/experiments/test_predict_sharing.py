@@ -97,10 +97,11 @@ def test_several_classes_are_segments_of_one_layer(tmp_path):
     mask = np.zeros((3, 4, 5), np.uint8)
     mask[1, 2, 1:3], mask[2, 0, 0] = 1, 2
     affine = np.array([[0.5, 0, 0, -9], [0, 0.5, 0.1, 4], [0, 0, 3, 7], [0, 0, 0, 1.0]])
-    named = segments.segments_of(["pz", "tz", "mine"])
+    named = segments.segments_of(target_of("organ", ("near=1", "far=2", "mine=3")))
     segments.write_seg_nrrd(tmp_path / "a.seg.nrrd", mask, affine, named)
     header = (tmp_path / "a.seg.nrrd").read_bytes().split(b"\n\n")[0].decode()
-    assert "Segment1_Name:=tz\n" in header
+    assert "Segment1_Name:=far\n" in header
+    assert "Prostate" not in header, "of one's own classes no region is known"
     assert "Segment1_Extent:=0 0 0 0 2 2\n" in header
     assert "Segment2_Extent:=0 -1 0 -1 0 -1\n" in header  # Slicer's way to say empty
     assert header.startswith("NRRD0004\n")
@@ -112,7 +113,7 @@ def test_own_values_of_masks_are_parts_and_named(tmp_path):
     written = target.to_file(np.array([[[0, 1, 2]]]))
     assert written.tolist() == [[[0, 5, 300]]]
     assert parts_of_file(written, target).tolist() == [[[0, 1, 2]]]
-    lines = segments.label_descriptions(segments.segments_of(target.part_names), [5, 300])
+    lines = segments.label_descriptions(segments.segments_of(target), [5, 300])
     assert [line.split()[0] for line in lines.splitlines()[5:]] == ["0", "5", "300"]
 
 
@@ -165,7 +166,10 @@ def test_dicom_seg_refers_to_its_series_and_holds_the_mask(shared):
     assert not (shared / "out/dicom_seg/a.dcm").exists()  # of no DICOM series
 
 
-def test_dicom_seg_of_several_classes_and_of_nothing_is_valid_and_the_same_again(tmp_path):
+@pytest.mark.parametrize(
+    "target", [target_of("zones"), target_of("organ", ("near=1", "far=2"))], ids=["zones", "own"]
+)
+def test_dicom_seg_of_several_classes_and_of_nothing_is_valid_and_the_same_again(target, tmp_path):
     pytest.importorskip("highdicom")
     image = raw_case("a").images["t2w"]
     write_dicom(tmp_path / "t2w", image, tags=FRAME)
@@ -173,7 +177,7 @@ def test_dicom_seg_of_several_classes_and_of_nothing_is_valid_and_the_same_again
     mask = np.zeros(image.shape, np.uint8)
     for name in ("empty", "full", "again"):
         file = tmp_path / f"{name}.dcm"
-        named = segments.segments_of(["pz", "tz"])
+        named = segments.segments_of(target)
         segments.write_dicom_seg(file, mask, affine, tmp_path / "t2w", named, "ab")
         assert dciodvfy(file) == []
         mask[2, 3:6, 4:9], mask[3, 1:3, 4:6] = 1, 2
@@ -181,6 +185,8 @@ def test_dicom_seg_of_several_classes_and_of_nothing_is_valid_and_the_same_again
 
     full, again = (pydicom.dcmread(tmp_path / f"{name}.dcm") for name in ("full", "again"))
     assert full.SOPInstanceUID == again.SOPInstanceUID
+    regions = [getattr(each, "AnatomicRegionSequence", ()) for each in full.SegmentSequence]
+    assert [len(found) for found in regions] == ([1, 1] if target.name == "zones" else [0, 0])
     assert full.PixelData == again.PixelData
     assert str(full.SOPInstanceUID).startswith("2.25.")
 
@@ -188,7 +194,7 @@ def test_dicom_seg_of_several_classes_and_of_nothing_is_valid_and_the_same_again
 def test_what_a_dicom_seg_cannot_be_made_of_is_said(tmp_path):
     pytest.importorskip("highdicom")
     image = raw_case("a").images["t2w"]
-    named = segments.segments_of(["lesion"])
+    named = segments.segments_of(target_of("lesion"))
     mask = np.zeros(image.shape, np.uint8)
     write_dicom(tmp_path / "t2w", image)
     affine = read_volume(tmp_path / "t2w").affine
