@@ -64,7 +64,7 @@ def build(config: DataConfig, num_workers: int) -> Row:
     )
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "build_data.py"
-        script.write_text(code)
+        script.write_text(code, encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         process = subprocess.Popen(
             [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment

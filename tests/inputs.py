@@ -181,7 +181,7 @@ def decathlon(root: Path, values=(0, 1, 2), order=("T2", "ADC")) -> None:
     )
     description = {"modality": dict(enumerate(order)), "labels": {"0": "background"}}
     description["labels"] |= {"1": "PZ", "2": "TZ"}
-    (root / "data/dataset.json").write_text(json.dumps(description))
+    (root / "data/dataset.json").write_text(json.dumps(description), encoding="utf-8")
 
 
 def header(path: Path, volume: Volume, after: bytes = b"", **fields: object) -> None:
@@ -238,7 +238,7 @@ def metaimage(root: Path, *, data_file="reader1.raw", packed_more: int | None = 
     if local:
         (folder / "lesion.mha").write_bytes(text.encode() + packed)
     else:
-        (folder / "lesion.mhd").write_text(text)
+        (folder / "lesion.mhd").write_text(text, encoding="utf-8")
         (folder / data_file).write_bytes(voxels)
 
 
@@ -252,7 +252,7 @@ def emptied_with_its_time(path: Path, content: bytes) -> None:
 def patients(root: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         write_folder(root / "data", raw_case(name, seed=seed))
-    (root / "data/patients.csv").write_text("case,patient\na,02\nb,2\n")
+    (root / "data/patients.csv").write_text("case,patient\na,02\nb,2\n", encoding="utf-8")
 
 
 def two_folders(root: Path) -> None:

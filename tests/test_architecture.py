@@ -322,6 +322,19 @@ def test_functions_are_short_but_for_those_that_are_kept_whole():
     assert longer == {*KEPT_WHOLE}
 
 
+def test_text_files_are_written_and_read_as_utf8_whatever_the_locale():
+    said = {"read_text": 1, "write_text": 2}  # with the encoding by its place
+    without = [
+        f"{module}:{node.lineno}"
+        for module, file in modules_of(*PACKAGES, "tests").items()
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if len(node.args) < said.get(node.func.attr, 0)
+        if all(word.arg != "encoding" for word in node.keywords)
+    ]
+    assert without == []
+
+
 @pytest.mark.parametrize("name", cmsad_jax.__all__)
 def test_public_name_resolves_and_is_listed(name):
     assert getattr(cmsad_jax, name).__name__ == name

@@ -256,7 +256,7 @@ class CaseBuilder(DataSet[E], tfds.core.GeneratorBasedBuilder, skip_registration
             "cases": stored,
         }
         with atomic_file(Path(self.data_dir) / _INFO_FILE) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def _remove_empty_folders(self) -> None:
         """TFDS makes a folder for downloads; of a failed build it leaves the empty parents."""

@@ -70,7 +70,7 @@ class Folds:
         record = {"schema": SCHEMA, "sha256": self.sha256, **names, **test, "folds": folds}
         content = json.dumps(record, indent=1)
         with atomic_file(path) as partial:
-            partial.write_text(content + "\n")
+            partial.write_text(content + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Folds":

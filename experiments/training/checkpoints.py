@@ -199,8 +199,10 @@ class Checkpoints:
                 partial.mkdir()
                 with _checkpointer() as checkpointer:
                     checkpointer.save(partial / _STATE, args=ocp.args.PyTreeSave(state))
-                (partial / _RECORD).write_text(json.dumps(record))
-                (partial / _MANIFEST).write_text(json.dumps(_sums(partial), indent=1))
+                (partial / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+                (partial / _MANIFEST).write_text(
+                    json.dumps(_sums(partial), indent=1), encoding="utf-8"
+                )
                 if final.exists():
                     final.rename(folder / f".{final.name}.old.tmp")
                 partial.rename(final)

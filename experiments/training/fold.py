@@ -390,7 +390,7 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
 def write_history(path: Path, history: Sequence[dict[str, float | None]]) -> None:
     """Training curves as CSV; empty cells where nothing was measured."""
     names = ["step", *(name for name in history[0] if name != "step")]
-    with atomic_file(path) as partial, partial.open("w", newline="") as file:
+    with atomic_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(history)

@@ -107,7 +107,7 @@ def test_whatever_matters_makes_another_data_set(tmp_path):
     folders = {FolderBuilder(c).data_dir for c in changed}
     os.utime(config.path / "a" / "adc.nii.gz", (1, 1))
     folders.add(FolderBuilder(config).data_dir)
-    (config.path / "patients.csv").write_text("case,patient\na,p1\n")
+    (config.path / "patients.csv").write_text("case,patient\na,p1\n", encoding="utf-8")
     folders.add(FolderBuilder(config).data_dir)
     assert len(folders) == 5
     assert folder not in folders
@@ -154,11 +154,11 @@ def test_fingerprint_is_of_the_content(tmp_path):
 def test_a_mended_table_makes_another_data_set(tmp_path):
     config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
     table = config.path / "patients.csv"
-    table.write_text("case,patient\na,p1\nb,p2\n")
+    table.write_text("case,patient\na,p1\nb,p2\n", encoding="utf-8")
     built, _ = build(config)
     with pytest.raises(DataError, match=r"every case must have a 'group'.* add the column"):
         group_folds(built.infos, group="group")
-    table.write_text("case,patient,group\na,p1,north\nb,p2,south\n")
+    table.write_text("case,patient,group\na,p1,north\nb,p2,south\n", encoding="utf-8")
     mended, _ = build(config)
     assert group_folds(mended.infos, group="group").validation == (("a",), ("b",))
 

@@ -200,7 +200,7 @@ def test_several_files_of_a_name_are_a_problem_of_the_case(tmp_path):
 @pytest.mark.parametrize("name", file_patterns.FILES)
 def test_patterns_lie_beside_the_data(name, tmp_path):
     patterns = {"t2w": "*T2*", "adc": "*adc*"}
-    (tmp_path / name).write_text(json.dumps(patterns))
+    (tmp_path / name).write_text(json.dumps(patterns), encoding="utf-8")
     assert file_patterns.read(tmp_path, ()) == patterns
     assert file_patterns.read(tmp_path, ("t2w=*x*",)) == {"t2w": "*x*"}, "the command line wins"
     assert resolved(DataConfig(path=tmp_path)).name == "nifti_folder"
@@ -215,7 +215,7 @@ def test_patterns_lie_beside_the_data(name, tmp_path):
     ],
 )
 def test_faulty_file_of_patterns_is_named(text, message, tmp_path):
-    (tmp_path / "cmsad.yaml").write_text(text)
+    (tmp_path / "cmsad.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         file_patterns.read(tmp_path, ())
 

@@ -112,7 +112,7 @@ def test_a_series_as_pydicom_and_scanners_write_it(tmp_path, stored):
         content = path.read_bytes()
         place = content.index(struct.pack("<HH", 0x7FE0, 0x0010))
         path.write_bytes(content[:place] + private + content[place:])
-    (folder / "notes.txt").write_text("of the scan")
+    (folder / "notes.txt").write_text("of the scan", encoding="utf-8")
     (folder / "._IM000.dcm").write_bytes(b"Mac OS X")
     (folder / "DICOMDIR").write_bytes(b"index")
     volume = read_volume(folder)

@@ -17,20 +17,20 @@ from tests.data_pipelines.fabricate import raw_case, write_folder
 def test_a_file_appears_when_it_is_whole(tmp_path, name):
     path = tmp_path / "new" / name
     with atomic_file(path) as partial:
-        partial.write_text("1")
+        partial.write_text("1", encoding="utf-8")
         assert not path.exists()
         assert TEMPORARY.fullmatch(partial.name)  # so that what a killed run leaves is removed
         assert partial.name.endswith(path.suffix)
-    assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [(name, "1")]
+    assert [(p.name, p.read_text("utf-8")) for p in path.parent.iterdir()] == [(name, "1")]
 
 
 def test_a_fault_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
     full_disk(monkeypatch)
     with pytest.raises(OSError, match="No space left"), atomic_file(path) as partial:
-        partial.write_text("new")
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "old")]
+        partial.write_text("new", encoding="utf-8")
+    assert [(p.name, p.read_text("utf-8")) for p in tmp_path.iterdir()] == [("a.json", "old")]
 
 
 def full_disk(monkeypatch) -> None:

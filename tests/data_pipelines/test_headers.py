@@ -62,7 +62,7 @@ def test_voxels_outside_the_folder_of_the_header_are_refused(tmp_path, voxels, n
             "sizes: 24 24 8\nspace directions: (1,0,0) (0,1,0) (0,0,3)\nendian: little\n"
             f"encoding: raw\nspace origin: (0,0,0)\ndata file: {name}\n\n"
         )
-    (tmp_path / f"in/v.{kind}").write_text(text)
+    (tmp_path / f"in/v.{kind}").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=r"a file of its own folder for its voxels; got '"):
         read_volume(tmp_path / f"in/v.{kind}")
 
@@ -71,7 +71,7 @@ def test_voxels_in_a_folder_beside_the_header_are_read(tmp_path, voxels):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/v.raw").write_bytes(voxels.tobytes())
     text = HEADER.format(compressed=False, size="", data="raw/v.raw")
-    (tmp_path / "v.mhd").write_text(text)
+    (tmp_path / "v.mhd").write_text(text, encoding="utf-8")
     np.testing.assert_array_equal(read_volume(tmp_path / "v.mhd").array, voxels)
 
 
@@ -85,7 +85,7 @@ def test_an_edit_of_a_detached_data_file_is_noticed(tmp_path, kind):
     if kind == "mhd":
         data = next(p for p in path.parent.glob("lesion.*raw"))
         text = path.read_text("utf-8").replace(data.name, f"reader1{data.suffix}")
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         data = data.rename(data.with_name(f"reader1{data.suffix}"))
     else:
         content = path.read_bytes()
@@ -225,6 +225,6 @@ def test_probabilities_in_percent_are_no_mask(dtype):
 def test_identity_of_a_data_set_ignores_what_is_not_read(tmp_path):
     config = write_folder(tmp_path / "data", raw_case("a"))
     before = Builder(config).data_dir
-    (config.path / "a/notes.txt").write_text("seen")
+    (config.path / "a/notes.txt").write_text("seen", encoding="utf-8")
     assert Builder(config).data_dir == before
     assert Builder(dataclasses.replace(config, modalities=("T2W", "ADC", "DWI"))).data_dir == before

@@ -18,7 +18,7 @@ def write(package: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         file = package / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
 
 
 @pytest.fixture
@@ -101,8 +101,13 @@ def test_a_real_builder_depends_on_its_geometry_and_not_on_the_loading(tmp_path)
     before = code_sha256(tmp_path / FILE, copy)
     assert before == code_sha256(Path(builder.__file__))
     (loading,) = copy.rglob("loading.py")
-    loading.write_text(loading.read_text() + "\nMORE = 1\n")
+    loading.write_text(loading.read_text("utf-8") + "\nMORE = 1\n", encoding="utf-8")
     assert code_sha256(tmp_path / FILE, copy) == before
-    (geometry,) = [file for file in copy.rglob("*.py") if "def canonical(" in file.read_text()]
-    geometry.write_text(geometry.read_text().replace('"RAS"', '"LPS"').replace("RAS", "LPS"))
+    (geometry,) = [
+        file for file in copy.rglob("*.py") if "def canonical(" in file.read_text("utf-8")
+    ]
+    geometry.write_text(
+        geometry.read_text("utf-8").replace('"RAS"', '"LPS"').replace("RAS", "LPS"),
+        encoding="utf-8",
+    )
     assert code_sha256(tmp_path / FILE, copy) != before

@@ -60,7 +60,9 @@ def test_folder_layout_details(tmp_path):
     save(folder / "gland.nii.gz", raw_case().label)
     (folder / "notes.txt").touch()
     (config.path / ".hidden").mkdir()
-    (config.path / "patients.csv").write_text("case,patient,age\na,p1,60\nb,p1,61\n")
+    (config.path / "patients.csv").write_text(
+        "case,patient,age\na,p1,60\nb,p1,61\n", encoding="utf-8"
+    )
     entries = FolderBuilder(config).entries
     assert [(e.case_id, e.patient_id) for e in entries] == [("a", "p1"), ("b", "p1")]
     assert entries[0].images["hbv"].name == "DWI.nii.gz"
@@ -92,13 +94,13 @@ def test_two_files_for_one_modality_are_refused(tmp_path):
 def test_faulty_patient_tables_are_refused(tmp_path):
     config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
     table = config.path / "patients.csv"
-    table.write_text("case,patient\na,p1\n")
+    table.write_text("case,patient\na,p1\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"patient of every case; got none for b. Add the rows"):
         FolderBuilder(config)
-    table.write_text("name,patient\na,p1\n")
+    table.write_text("name,patient\na,p1\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"columns case and patient; got name, patient"):
         FolderBuilder(config)
-    table.write_text("case,patient\na,p1\nb,p2\na,p3\n")
+    table.write_text("case,patient\na,p1\nb,p2\na,p3\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"one row for a case; got several for a. Remove all but"):
         FolderBuilder(config)
     table.unlink()
@@ -110,7 +112,7 @@ def test_faulty_patient_tables_are_refused(tmp_path):
 def test_blanks_in_a_table_part_no_patient(tmp_path):
     config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
     (config.path / "patients.csv").write_text(
-        " case , patient,group\na , p1, north\nb,p1 ,north \n"
+        " case , patient,group\na , p1, north\nb,p1 ,north \n", encoding="utf-8"
     )
     entries = FolderBuilder(config).entries
     assert [(e.patient_id, e.metadata) for e in entries] == [("p1", {"group": "north"})] * 2
@@ -131,7 +133,9 @@ def write_nnunet(root, *cases, description=None) -> DataConfig:
             save(root / f"imagesTr/{case.case_id}_{number:04d}.nii.gz", case.images[name])
         save(root / f"labelsTr/{case.case_id}.nii.gz", case.label)
     content = {"channel_names": {"0": "High_B", "1": "T2W", "2": "ADC"}, "file_ending": ".nii.gz"}
-    (root / "dataset.json").write_text(json.dumps(content if description is None else description))
+    (root / "dataset.json").write_text(
+        json.dumps(content if description is None else description), encoding="utf-8"
+    )
     return DataConfig(name="nifti_folder", path=root, cache=root.parent / "cache", preprocess=SMALL)
 
 
@@ -202,7 +206,7 @@ def test_faulty_dataset_json_is_refused(tmp_path, description, text):
 
 def test_unreadable_dataset_json_is_refused(tmp_path):
     config = write_nnunet(tmp_path / "data", raw_case("a"))
-    (config.path / "dataset.json").write_text("{")
+    (config.path / "dataset.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"dataset.json must be JSON"):
         FolderBuilder(config)
     (config.path / "dataset.json").unlink()
@@ -346,7 +350,7 @@ def test_picai_layout_details(tmp_path):
 def test_a_table_of_patients_groups_and_availability(tmp_path):
     config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b"))
     table = config.path / "patients.csv"
-    table.write_text("case,patient,group,available\na,p1,north,T2 adc\nb,p2,,\n")
+    table.write_text("case,patient,group,available\na,p1,north,T2 adc\nb,p2,,\n", encoding="utf-8")
     config = dataclasses.replace(config, allow_missing=True)
     built, cases = build(config)
     assert cases["a"].present.tolist() == [True, True, False]
@@ -356,7 +360,7 @@ def test_a_table_of_patients_groups_and_availability(tmp_path):
     (config.path / "a/adc.nii.gz").unlink()
     with pytest.raises(DataError, match=r"calls available must have a file; got none for 'adc'"):
         FolderBuilder(config).prepare()
-    table.write_text("case,patient,available\na,p1,t2w pet\nb,p2,\n")
+    table.write_text("case,patient,available\na,p1,t2w pet\nb,p2,\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"modalities in the column available, .* got pet. Use"):
         FolderBuilder(config)
 

@@ -71,7 +71,9 @@ def test_a_name_before_an_alias_in_every_layout_and_command(tmp_path):
     assert "got dwi.nii.gz, of which nothing is read" in warning.text
     (case,) = find_inputs(config.path, config.modalities)
     assert case.images["hbv"].name == "hbv.nii.gz"
-    assert case.problems == ()
+    (said,) = case.problems
+    assert said.level == "warning"
+    assert "got dwi.nii.gz, of which nothing is read" in said.text
 
     nnunet = write_nnunet(
         tmp_path / "nnunet",
@@ -131,7 +133,7 @@ def test_patients_written_in_two_ways_are_said(names, level):
 
 def test_a_table_with_a_patient_written_in_two_ways_is_refused(tmp_path):
     config = write_folder(tmp_path / "data", raw_case("a"), raw_case("b", seed=1))
-    (config.path / "patients.csv").write_text("case,patient\na,P01\nb,p01\n")
+    (config.path / "patients.csv").write_text("case,patient\na,P01\nb,p01\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"written in one way in all cases, .* got P01, p01"):
         Builder(config).prepare()
 
@@ -263,7 +265,7 @@ def write_task(root, labels=None, **description):
         array = zones if labels is None else labels(zones)
         nib.save(nib.Nifti1Image(array, grid), root / f"labelsTr/prostate_0{n}.nii.gz")
     if description:
-        (root / "dataset.json").write_text(json.dumps(description))
+        (root / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     return (
         DataConfig(
             name="msd_prostate",

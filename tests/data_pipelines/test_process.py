@@ -33,7 +33,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
 def test_workers_end_with_their_parent_whatever_ended_it(way, number, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(WORKERS)
+    program.write_text(WORKERS, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(Path(process.__file__).parents[1])}
     with subprocess.Popen(
         [sys.executable, str(program), way], stdout=subprocess.PIPE, env=environment
@@ -85,7 +85,7 @@ def test_a_reader_who_leaves_ends_the_program_quietly(arguments):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", [HELP, ["-c", TALKING]])
 def test_output_that_can_be_written_nowhere_is_said(arguments):
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
         done = subprocess.run(
             [sys.executable, *arguments], stdout=full, stderr=subprocess.PIPE, encoding="utf-8"
         )

@@ -71,7 +71,7 @@ def write_marksheet(root: Path, **row) -> None:
     path = root / "labels/clinical_information/marksheet.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     row = {"patient_id": "1", "study_id": "100", "case_csPCa": "YES", "center": "ZGT", **row}
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(row))
         writer.writeheader()
         writer.writerow(row)
@@ -119,7 +119,7 @@ def test_picai_keeps_the_marksheet_and_the_published_fold(tmp_path):
         "published_fold": "3",
         "label_source": "csPCa_lesion_delineations/human_expert/resampled",
     }
-    (root / "labels/clinical_information/marksheet.csv").write_text("a,b\n1,2\n")
+    (root / "labels/clinical_information/marksheet.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"columns patient_id and study_id; got a, b. Fetch"):
         open_builder(config_of("picai", root))
 
@@ -273,7 +273,7 @@ def test_prostate158_cases_and_their_readers(tmp_path):
     root = tmp_path / "prostate158"
     write_prostate158(root, "train/020", readers=(1, 2))
     write_prostate158(root, "train/021", empty=True, readers=())
-    (root / "train.csv").write_text("ID,t2\n20,train/020/t2.nii.gz\n")
+    (root / "train.csv").write_text("ID,t2\n20,train/020/t2.nii.gz\n", encoding="utf-8")
     config = config_of("prostate158", root)
     _, first = cases_of(config)
     _, second = cases_of(dataclasses.replace(config, prostate158=Prostate158Options(2)))

@@ -70,7 +70,7 @@ def test_names_that_do_not_fit_the_folds_are_refused(tmp_path, names):
     path = tmp_path / "folds.json"
     make_folds(infos(12), num_folds=3).save(path)
     content = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(content | {"names": names}))
+    path.write_text(json.dumps(content | {"names": names}), encoding="utf-8")
     message = r'as "names" one text for each of its 3 folds, or none at all; got .*. Correct the'
     with pytest.raises(DataError, match=message):
         Folds.load(path)
@@ -83,10 +83,10 @@ def test_a_changed_fold_file_is_refused(tmp_path):
     make_folds(infos(12), num_folds=3).save(path)
     content = json.loads(path.read_text("utf-8"))
     content["folds"][0]["val"].pop()
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(DataError, match=r"must hold the folds that its sha256 was taken of"):
         Folds.load(path)
-    path.write_text(json.dumps(content["folds"]))
+    path.write_text(json.dumps(content["folds"]), encoding="utf-8")
     with pytest.raises(DataError, match=r"must be a fold file written by this project"):
         Folds.load(path)
 
@@ -106,7 +106,7 @@ def publish(path, *validation, train=None):
         {"train": sorted(everything - set(ids)) if train is None else train, "val": list(ids)}
         for ids in validation
     ]
-    path.write_text(json.dumps(folds))
+    path.write_text(json.dumps(folds), encoding="utf-8")
     return path
 
 
@@ -121,10 +121,10 @@ def test_faulty_published_folds_are_refused(tmp_path):
         load_published(path, infos(3))
     with pytest.raises(DataError, match=r"a file that can be read; got: Is a directory. Check the"):
         load_published(tmp_path, infos(3))
-    path.write_text("{")
+    path.write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"must be JSON"):
         load_published(path, infos(3))
-    path.write_text('[{"train": [1], "val": []}]')
+    path.write_text('[{"train": [1], "val": []}]', encoding="utf-8")
     with pytest.raises(DataError, match=r"must be a list of folds"):
         load_published(path, infos(3))
     publish(path, ["c000", "c001"], ["c001", "c002"])
@@ -149,35 +149,35 @@ def test_faulty_published_folds_are_refused(tmp_path):
 
 def test_one_split_and_fewer_training_cases_are_folds(tmp_path):
     path = tmp_path / "f.json"
-    path.write_text(json.dumps([{"train": ["c002", "c001"], "val": ["c000"]}]))
+    path.write_text(json.dumps([{"train": ["c002", "c001"], "val": ["c000"]}]), encoding="utf-8")
     folds = load_published(path, infos(5))
     assert (folds.validation, folds.training(0)) == ((("c000",),), ("c001", "c002"))
     folds.save(tmp_path / "kept.json")
     assert Folds.load(tmp_path / "kept.json") == folds == load_published(path, infos(4))
     fewer = [{"train": ["c001"], "val": ["c000"]}, {"train": ["c000"], "val": ["c001"]}]
-    path.write_text(json.dumps(fewer))
+    path.write_text(json.dumps(fewer), encoding="utf-8")
     plain = load_published(path, infos(2))
     assert plain.trained == (), "each trains on all others"
     assert plain.sha256 == Folds(plain.validation).sha256
     fewer[0]["train"] = ["c001", "c002"]
-    path.write_text(json.dumps(fewer))
+    path.write_text(json.dumps(fewer), encoding="utf-8")
     assert load_published(path, infos(3)).sha256 != plain.sha256
 
 
 def test_held_out_cases_train_and_validate_nowhere(tmp_path):
     path = tmp_path / "f.json"
     split = {"folds": [{"train": ["c001"], "val": ["c000"]}], "test": ["c002", "c009"]}
-    path.write_text(json.dumps(split))
+    path.write_text(json.dumps(split), encoding="utf-8")
     folds = load_published(path, infos(3))
     assert folds.test == ("c002",)
     folds.save(tmp_path / "kept.json")
     assert Folds.load(tmp_path / "kept.json") == folds
     split["test"] = ["c001"]
-    path.write_text(json.dumps(split))
+    path.write_text(json.dumps(split), encoding="utf-8")
     with pytest.raises(DataError, match=r"train and be held out as a test .* c001 and c001 of"):
         load_published(path, infos(3))
     split["test"] = "c001"
-    path.write_text(json.dumps(split))
+    path.write_text(json.dumps(split), encoding="utf-8")
     with pytest.raises(DataError, match=r'must give as "test" a list of case ids, or none; got'):
         load_published(path, infos(3))
 
@@ -190,7 +190,7 @@ def test_fold_files_of_older_versions_are_read(schema, tmp_path):
         "sha256": folds.sha256,
         "folds": [{"train": ["b", "c"], "val": ["a"]}, {"train": ["a"], "val": ["b", "c"]}],
     }
-    (tmp_path / "f.json").write_text(json.dumps(record))
+    (tmp_path / "f.json").write_text(json.dumps(record), encoding="utf-8")
     assert Folds.load(tmp_path / "f.json") == folds
 
 

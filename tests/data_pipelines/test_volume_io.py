@@ -176,10 +176,10 @@ def test_nifti_headers_that_lie_are_refused(tmp_path, fields, text):
 def test_text_headers_must_name_place_and_file(tmp_path):
     save(tmp_path / "v.mhd", Volume(np.zeros((2, 3, 4), np.uint8), np.eye(4)))
     text = (tmp_path / "v.mhd").read_text("utf-8")
-    (tmp_path / "v.mhd").write_text(text.replace("Offset", "Offside"))
+    (tmp_path / "v.mhd").write_text(text.replace("Offset", "Offside"), encoding="utf-8")
     with pytest.raises(DataError, match=r"must say where its voxels lie; got no Offset"):
         read_volume(tmp_path / "v.mhd")
-    (tmp_path / "v.mhd").write_text(text.replace("= v.", "= w."))
+    (tmp_path / "v.mhd").write_text(text.replace("= v.", "= w."), encoding="utf-8")
     with pytest.raises(MissingDataError, match=r"one file that holds its voxels; got 'w\."):
         read_volume(tmp_path / "v.mhd")
 

@@ -98,7 +98,7 @@ def test_image_that_is_missing_is_told_by_its_folder(process, model, tmp_path):
 
 def test_case_that_cannot_be_read_fails_with_its_reason(process, model, tmp_path, capsys):
     write_case(tmp_path)
-    (tmp_path / "images" / FOLDERS["hbv"] / "1b2c.mha").write_text("broken")
+    (tmp_path / "images" / FOLDERS["hbv"] / "1b2c.mha").write_text("broken", encoding="utf-8")
     with pytest.raises(DataError, match="the case must be predicted"):
         process.process(tmp_path, tmp_path / "output", model)
     assert "case case is passed over" in capsys.readouterr().err

@@ -196,7 +196,7 @@ def test_paper_template_is_the_preset_and_names_every_field_of_the_method():
 
 
 def test_paper_template_runs_what_it_holds(tmp_path):
-    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
     (tmp_path / "python").chmod(0o755)
     done = subprocess.run(
         ["/bin/bash", str(PAPER), "--data.path=mine"],
@@ -291,7 +291,7 @@ COMP_LINE="experiments.predict --accelerator "; COMP_POINT=${{#COMP_LINE}}
 $(complete -p experiments.predict | sed 's/.*-F \\([^ ]*\\).*/\\1/')
 echo "${{COMPREPLY[@]}}"
 """
-    (tmp_path / "script").write_text(script)
+    (tmp_path / "script").write_text(script, encoding="utf-8")
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     done = subprocess.run(
         ["/bin/bash", str(tmp_path / "script")],

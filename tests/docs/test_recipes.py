@@ -43,7 +43,7 @@ def follow(recipe: str, tree: Path) -> list[str]:
             assert file is not None
             assert not file.exists()
             file.parent.mkdir(exist_ok=True)
-            file.write_text(step["block"])
+            file.write_text(step["block"], encoding="utf-8")
         elif step["language"] == "diff":
             assert file is not None
             lines = [(line[:1], line[1:]) for line in step["block"].splitlines(keepends=True)]
@@ -51,7 +51,7 @@ def follow(recipe: str, tree: Path) -> list[str]:
             after = "".join(line for sign, line in lines if sign != "-")
             text = file.read_text("utf-8")
             assert text.count(before) == 1, f"{file.name} must hold once:\n{before}"
-            file.write_text(text.replace(before, after))
+            file.write_text(text.replace(before, after), encoding="utf-8")
         else:
             commands += step["block"].splitlines()
     for check in (["check"], ["format", "--check"]):

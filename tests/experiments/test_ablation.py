@@ -306,7 +306,7 @@ def test_rows_share_folds_and_what_is_done_is_not_done_again(
         ran.append((config.output.parent.name, config.seed, folds.sha256))
         save(config.output, np.linspace(0.2, 0.8, 24))
         record = {"config": to_json(config)}
-        (config.output / "config.json").write_text(json.dumps(record))
+        (config.output / "config.json").write_text(json.dumps(record), encoding="utf-8")
 
     monkeypatch.setattr(cross_validation, "run", train)
     monkeypatch.setattr(ablation.jobs, "compile_programs", lambda config, devices: None)

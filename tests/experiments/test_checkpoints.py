@@ -118,7 +118,7 @@ def test_damage_is_noticed_and_the_one_before_is_used(config, tmp_path, seed):
 def test_saving_after_a_damaged_one_replaces_it(config):
     kept = saved(config, 1, 2)
     folder = config.output / "fold_0" / "checkpoints" / "last"
-    (folder / "00000002" / "record.json").write_text("{}")
+    (folder / "00000002" / "record.json").write_text("{}", encoding="utf-8")
     kept.save("last", state(2))
     kept.close()
     assert read_record(folder / "00000002")["step"] == 2
@@ -128,7 +128,7 @@ def test_saving_after_a_damaged_one_replaces_it(config):
 def test_all_damaged_is_an_error_that_names_the_folder(config):
     kept = saved(config, 1)
     folder = config.output / "fold_0" / "checkpoints" / "last"
-    (folder / "00000001" / "manifest.json").write_text("null")
+    (folder / "00000001" / "manifest.json").write_text("null", encoding="utf-8")
     with pytest.raises(CorruptCheckpointError, match=f"one checkpoint in {folder} must be intact"):
         kept.resume(state())
 

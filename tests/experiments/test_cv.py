@@ -97,7 +97,7 @@ def test_run_folder_holds_config_versions_folds_curves_and_report(finished):
     environment = json.loads((output / "environment.json").read_text("utf-8"))
     assert environment["versions"]["jax"] == jax.__version__
     assert run_folder.RunFolder(output).read_results() == metrics
-    with (output / "fold_0" / "history.csv").open() as file:
+    with (output / "fold_0" / "history.csv").open(encoding="utf-8") as file:
         history = list(csv.DictReader(file))
     assert [row["step"] for row in history] == ["1", "2"]
     assert float(history[-1]["cross_modal_distillation_loss"]) > 0
@@ -287,12 +287,12 @@ def test_run_folder_in_use_is_refused(finished):
 
 def test_folder_of_a_run_killed_while_it_was_opened_is_taken(tmp_path, cache):
     for name in (".lock", "folds.json", ".config.json.123.tmp", "environment.json"):
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     run_folder.RunFolder(tmp_path).refuse_other(tiny(tmp_path, cache))
 
 
 def test_damaged_file_of_a_run_is_named(tmp_path, cache):
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"must be as it was written; .*config.json"):
         cross_validation.run(tiny(tmp_path, cache))
 
@@ -343,13 +343,13 @@ def test_changed_data_are_refused(finished, tmp_path, cache):
     shutil.copytree(config.output, copy.output)
     record = json.loads((copy.output / "config.json").read_text("utf-8"))
     record["data_fingerprint"] = "other"
-    (copy.output / "config.json").write_text(json.dumps(record))
+    (copy.output / "config.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ConfigError, match="a run continues on the data and folds it began with"):
         cross_validation.run(copy)
 
 
 def test_folder_with_other_files_is_refused(tmp_path, cache):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match="must be new or hold a run"):
         cross_validation.run(tiny(tmp_path, cache))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -382,7 +382,7 @@ def test_folds_file_with_another_number_of_folds_is_refused(tmp_path, cache):
         {"train": ids[:cut], "val": ids[cut:]},
     ]
     file = tmp_path / "folds.json"
-    file.write_text(json.dumps(halves))
+    file.write_text(json.dumps(halves), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"got 3 and 2. Use --num-folds=2"):
         cross_validation.run(dataclasses.replace(config, folds_file=file))
 

@@ -300,7 +300,7 @@ def test_files_hold_null_and_empty_cells_for_undefined(tmp_path):
     RunFolder(tmp_path).write_results(results)
     assert "NaN" not in (tmp_path / "metrics.json").read_text("utf-8")
     assert RunFolder(tmp_path).read_results() == results
-    with (tmp_path / "metrics.csv").open(newline="") as file:
+    with (tmp_path / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [entry["dice"] for entry in rows] == ["0.4", "0.0", "", "0.8", ""]
     assert list(rows[0])[:4] == ["case_id", "patient_id", "fold", "class"]
@@ -377,11 +377,11 @@ def test_files_of_a_patient_count_as_one_where_a_table_says_so(folders, tmp_path
     main(arguments)
     assert RunFolder(tmp_path).read_results().summary.num_patients["lesion"]["dice"] == 2
     table = tmp_path / "patients.csv"
-    table.write_text("case,patient\nx,p\ny,p\n")
+    table.write_text("case,patient\nx,p\ny,p\n", encoding="utf-8")
     main([*arguments, f"--patients={table}"])
     assert RunFolder(tmp_path).read_results().summary.num_patients["lesion"]["dice"] == 1
     assert RunFolder(tmp_path).read_results().summary.interval["lesion"]["dice"] is None
-    table.write_text("case,patient\nx,p\n")
+    table.write_text("case,patient\nx,p\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"must name the patient of every case; got none of y\."):
         main([*arguments, f"--patients={table}"])
 
@@ -419,7 +419,7 @@ def test_thresholds_that_no_probability_can_meet_are_refused(folders, threshold)
 
 def test_a_case_of_two_patients_is_refused(folders, tmp_path):
     table = tmp_path / "patients.csv"
-    table.write_text("case,patient\nx,p\ny,p\nx,q\n")
+    table.write_text("case,patient\nx,p\ny,p\nx,q\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"one patient for each case; got p and q for x\."):
         main([*map(str, folders), f"--patients={table}"])
 
@@ -536,7 +536,7 @@ def test_one_grid_stored_in_two_orientations_is_one_grid(folders, tmp_path):
 def test_files_of_one_case_and_patients_written_in_two_ways_are_refused(folders, tmp_path):
     predictions, labels = folders
     table = tmp_path / "patients.csv"
-    table.write_text("case,patient\nx,02\ny,2\n")
+    table.write_text("case,patient\nx,02\ny,2\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"written in one way in all cases, .* got 02, 2"):
         main([str(predictions), str(labels), "--patients", str(table)])
     for folder in folders:

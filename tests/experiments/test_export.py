@@ -166,10 +166,10 @@ def test_provenance_names_no_folder_of_the_machine(tmp_path):
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"must be as it was written; .*config\.json"):
         RunFolder(tmp_path).read_config()
-    (tmp_path / "metrics.json").write_text("{")
+    (tmp_path / "metrics.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"must be as it was written; .*metrics\.json"):
         RunFolder(tmp_path).read_results()
 

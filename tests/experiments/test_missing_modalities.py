@@ -175,7 +175,7 @@ def test_runs_that_cannot_be_evaluated_are_refused(run, config, source, tmp_path
         record = json.loads((run / "config.json").read_text("utf-8"))
         change(record)
         (folder / "config.json").unlink()
-        (folder / "config.json").write_text(json.dumps(record))
+        (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
         return str(folder)
 
     def single(record):

@@ -189,7 +189,7 @@ def test_run_and_artifact_are_one_model(predicted, run, tmp_path, capsys):
         "predictions.json",
         *("segmentations", "labels.txt", "cases.csv", "candidates.csv", "predictions.html"),
     }
-    assert (tmp_path / ".lock").read_text() == "", "no one holds the folder"
+    assert (tmp_path / ".lock").read_text("utf-8") == "", "no one holds the folder"
 
 
 def test_chosen_folds_and_windows_change_the_result(predicted, artifact, tmp_path):
@@ -494,7 +494,7 @@ def test_cases_are_found_in_every_layout(tmp_path):
         nnunet, "imagesTs/p_1_0000.nii.gz", "imagesTs/p_1_0001.nii.gz", "imagesTs/p_1_0002.nii.gz"
     )
     channels = {"0": "T2W", "1": "ADC map", "2": "PET"}
-    (nnunet / "dataset.json").write_text(json.dumps({"channel_names": channels}))
+    (nnunet / "dataset.json").write_text(json.dumps({"channel_names": channels}), encoding="utf-8")
     assert names_of(nnunet) == {"p_1": {"t2w": "p_1_0000.nii.gz", "adc": "p_1_0001.nii.gz"}}
 
     touch(tmp_path / "flat", "kim_t2_tse.mha", "kim_adc.mha", "lee-t2w.mha", "lee-adc.mha")
@@ -513,7 +513,9 @@ def test_the_mask_of_the_gland_is_found_in_every_layout(tmp_path):
     touch(tmp_path / "decathlon", "imagesTs/d_4.nii.gz", "imagesTs/d_4_gland.nii.gz")
     channels = {"0": "T2", "1": "ADC", "2": "gland"}
     for name in ("nnunet", "decathlon"):
-        (tmp_path / name / "dataset.json").write_text(json.dumps({"channel_names": channels}))
+        (tmp_path / name / "dataset.json").write_text(
+            json.dumps({"channel_names": channels}), encoding="utf-8"
+        )
         channels.popitem()
     found = {
         case.case_id: case.gland.name if case.gland else None
@@ -541,7 +543,7 @@ def test_modalities_along_a_fourth_axis_are_told_apart(tmp_path, artifact):
     save(tmp_path / "Task05/labelsTr/prostate_03.nii.gz", fine)
     nib.save(nib.Nifti1Image(fine.array.T, fine.affine), images / "prostate_04.nii.gz")
     modalities = {"modality": {"0": "ADC", "1": "T2"}}
-    (tmp_path / "Task05/dataset.json").write_text(json.dumps(modalities))
+    (tmp_path / "Task05/dataset.json").write_text(json.dumps(modalities), encoding="utf-8")
     arguments = ["--model", str(artifact), "--input"]
     with pytest.raises(SystemExit):
         predict.main([*arguments, str(tmp_path / "Task05"), "--output", str(tmp_path / "out")])
@@ -558,7 +560,7 @@ def test_modalities_along_a_fourth_axis_are_told_apart(tmp_path, artifact):
     )
 
     touch(tmp_path, "one/case.nii", "one/adc.nii", "two/case.nii", "two/adc.nii")
-    (tmp_path / "one/dataset.json").write_text(json.dumps(modalities))
+    (tmp_path / "one/dataset.json").write_text(json.dumps(modalities), encoding="utf-8")
     assert names_of(tmp_path / "one") == {
         "case": {"t2w": "case.nii", "adc": "case.nii"},
         "one": {"adc": "adc.nii"},
@@ -616,7 +618,7 @@ def test_inputs_without_a_case_are_refused(tmp_path):
     with pytest.raises(DataError, match="the input must be a folder"):
         find_inputs(tmp_path / "nowhere", MODALITIES)
     touch(tmp_path, "n/imagesTs/a_0000.nii.gz")
-    (tmp_path / "n/dataset.json").write_text("[1]")
+    (tmp_path / "n/dataset.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(DataError, match=r"must hold an object; got \[1\]"):
         find_inputs(tmp_path / "n", MODALITIES)
 
@@ -771,7 +773,9 @@ def test_what_was_done_before_an_interruption_must_be_of_the_same_images(quick, 
     arguments = ["--model", str(quick), "--output", str(tmp_path / "out"), "--input"]
     predict.main([*arguments, str(tmp_path / "A/mri")])
     record = record_of(tmp_path / "out")
-    (tmp_path / "out/predictions.json").write_text(json.dumps(record | {"complete": False}))
+    (tmp_path / "out/predictions.json").write_text(
+        json.dumps(record | {"complete": False}), encoding="utf-8"
+    )
     with pytest.raises(SystemExit):
         predict.main([*arguments, str(tmp_path / "B/mri")])
     assert record_of(tmp_path / "out")["cases"] == record["cases"]

@@ -117,12 +117,12 @@ def test_older_schemas_are_migrated_and_later_or_other_files_refused(tmp_path):
     assert read_record(Inner, file, schema=3) == Inner(True, "a")
     with pytest.raises(DataError, match=r"record\.json of schema 2 and before can be read; .* 3\."):
         read_record(Inner, file, schema=2)
-    file.write_text('{"flags": true}')
+    file.write_text('{"flags": true}', encoding="utf-8")
     renamed = {1: lambda content: {"flag": content["flags"]}, 2: lambda c: c | {"name": "b"}}
     assert read_record(Inner, file, schema=3, migrations=renamed) == Inner(True, "b")
     with pytest.raises(DataError, match=r"record\.json has no 'flag'\. Restore it"):
         read_record(Inner, file, schema=3)
     for text in ("[1]", '{"schema": "new"}', '{"schema": 0}'):
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         with pytest.raises(DataError, match="is none that this project wrote"):
             read_record(Inner, file, schema=3)

@@ -211,7 +211,9 @@ def test_bare_run_says_what_it_lacks(reports):
 
 def test_names_from_files_are_escaped(tmp_path):
     run = make_run(tmp_path / "run", num_folds=2, figures=False, history=False)
-    (run / "environment.json").write_text(json.dumps({"device": "<b>&|x", "system": "<i>|y"}))
+    (run / "environment.json").write_text(
+        json.dumps({"device": "<b>&|x", "system": "<i>|y"}), encoding="utf-8"
+    )
     html = write_report(RunFolder(run)).read_text("utf-8")
     assert "on &lt;b&gt;&amp;|x" in html
     assert "<b>&" not in html
@@ -230,7 +232,7 @@ def change_metrics(run, change):
     """Edit ``metrics.json`` in place."""
     content = json.loads((run / "metrics.json").read_text("utf-8"))
     change(content)
-    (run / "metrics.json").write_text(json.dumps(content))
+    (run / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_a_run_of_the_earliest_versions_gets_its_intervals_from_its_rows(tmp_path):
@@ -391,7 +393,7 @@ def test_first_line_says_what_the_data_are(reports, tmp_path):
     ):
         content = json.loads((run / "config.json").read_text("utf-8"))
         content["config"]["data"] |= {"name": name, "path": path}
-        (run / "config.json").write_text(json.dumps(content))
+        (run / "config.json").write_text(json.dumps(content), encoding="utf-8")
         assert words in write_report(RunFolder(run)).read_text("utf-8")
     assert "Data: not recorded; 12 cases" in reports["bare"][1]
 

@@ -42,7 +42,7 @@ def golden(request, tmp_path):
 def edit(path, change):
     content = json.loads(path.read_text("utf-8"))
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_every_schema_has_its_golden_run():

@@ -297,11 +297,11 @@ def test_storage_faults_name_the_path_and_others_pass():
 def test_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "new" / "a.json"
     with atomic_file(path) as partial:
-        partial.write_text("1")
+        partial.write_text("1", encoding="utf-8")
         assert TEMPORARY.fullmatch(partial.name)
         assert not path.exists()
     with pytest.raises(TypeError), atomic_file(path) as partial:
-        partial.write_text(2)  # pyright: ignore[reportArgumentType]
+        partial.write_text(2, encoding="utf-8")  # pyright: ignore[reportArgumentType]
     assert path.read_text("utf-8") == "1"
     with pytest.raises(FileNotFoundError), atomic_file(path):
         pass  # nothing was written
@@ -311,7 +311,7 @@ def test_file_is_whole_or_not_there(tmp_path):
 def test_only_temporary_files_are_removed(tmp_path):
     kept = {".lock", ".DS_Store", "a.json", ".hidden", "case.1.nii.gz"}
     for name in {".a.12.nii.gz", ".metrics.json.7.tmp", ".b.3.tmp.npz", ".folds.json.5"} | kept:
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     remove_temporary_files(tmp_path)
     assert set(os.listdir(tmp_path)) == kept
 

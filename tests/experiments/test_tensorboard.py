@@ -26,7 +26,9 @@ def read_events(path):
 
 def test_every_curve_is_written_where_it_was_measured(tmp_path):
     history = tmp_path / "history.csv"
-    history.write_text("step,loss,validation_dice\n5,1.5,\n10,0.5,0.25\n15,nan,\n")
+    history.write_text(
+        "step,loss,validation_dice\n5,1.5,\n10,0.5,0.25\n15,nan,\n", encoding="utf-8"
+    )
     for _ in range(2):  # written anew: not appended to
         write_events(history, tmp_path / "tensorboard")
     (file,) = (tmp_path / "tensorboard").iterdir()

@@ -73,7 +73,7 @@ def shared_programs():
 
 def history(output: Path, fold: int = 0) -> list[dict[str, str]]:
     """Curves of a fold, but for the speed."""
-    with (output / f"fold_{fold}" / "history.csv").open() as file:
+    with (output / f"fold_{fold}" / "history.csv").open(encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row.pop("examples_per_s") is not None]
 
 

@@ -48,9 +48,9 @@ def make_untrained_run(folder: Path, config: Config, *, done: int = 2) -> list[d
     """Write the run; returns the weights of each fold that is done."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(
-        json.dumps({"config": to_json(config), "data_fingerprint": "0123abcd"})
+        json.dumps({"config": to_json(config), "data_fingerprint": "0123abcd"}), encoding="utf-8"
     )
-    (folder / "environment.json").write_text(json.dumps({"git_commit": "abc123"}))
+    (folder / "environment.json").write_text(json.dumps({"git_commit": "abc123"}), encoding="utf-8")
     optimizer = config.train.optimizer.optimizer(config.train.steps)
     members = []
     for fold in range(done):
@@ -62,7 +62,7 @@ def make_untrained_run(folder: Path, config: Config, *, done: int = 2) -> list[d
         step = jnp.asarray(config.train.steps, jnp.int32)
         checkpoints.save("last", TrainState(step, other, average, optimizer.init(other)))
         checkpoints.close()
-        (directory / "metrics.json").write_text("{}")
+        (directory / "metrics.json").write_text("{}", encoding="utf-8")
         members.append(average)
     rows = [row_of(name, dice=dice) for name, dice in (("a", 0.0), ("b", 0.5), ("c", 1.0))]
     RunFolder(folder).write_results(Results(summarise(rows, [0])))
@@ -73,6 +73,6 @@ def revisitable(folder: Path, source: loading.CaseSource) -> Path:
     """Let the run be one on ``source``, with two folds of it; returns the folder."""
     record = json.loads((folder / "config.json").read_text("utf-8"))
     record["data_fingerprint"] = source.fingerprint
-    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
     splits.make_folds(source.info, num_folds=2).save(folder / "folds.json")
     return folder

@@ -71,7 +71,7 @@ def refuse_ending(ending: object, folder: Path) -> None:
     """List the cases of nnU-Net's layout with this ``file_ending``."""
     (folder / "imagesTr").mkdir(exist_ok=True)
     description = {"channel_names": {"0": "T2W"}, "file_ending": ending}
-    (folder / "dataset.json").write_text(json.dumps(description))
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     find_cases(folder, DataConfig(name="nifti_folder", path=folder))
 
 

@@ -32,7 +32,7 @@ def main() -> None:
         programs = compile_programs(config, jax.devices()[:1])
         train_folds(config, programs, source, [Fold(0, ids[2:], ids[:2], run / "fold_0")])
         facts = {"weights": weights_sha256(load_params(run, 0)), "data": source.fingerprint}
-        (run / "facts.json").write_text(json.dumps(facts))
+        (run / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         with tarfile.open(GOLDEN, "w:xz") as archive:
             archive.add(run / "facts.json", "run/facts.json")
             last = "fold_0/checkpoints/last/00000002"

@@ -169,18 +169,21 @@ def test_digest_notices_every_change_but_times(tmp_path):
     for name in ("masks", "cases", "figures", "tensorboard", "checkpoints/last/.00000003.tmp"):
         (fold / name).mkdir(parents=True)
     for name in ("masks/a.nii.gz", "cases/a.json", "figures/a.npz", "tensorboard/x"):
-        (fold / name).write_text("1")
+        (fold / name).write_text("1", encoding="utf-8")
     facts = {"metric_per_case": [{"dice": 0.25}], "fold_summaries": {"0": {"train_s": 1.0}}}
-    (run / "metrics.json").write_text(json.dumps(facts))
-    (run / "metrics.csv").write_text("case_id,dice\na,0.25\n")
-    (fold / "history.csv").write_text("step,loss,examples_per_s\n1,0.5,3.0\n")
+    (run / "metrics.json").write_text(json.dumps(facts), encoding="utf-8")
+    (run / "metrics.csv").write_text("case_id,dice\na,0.25\n", encoding="utf-8")
+    (fold / "history.csv").write_text("step,loss,examples_per_s\n1,0.5,3.0\n", encoding="utf-8")
     (run / "report.md").write_text(
-        "Run `run`, started\n| Dice | 0.25 |\n| output | here |\n\n## Environment\n| started | 1 |"
+        "Run `run`, started\n| Dice | 0.25 |\n| output | here |\n\n## Environment\n| started | 1 |",
+        encoding="utf-8",
     )
-    (run / "report.html").write_text('<p>1 s</p><img src="data:image/png;base64,AAAA">')
+    (run / "report.html").write_text(
+        '<p>1 s</p><img src="data:image/png;base64,AAAA">', encoding="utf-8"
+    )
     config = {"config": {"output": "here", "data": {"cache": "here", "name": "phantom"}}}
-    (run / "config.json").write_text(json.dumps(config))
-    (run / ".lock").write_text("process 1")
+    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (run / ".lock").write_text("process 1", encoding="utf-8")
     reference = digest(run)
     assert digest(run) == reference
 
@@ -192,7 +195,7 @@ def test_digest_notices_every_change_but_times(tmp_path):
         if new:
             text = file.read_text("utf-8") if file.exists() else ""
             assert old in text
-            file.write_text(text.replace(old, new) if old else new)
+            file.write_text(text.replace(old, new) if old else new, encoding="utf-8")
         else:
             file.unlink()
         found = digest(places)
