@@ -16,6 +16,7 @@ settings=(
   # Folds (the abstract: five, of 358 cases)
   --num-folds 5
   --folds-file None
+  --init None
   --seed 0
   # Encoders: stages, width, kernels and strides d h w, normalisation, shared weights or not
   --network.encoder.channels 32 64 128 256 320 320

@@ -87,6 +87,7 @@ class FoldSummary:
         input_wait_share: of the time, waiting for batches.
         predict_s: to predict and measure its cases.
         peak_memory_gb: of the device, so far.
+        started_from: whose weights it started from, and what of them fitted; empty if from none.
     """
 
     first_step_s: float
@@ -101,6 +102,7 @@ class FoldSummary:
     input_wait_share: float = 0.0
     predict_s: float | None = None
     peak_memory_gb: float | None = None
+    started_from: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

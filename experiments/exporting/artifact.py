@@ -144,7 +144,11 @@ def _training_set(folder: RunFolder, members: Sequence[int]) -> TrainingSet:
     if not folder.folds.is_file():
         return TrainingSet()
     folds = folder.read_folds()
-    return TrainingSet(tuple(len(folds.training(fold)) for fold in members), tuple(folds.names))
+    return TrainingSet(
+        tuple(len(folds.training(fold)) for fold in members),
+        tuple(folds.names),
+        tuple(folder.fold(fold).read_results().summary.started_from for fold in members),
+    )
 
 
 def _training_data(folder: RunFolder) -> dict[str, object]:
@@ -187,7 +191,7 @@ def figures(results: Results, members: Sequence[int]) -> dict[str, object]:
 
 def _without_paths(record: RunRecord) -> RunRecord:
     """The record of a run without the folders of the machine it ran on."""
-    folders = ("output", "profile", "folds_file", "compilation_cache")
+    folders = ("output", "profile", "folds_file", "init", "compilation_cache")
     config = {key: value for key, value in record.config.items() if key not in folders}
     data = config["data"]
     assert isinstance(data, Mapping), "a configuration has a section of its data"

@@ -19,10 +19,12 @@ class TrainingSet:
     Attributes:
         num_cases: of each member, where the folds are known.
         groups: that the folds leave out one after another, such as centres.
+        started_from: whose weights the training of each started from; empty for drawn ones.
     """
 
     num_cases: tuple[int, ...] = ()
     groups: tuple[str, ...] = ()
+    started_from: tuple[str, ...] = ()
 
 
 def classes_of(description: export.Description) -> tuple[str, ...]:
@@ -131,10 +133,18 @@ def _training(description: export.Description, trained_on: TrainingSet) -> str:
 - **Data set**: {origin.text}
 - **Kind**: {kind[origin.synthetic]}
 - **Training cases**: {cases}{"" if total is None else f"; {total} cases are measured below"}
-- **Groups or centres of the folds**: {groups}
+- **Groups or centres of the folds**: {groups}{_start(trained_on)}
 - **Fingerprint**: `{description.provenance["data_fingerprint"][:16]}`; commit
   `{environment.get("git_commit")}`, {environment.get("started", "date unknown")}, \
 {environment.get("device", "device unknown")}"""
+
+
+def _start(trained_on: TrainingSet) -> str:
+    """Whose weights the members started from, whose training data they know as well."""
+    whose = dict.fromkeys(words for words in trained_on.started_from if words)
+    if not whose:
+        return ""
+    return f"\n- **First weights**: {'; '.join(whose)}. Cases of that training are known too"
 
 
 def _figures(description: export.Description) -> str:

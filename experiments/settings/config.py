@@ -124,6 +124,8 @@ class Config:
     """How many folds train side by side; auto: one on each equal part of several accelerators."""
     folds_file: Path | None = None
     """Folds, or one split, to use instead of drawing them: JSON list of train and val case ids."""
+    init: Path | None = None
+    """Run folder or artifact whose weights each fold starts from, as far as they fit."""
     group_by: str | None = None
     """Fact of cases (PI-CAI: center; own folder: group) of which each fold leaves out one value."""
     profile: Path | None = None

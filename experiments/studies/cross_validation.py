@@ -61,6 +61,7 @@ from experiments.settings.config import Config
 from experiments.settings.stored import flatten, to_json
 from experiments.training import feed, tensorboard
 from experiments.training.fold import Fold
+from experiments.training.given_weights import given_weights
 from experiments.training.loop import NOTHING_LEFT, Rest, train_folds
 from experiments.training.programs import Programs, compile_programs, folds_at_once, groups
 
@@ -96,6 +97,8 @@ def run(
     devices = select_accelerator(config.accelerator)
     for sentence in without_effect(config):
         log(f"note: {sentence}")
+    if config.init is not None:
+        given_weights(config.init, config, 0)  # what is no weights is refused before data are read
     if config.compilation_cache:
         keep_compiled(config.data.cache / "compiled")
     programs = programs or compile_programs(config, devices)
@@ -136,13 +139,17 @@ def open_source(config: Config) -> loading.CaseSource:
         return loading.open_source(builder)
 
 
+_OF_A_PROCESS = (
+    *("distributed.process_id", "data.cache", "data.path"),
+    *("folds_file", "init", "output", "plan"),
+)
+"""Settings in which the processes of a run may differ."""
+
+
 def digest_of(config: Config, source: loading.CaseSource, folds: splits.Folds) -> str:
     """SHA-256 of what processes of one run have in common."""
     asked = {
-        key: value
-        for key, value in flatten(to_json(config)).items()
-        if key
-        not in ("distributed.process_id", "data.cache", "data.path", "folds_file", "output", "plan")
+        key: value for key, value in flatten(to_json(config)).items() if key not in _OF_A_PROCESS
     }
     facts = [asked, source.fingerprint, folds.sha256]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

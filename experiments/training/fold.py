@@ -27,6 +27,7 @@ from experiments.settings.config import Config
 from experiments.settings.stored import to_json
 from experiments.training.checkpoints import Checkpoints, newest_intact
 from experiments.training.feed import Feed, hidden_labels, residency, training_feed
+from experiments.training.given_weights import given_weights, start_from
 
 LOG_POINTS = 100
 """Rows of ``history.csv`` that a run's training losses are averaged into."""
@@ -93,6 +94,7 @@ class Progress:
         pending: metrics of the counted steps since the last row.
         best: step and score of the best look at the validation fold.
         collapse_said: whether it was said that the distilled maps have collapsed.
+        started_from: whose weights it started from, in words.
         skipped, skipped_in_a_row: updates left out because something was not finite.
         first_step_s: of the first step, most of it to compile.
         train_s: all time spent, over all starts.
@@ -103,6 +105,7 @@ class Progress:
     pending: list[dict[str, float]] = dataclasses.field(default_factory=list)
     best: Best = Best()
     collapse_said: bool = False
+    started_from: str = ""
     skipped: int = 0
     skipped_in_a_row: int = 0
     first_step_s: float = 0.0
@@ -191,7 +194,10 @@ class FoldInTraining:
         self._checkpoints.close()
 
     def resume(self, fresh: TrainState) -> TrainState:
-        """The state to go on from, as process 0 finds it; ``fresh`` if nothing was saved yet."""
+        """The state to go on from, as process 0 finds it; if nothing was saved yet, ``fresh``.
+
+        The latter with the weights that the run is given, as far as they fit.
+        """
         state, done, start = fresh, Progress(), 0
         with hosts.first_alone("read its checkpoints"):
             resumed = self._checkpoints.resume(fresh) if hosts.is_first() else None
@@ -204,9 +210,19 @@ class FoldInTraining:
         self.done, self.start = done, start
         self._row_from = done.steady_steps, done.steady_s
         if not start:
-            return fresh
+            return self._first(fresh)
         log(f"{self.title}: going on after step {start} of {self._config.train.steps}")
         return hosts.broadcast_from_first(state)
+
+    def _first(self, fresh: TrainState) -> TrainState:
+        """``fresh``, with the weights that the run is given, as far as they fit."""
+        if self._config.init is None:
+            return fresh
+        fold = self.fold
+        given = given_weights(self._config.init, self._config, fold.number, fold.validation)
+        state, self.done.started_from = start_from(fresh, given)
+        log(f"{self.title}: {self.done.started_from}")
+        return state
 
     def count(self, steps: Iterator[Step]) -> None:
         """Account for steps that were made: rows of the history, and whether it can go on."""
@@ -329,6 +345,7 @@ class FoldInTraining:
             loss=done.history[-1]["loss"] if done.history else None,
             skipped_updates=done.skipped,
             best=done.best,
+            started_from=done.started_from,
         )
 
 

@@ -116,7 +116,7 @@ def test_figures_are_of_the_members_alone(tmp_path):
         ),
     )  # fmt: skip
     trained_on = artifact._training_set(folder, [1])
-    assert trained_on == model_card.TrainingSet((12,), ())
+    assert trained_on == model_card.TrainingSet((12,), (), ("",))
     card = model_card.model_card(description, 1, trained_on)
     low, high = own.interval["lesion"]["dice"]
     dice = own.mean["lesion"]["dice"]
@@ -128,10 +128,14 @@ def test_figures_are_of_the_members_alone(tmp_path):
     assert "each was withheld from 25% of its training examples" in card
     assert "called from a confidence of 0.250 on" in card
     assert "never seen a patient" not in card
-    grouped = model_card.TrainingSet((5, 9, 7), ("RUMC", "ZGT", "PCNN"))
+    assert "First weights" not in card
+    grouped = model_card.TrainingSet(
+        (5, 9, 7), ("RUMC", "ZGT", "PCNN"), ("starts from fold 0 of before: 7 of 9 arrays",) * 3
+    )
     card = model_card.model_card(description, 1, grouped)
     assert "5 to 9 for each member" in card
     assert "RUMC, ZGT, PCNN" in card
+    assert card.count("starts from fold 0 of before: 7 of 9 arrays. Cases of that training") == 1
 
 
 def test_artifact_says_what_the_model_was_trained_on(run, tmp_path):
