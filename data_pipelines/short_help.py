@@ -50,7 +50,7 @@ OF_TRAINING: Options = (
     ("--accelerator NAME", "auto, cpu, gpu or tpu", "auto"),
     ("--output FOLDER", "the run folder; the same command continues it", "below runs"),
     ("--num-folds N", "folds over patients", "5"),
-    ("--folds N ...", "those to run now", "all"),
+    ("--folds N ...", "those to run now; all: one network of all cases", "each"),
     ("--train.steps N", "updates for each fold", "250"),
     ("--train.batch-size N", "examples for each update", "2"),
     ("--train.crop D H W", "voxels of a training crop and of the sliding window", "12 48 48"),

@@ -34,7 +34,7 @@ from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.run_folder import RunFolder, folder_of
 from experiments.settings.command_line import complete, parse
-from experiments.settings.config import Config, DistributedConfig, window
+from experiments.settings.config import Config, DistributedConfig, folds_asked, refuse_all, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
 from experiments.settings.systems import OF_ITS_OWN_SIZE, SYSTEMS
@@ -267,6 +267,7 @@ def base_of(command: AblationConfig, options: Sequence[str]) -> tuple[Config, tu
             f"an ablation runs in one process; got {base.distributed}. "
             "Leave out --distributed.launcher and its like; rows run on several machines by --rows."
         )
+    refuse_all(base, "an ablation")
     return base, command.seeds or _PRESETS[command.preset][0]
 
 
@@ -304,7 +305,7 @@ def is_done(config: Config) -> bool:
     """
     folder = folder_of(config)
     folder.refuse_other(config)
-    asked = {*(range(config.num_folds) if config.folds is None else config.folds)}
+    asked = {*folds_asked(config.folds, config.num_folds)}
     return folder.metrics.exists() and asked <= {*(folder.read_results().folds_done or ())}
 
 

@@ -233,7 +233,7 @@ class Findings:
 
 
 def measure(
-    folder: Path, accelerator: Accelerator, folds: Sequence[int] | None = None
+    folder: Path, accelerator: Accelerator, folds: tuple[int, ...] | None = None
 ) -> tuple[list[Focus], list[Agreement]]:
     """The attention of one run.
 

@@ -20,6 +20,7 @@ from experiments.exporting.artifact import write_artifact
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.process.storage import atomic_file
+from experiments.settings.config import FoldsAsked
 from experiments.settings.options import REGISTRY
 
 
@@ -31,8 +32,8 @@ class ExportConfig:
     """Run folder of python -m experiments.cv."""
     output: Path = Path("model.cmsad")
     """File to write."""
-    folds: tuple[int, ...] | None = None
-    """Folds that become the members of the ensemble. All of the run by default."""
+    folds: FoldsAsked = None
+    """Folds that become the members; all: the network of all cases. Each fold by default."""
     license: str = ""
     """Terms of use of the weights: a short name such as CC-BY-NC-4.0, or the path of a text."""
     safetensors: Path | None = None

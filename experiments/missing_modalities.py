@@ -89,7 +89,7 @@ class LossDifference:
 
 
 def measure(
-    run: Path, accelerator: Accelerator, folds: Sequence[int] | None = None
+    run: Path, accelerator: Accelerator, folds: tuple[int, ...] | None = None
 ) -> tuple[Dice, Mapping[str, str]]:
     """Dice of a run's positive cases with each modality withheld; the patient of each case.
 

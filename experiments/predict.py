@@ -53,7 +53,7 @@ from experiments.process.called import callable_module
 from experiments.process.console import log, run_main
 from experiments.process.records import RecordError, decode, encode
 from experiments.run_folder import fold_name
-from experiments.settings.config import Accelerator, ReportConfig
+from experiments.settings.config import Accelerator, FoldsAsked, ReportConfig, folds_asked
 from experiments.settings.options import REGISTRY
 from experiments.settings.stored import from_json
 
@@ -79,8 +79,8 @@ class PredictCommand:
     """Folder for the results."""
     accelerator: Accelerator = "auto"
     """Where to compute; auto takes the best there is."""
-    folds: tuple[int, ...] | None = None
-    """Folds whose weights make the ensemble. All that the model has by default."""
+    folds: FoldsAsked = None
+    """Folds that are averaged; all: the network of all cases. What the model has by default."""
     overlap: float | None = None
     """Least share of a window that its neighbour sees as well. The model's own by default."""
     flip: bool | None = None
@@ -112,7 +112,7 @@ def open_model(command: PredictCommand) -> export.Model:
     elif command.model.is_file():
         model = export.load(command.model)
         if command.folds is not None:
-            model = model.select([fold_name(fold) for fold in command.folds])
+            model = model.select([fold_name(fold) for fold in folds_asked(command.folds, 0)])
     else:
         raise ConfigError(
             f"the model must be a run folder or an artifact; got nothing at {command.model}. "

@@ -30,7 +30,7 @@ from experiments.process.storage import (
     naming_path,
     write_text,
 )
-from experiments.settings.config import Config
+from experiments.settings.config import ALL, Config, FoldsAsked, folds_asked
 from experiments.settings.stored import differences, from_json, to_json
 
 SCHEMA = 2
@@ -42,7 +42,13 @@ SCHEMA = 2
 
 def fold_title(fold: int, num_folds: int) -> str:
     """A fold in the account of a run: counted from 0, as its folder and in every file and page."""
-    return f"fold {fold} ({fold + 1} of {num_folds})"
+    words = fold_words(fold)
+    return words if fold == ALL else f"{words} ({fold + 1} of {num_folds})"
+
+
+def fold_words(fold: int) -> str:
+    """A fold by its number."""
+    return "the network of all cases" if fold == ALL else f"fold {fold}"
 
 
 # What the files hold ------------------------------------------------------------------------------
@@ -463,18 +469,19 @@ class RunFolder:
         data = gather(config.data.name, source.info, config.data.modalities)
         records.write_record(self.training_data, data, schema=DATA_SCHEMA)
 
-    def members(self, config: Config, folds: Sequence[int] | None) -> list[int]:
-        """The folds to use, all of which must be done.
+    def members(self, config: Config, folds: FoldsAsked) -> list[int]:
+        """The folds to use, all of which must be done; ``ALL`` only where it is asked for.
 
         Raises:
             ConfigError: folds that do not exist or are not done.
         """
-        wanted = list(range(config.num_folds)) if folds is None else list(folds)
-        done = self.done(config.num_folds)
-        missing = [fold for fold in wanted if fold not in done]
+        wanted, done = folds_asked(folds, config.num_folds), self.done(config.num_folds)
+        missing = [fold for fold in wanted if not self.is_done(fold)]
         if missing or not wanted:
-            lacking = " ".join(map(str, missing)) or "a choice"
+            lacking = " ".join("all" if fold == ALL else str(fold) for fold in missing)
+            lacking = lacking or "a choice"
             or_pass = f", or pass --folds {' '.join(map(str, done))}" if done else ""
+            or_pass = or_pass or (", or pass --folds all" if self.is_done(ALL) else "")
             raise ConfigError(
                 f"every fold must be done; {self.path} lacks {lacking}. "
                 f"Run python -m experiments.cv again{or_pass}."
@@ -484,7 +491,7 @@ class RunFolder:
 
 def fold_name(number: int) -> str:
     """Name of the folder of a fold, and of the member of an exported model that it becomes."""
-    return f"fold_{number}"
+    return f"fold_{'all' if number == ALL else number}"
 
 
 def _csv(rows: Sequence[Row]) -> str:

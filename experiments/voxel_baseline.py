@@ -30,7 +30,7 @@ from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.summary import Summary, format_summary, summarise
 from experiments.process.console import log, run_main
 from experiments.settings.command_line import parse
-from experiments.settings.config import Config
+from experiments.settings.config import Config, folds_asked, refuse_all
 
 BLURS_MM = (2.0, 4.0, 8.0)
 """Standard deviations of the isotropic blurs."""
@@ -54,6 +54,7 @@ def run(config: Config) -> Summary:
         ConfigError: for a target of several classes.
         DataError: for faults of the data, or training patients of whom none has foreground.
     """
+    refuse_all(config, "the voxel baseline")
     classes = config.data.classes
     target = config.data.definition
     if target.num_parts > 1 or target.ignore is not None or len(classes) > 1:
@@ -69,7 +70,7 @@ def run(config: Config) -> Summary:
     source = loading.build(config.data)
     folds = make_folds(config, source)
     described = Described(source, gland_masks(config.data))
-    selected = range(len(folds)) if config.folds is None else config.folds
+    selected = folds_asked(config.folds, len(folds))
     rows = []
     for fold in progress(selected, description="voxel baseline", total=len(selected)):
         training = [info for info in source.info if info.case_id in set(folds.training(fold))]

@@ -47,6 +47,12 @@ class Folds:
         others = (ids for i, ids in enumerate(self.validation) if i != fold)
         return tuple(sorted(case_id for ids in others for case_id in ids))
 
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Sorted ids of the cases that train or validate somewhere."""
+        trained = (self.training(fold) for fold in range(len(self)))
+        return tuple(sorted({case for ids in (*self.validation, *trained) for case in ids}))
+
     def training_on(self, trained: Sequence[tuple[str, ...]]) -> "Folds":
         """These folds with the cases that train in each, unless those are all others anyway."""
         plain = dataclasses.replace(self, trained=())

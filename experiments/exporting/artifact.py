@@ -22,7 +22,7 @@ from experiments.prediction.windows import (
 from experiments.process.records import encode
 from experiments.process.storage import naming_path
 from experiments.run_folder import Results, RunFolder, RunRecord, fold_name
-from experiments.settings.config import Config, window
+from experiments.settings.config import Config, FoldsAsked, window
 from experiments.training.checkpoints import load_params
 
 UNSTATED_LICENSE = (
@@ -36,7 +36,7 @@ def write_artifact(
     run: Path,
     target: Path | io.BytesIO,
     *,
-    folds: Sequence[int] | None = None,
+    folds: FoldsAsked = None,
     license: str = "",
     platforms: Sequence[str] = export.PLATFORMS,
 ) -> export.Description:

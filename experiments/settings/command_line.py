@@ -267,7 +267,7 @@ def _check_execution(config: Config) -> None:
             f"got --folds-at-once={at_once} and --parallel=pmap. Use --parallel=jit."
         )
     folds = config.folds
-    if folds is not None and any(not 0 <= fold < config.num_folds for fold in folds):
+    if isinstance(folds, tuple) and any(not 0 <= fold < config.num_folds for fold in folds):
         raise ConfigError(
             f"folds must be among 0 to {config.num_folds - 1}; got {folds}. "
             "Name existing folds after --folds."

@@ -12,6 +12,18 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig
 
 Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
+FoldsAsked = tuple[int, ...] | Literal["all"] | None
+"""Numbers of folds, counted from 0; all: the one network of all cases; None: each fold."""
+
+ALL = 999
+"""In the place of a fold's number: that network, which validates no case."""
+
+
+def folds_asked(folds: FoldsAsked, num_folds: int) -> list[int]:
+    """The numbers of the folds that are asked for."""
+    if folds == "all":
+        return [ALL]
+    return list(range(num_folds) if folds is None else folds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +130,8 @@ class Config:
     """Run folder; by default named after preset, data, target and modalities under runs/."""
     num_folds: int = 5
     """Folds over patients, stratified by presence of the target."""
-    folds: tuple[int, ...] | None = None
-    """Folds to run now; a later run completes the rest. All by default."""
+    folds: FoldsAsked = None
+    """Folds to run now, the rest later; all: one network of all cases, which nothing measures."""
     folds_at_once: Literal["auto"] | int = "auto"
     """How many folds train side by side; auto: one on each equal part of several accelerators."""
     folds_file: Path | None = None
@@ -140,6 +152,15 @@ class Config:
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
     report: ReportConfig = ReportConfig()
+
+
+def refuse_all(config: Config, what: str) -> None:
+    """Raise ``ConfigError`` where ``what`` measures, and the network of all cases is asked for."""
+    if config.folds == "all":
+        raise ConfigError(
+            f"{what} measures cases that were held out; got --folds all, which holds out none. "
+            "Name folds by their numbers, or leave out --folds."
+        )
 
 
 def window(config: Config) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from experiments.measuring.summary import Summary, summarise
 from experiments.process.records import INLINE, to_text
 from experiments.process.storage import write_text
 from experiments.run_folder import RunFolder
-from experiments.settings.config import Config, window
+from experiments.settings.config import Config, folds_asked, window
 
 FULL = "full"
 LATE = "late-fusion"
@@ -107,7 +107,7 @@ def write_table(
     runs that hold more folds than this ablation, those that it asks for count.
     """
     base = rows[0].config
-    folds = list(range(base.num_folds)) if base.folds is None else sorted(set(base.folds))
+    folds = sorted({*folds_asked(base.folds, base.num_folds)})
     configs = {variant.name: variant.config for variant in rows}
     done: dict[str, list[Summary]] = {}
     for name in (*configs, *([LATE] if late_fusion else [])):

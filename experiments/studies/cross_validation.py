@@ -57,7 +57,7 @@ from experiments.run_folder import (
     folder_of,
 )
 from experiments.settings.command_line import complete, without_effect
-from experiments.settings.config import Config
+from experiments.settings.config import ALL, Config, folds_asked
 from experiments.settings.stored import flatten, to_json
 from experiments.training import feed, tensorboard
 from experiments.training.fold import Fold
@@ -183,12 +183,14 @@ def run_folds(
         + ("" if programs.several is None else f"; {programs.steps_per_call} steps in each call")
         + ("" if at_once == 1 else f"; up to {at_once} folds side by side")
     )
-    selected = range(config.num_folds) if config.folds is None else config.folds
+    selected = folds_asked(config.folds, config.num_folds)
     todo = hosts.broadcast_from_first(np.array([not folder.is_done(fold) for fold in selected]))
     left = []
     for fold, wanted in zip(selected, todo, strict=True):
         if wanted:
-            training, validation = folds.training(fold), folds.validation[fold]
+            training, validation = folds.cases, ()
+            if fold != ALL:
+                training, validation = folds.training(fold), folds.validation[fold]
             left.append(Fold(fold, training, validation, folder.fold(fold).path))
         else:
             log(f"{fold_title(fold, config.num_folds)}: done before")
@@ -205,6 +207,12 @@ def run_folds(
     if not hosts.is_first():
         return None
     done = folder.done(config.num_folds)
+    if not done:
+        log(
+            "no case was held out, so there is nothing to measure: python -m experiments.predict "
+            f"--model={folder.path} --folds all"
+        )
+        return None
     return finish(config, folder, mean_shape.run(config, source, folds, done))
 
 
@@ -212,12 +220,10 @@ def folds_in_words(config: Config, folds: splits.Folds, num_cases: int) -> str:
     """How many folds of what, which group each of them leaves out, and which cases are in none."""
     over = f"by {config.group_by}" if config.group_by else "over patients"
     names = f" ({', '.join(folds.names)})" if folds.names else ""
-    used = {case_id for ids in folds.validation for case_id in ids}
-    used |= {case_id for i in range(len(folds)) for case_id in folds.training(i)}
     words = f"{len(folds)} folds {over}{names}" if len(folds) > 1 else "one split"
     if folds.test:
         words += f", {len(folds.test)} cases held out as a test"
-    if others := num_cases - len(used) - len(folds.test):
+    if others := num_cases - len(folds.cases) - len(folds.test):
         words += f", {others} cases in no fold"
     return words
 
@@ -264,7 +270,8 @@ def run_group(
     for fold in group if hosts.is_first() else ():
         with naming_path(fold.directory):
             fold.directory.mkdir(exist_ok=True)
-    first = any(fold.number == (config.folds or [0])[0] for fold in group)
+    numbers = folds_asked(config.folds, config.num_folds)
+    first = any(fold.number == numbers[0] for fold in group)
     with profiled(config.profile if first and hosts.is_first() else None):
         trained = train_folds(config, programs, source, group, rest)
     if hosts.is_first():
@@ -319,8 +326,12 @@ def measure_fold(
         f"({summary.steps_per_s:.2f} steps/s, first step {summary.first_step_s:.0f} s, "
         f"{summary.input_wait_share:.1%} of the time waiting for input, "
         f"peak memory {'unknown' if peak is None else f'{peak / 1e9:.1f} GB'})"
-        f", loss {summary.loss or np.nan:.3f}; {len(validation)} cases predicted in "
-        f"{summary.predict_s:.0f} s; {outcome(rows)}"
+        f", loss {summary.loss or np.nan:.3f}; "
+        + (
+            f"{len(validation)} cases predicted in {summary.predict_s:.0f} s; {outcome(rows)}"
+            if validation
+            else "no case is held out"
+        )
     )
 
 

@@ -76,7 +76,7 @@ class FinishedRun:
                 yield params, case
 
 
-def open_run(folder: Path, folds: Sequence[int] | None = None) -> FinishedRun:
+def open_run(folder: Path, folds: tuple[int, ...] | None = None) -> FinishedRun:
     """Read a run and find its data again.
 
     Args:

@@ -22,7 +22,7 @@ from experiments.process import hosts
 from experiments.process.console import RunError, log
 from experiments.process.records import decode
 from experiments.process.storage import atomic_file
-from experiments.run_folder import SCHEMA, Best, FoldFolder, FoldSummary, fold_title
+from experiments.run_folder import SCHEMA, Best, FoldFolder, FoldSummary, fold_title, fold_words
 from experiments.settings.config import Config
 from experiments.settings.stored import to_json
 from experiments.training.checkpoints import Checkpoints, newest_intact
@@ -308,7 +308,7 @@ class FoldInTraining:
         file = FoldFolder(self.fold.directory).not_finite(step.number)
         error = RunError(
             f"loss and gradient must be finite; got {self._config.train.max_skipped} steps in a "
-            f"row of fold {self.fold.number} that are not, up to step {step.number}. See "
+            f"row of {fold_words(self.fold.number)} that are not, up to step {step.number}. See "
             f"python -m experiments.reproduce {file}; use a lower "
             "--train.optimizer.learning-rate, or run again to go on regardless."
         )
@@ -369,13 +369,14 @@ def train_batches(
     if train.unlabelled:
         unlabelled = hidden_labels(source, fold.training, share=train.unlabelled, seed=seed)
         log(
-            f"fold {fold.number}: {len(fold.training) - len(unlabelled)} training cases with a "
-            f"label, {len(unlabelled)} without"
+            f"{fold_words(fold.number)}: {len(fold.training) - len(unlabelled)} training cases "
+            f"with a label, {len(unlabelled)} without"
         )
     labelled = [case_id for case_id in fold.training if case_id not in unlabelled]
     if share and not any(source.foreground(case_id).size for case_id in labelled):
         share = 0.0
-        log(f"fold {fold.number}: no training case holds the target; crops are drawn at random")
+        title = fold_words(fold.number)
+        log(f"{title}: no training case holds the target; crops are drawn at random")
     sampling = Sampling(
         crop=train.crop,
         batch_size=train.batch_size,

@@ -1,6 +1,6 @@
 """Weights learnt elsewhere, from which the folds of a run start: ``--init``."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
 from data_pipelines.serving import splits
-from experiments.run_folder import RunFolder, fold_name
-from experiments.settings.config import Config
+from experiments.run_folder import RunFolder, fold_name, fold_words
+from experiments.settings.config import ALL, Config
 from experiments.training.checkpoints import load_params
 
 NAMED = 4
@@ -49,19 +49,19 @@ def given_weights(path: Path, config: Config, fold: int, validation: Collection[
     if path.is_dir():
         folder = RunFolder(path)
         stored = folder.read_config()
-        members = folder.members(stored, folder.done(stored.num_folds) or None)
-        number = fold if fold in members else members[0]
+        there = [n for n in (fold, *range(stored.num_folds), ALL) if folder.is_done(n)]
+        number, *_ = there or folder.members(stored, None)
         if (stored.data.name, stored.data.path) == (config.data.name, config.data.path):
             _refuse_seen(folder, number, fold, validation)
         weights = flatten_weights(load_params(path, number))
-        return Given({k: np.asarray(v) for k, v in weights.items()}, f"fold {number} of {path}")
+        return Given(_arrays(weights), f"{fold_words(number)} of {path}")
     if path.is_file():
         model = export.load(path)
         names = model.description.members
         name = fold_name(fold) if fold_name(fold) in names else names[0]
         chosen = model.weights[names.index(name)]
         return Given(
-            {k: np.asarray(v) for k, v in chosen.items()},
+            _arrays(chosen),
             f"{name.replace('_', ' ')} of {path}, model {model.sha256[:12]}",
         )
     raise ConfigError(
@@ -70,16 +70,22 @@ def given_weights(path: Path, config: Config, fold: int, validation: Collection[
     )
 
 
+def _arrays(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(values) for name, values in weights.items()}
+
+
 def _refuse_seen(folder: RunFolder, number: int, fold: int, validation: Collection[str]) -> None:
     """Raise if the weights of fold ``number`` there know cases that ``fold`` validates."""
     if not folder.folds.is_file():
         return
-    seen = sorted({*splits.Folds.load(folder.folds).training(number)} & {*validation})
+    folds = splits.Folds.load(folder.folds)
+    known = folds.cases if number == ALL else folds.training(number)
+    seen = sorted({*known} & {*validation})
     if seen:
         more = f" and {len(seen) - NAMED} more" if len(seen) > NAMED else ""
         raise ConfigError(
             "a fold must not validate cases that its weights were learnt from; fold "
-            f"{fold} starts from fold {number} of {folder.path}, which was trained on "
+            f"{fold} starts from {fold_words(number)} of {folder.path}, which was trained on "
             f"{', '.join(seen[:NAMED])}{more}. Take the folds of that run "
             f"(--folds-file={folder.folds}), or --init of other data."
         )
@@ -109,8 +115,8 @@ def start_from(state: TrainState, given: Given) -> tuple[TrainState, str]:
     if unused := sorted(given.weights.keys() - own.keys()):
         words += f"; not used of it: {_named(unused)}"
     params: Any = unflatten_weights({**own, **fits})
-    # the step gives up the memory of both
-    return state.replace(params=params, average=jax.tree.map(jnp.copy, params)), words
+    copy = jax.tree.map(jnp.copy, params)  # the step gives up the memory of both
+    return TrainState(state.step, params, copy, state.opt_state), words
 
 
 def _what(name: str, own: Any, given: Given) -> str:

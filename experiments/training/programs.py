@@ -14,7 +14,7 @@ from cmsad_jax.training import TrainState, init_state, train_step, train_steps
 from cmsad_jax.types import ConfigError, Device
 from experiments.prediction.windows import attention_window, predict_window
 from experiments.process.accelerator import uncollected
-from experiments.settings.config import Config, window
+from experiments.settings.config import Config, folds_asked, window
 from experiments.training.fold import Fold
 
 MOST_STEPS_PER_CALL = 10
@@ -130,7 +130,7 @@ def folds_at_once(config: Config, devices: Sequence[Device]) -> int:
     if asked == "auto":
         if processes > 1 or config.parallel == "pmap" or devices[0].platform == "cpu":
             return 1
-        count = config.num_folds if config.folds is None else len(config.folds)
+        count = len(folds_asked(config.folds, config.num_folds))
         return max(1, math.gcd(count, len(devices)))
     if asked > 1 and processes > 1:
         raise ConfigError(

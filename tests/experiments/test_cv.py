@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading
 from experiments import reproduce, run_folder
+from experiments.exporting.artifact import write_artifact
 from experiments.measuring.metrics import to_mask
 from experiments.process.console import RunError
 from experiments.process.storage import locked
@@ -68,6 +70,27 @@ def test_every_patient_is_measured_once(finished):
     by_case = {info.case_id: info.positive for info in source.info}
     for row in metrics.summary.metric_per_case:
         assert (row.dice is not None) == by_case[row.case_id]
+
+
+def test_one_network_of_all_cases(finished, tmp_path, capsys):
+    config, _ = finished
+    alone = dataclasses.replace(config, output=tmp_path / "alone", folds="all")
+    assert cross_validation.run(alone) is None
+    said = capsys.readouterr().out
+    assert "the network of all cases: 2 steps in" in said
+    assert "no case is held out" in said
+    assert f"experiments.predict --model={alone.output} --folds all" in said
+    folder = run_folder.RunFolder(alone.output)
+    assert [path.name for path in sorted(alone.output.glob("fold_*"))] == ["fold_all"]
+    artifact = io.BytesIO()
+    description = write_artifact(alone.output, artifact, folds="all", platforms=["cpu"])
+    assert description.members == ("fold_all",)
+    assert description.metrics == {}
+    with pytest.raises(ConfigError, match=r"lacks 0 1 2\. .* or pass --folds all"):
+        folder.members(alone, None)
+    again = cross_validation.run(alone)
+    assert again is None
+    assert "the network of all cases: done before" in capsys.readouterr().out
 
 
 def test_masks_lie_in_the_frame_of_the_original_t2w(finished):
