@@ -185,7 +185,7 @@ class LossConfig:
             raise ConfigError(
                 "a distance to the surface is not known where voxels are to be ignored; got a "
                 f"distance_clip_mm of {network.distance_clip_mm:g} and labels with such voxels. "
-                "Use --network.distance-clip-mm None, or labels without them."
+                "Use labels without them, or --network.distance-clip-mm None."
             )
         if self.region == "tversky" and self.tversky_alpha == self.tversky_beta == 0.5:
             raise ConfigError(

@@ -52,7 +52,7 @@ class DataConfig:
     """
 
     name: str = AUTO
-    """auto, phantom, phantom2, picai, prostate158, msd_prostate or nifti_folder."""
+    """Builder: auto, phantom, phantom2, picai, prostate158, msd_prostate or nifti_folder."""
     path: Path | None = None
     """Where the user's files lie. With auto, they say which builder; without, the phantom."""
     files: tuple[str, ...] = ()

@@ -361,5 +361,7 @@ def test_beam_builds_the_same_data_set(tmp_path):
 
 def test_a_folder_for_a_data_set_that_reads_none_is_refused(tmp_path):
     for name in ("phantom", "phantom2"):
-        with pytest.raises(DataError, match=rf"'{name}' draws its images .* --data\.path"):
+        with pytest.raises(
+            DataError, match=rf"is drawn reads no folder; got --data.name={name} and"
+        ):
             open_builder(DataConfig(name=name, path=tmp_path, cache=tmp_path))

@@ -75,6 +75,7 @@ def test_batch_that_compiles_to_more_than_the_line_told_is_reduced(monkeypatch, 
     assert "--train.batch-size=7 takes 9.00 GiB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_of_a_batch_is_on_the_line_through_two_smaller_ones():
     config = tiny_config()
     devices = jax.devices("cpu")[:1]

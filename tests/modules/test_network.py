@@ -39,7 +39,7 @@ def test_any_number_of_modalities_on_slices_and_volumes(rank, names):
     space = batch["image"].shape[1:-1]
     assert output.logits.shape == (2, *space, 1)
     assert output.logits.dtype == jnp.float32
-    assert [len(output.features[name]) for name in names] == [3] * len(names)
+    assert [len(output.features[name]) for name in names] == [2] * len(names)
     shapes = config.encoder.stage_shapes(space)
     for stage, feature in enumerate(output.features[names[-1]]):
         assert feature.shape == (2, *shapes[stage], config.encoder.channels[stage])
@@ -167,7 +167,7 @@ def test_weights_of_modalities_are_told_for_each_stage_and_are_of_an_example_in_
     )
     network, params = init(config, batch)
     output = jax.jit(network.apply)({"params": params}, batch["image"])
-    assert [weights.shape for weights in output.modality_weights] == [(1, 2)] * 3
+    assert [weights.shape for weights in output.modality_weights] == [(1, 2)] * 2
     np.testing.assert_allclose([w.sum() for w in output.modality_weights], 1, rtol=1e-5)
 
 
@@ -274,10 +274,10 @@ def test_scff_at_some_stages_leaves_the_others_to_concat():
     config = dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, stages=(1,)))
     network, params = init(config, batch)
     output = jax.jit(network.apply)({"params": params}, batch["image"])
-    assert [gates is not None for gates in output.gates] == [False, True, False]
-    assert ["gate" in params[f"fusion{stage}"] for stage in range(3)] == [False, True, False]
+    assert [gates is not None for gates in output.gates] == [False, True]
+    assert ["gate" in params[f"fusion{stage}"] for stage in range(2)] == [False, True]
     whole = init(tiny_config(), batch)[1]
-    assert all("gate" in whole[f"fusion{stage}"] for stage in range(3))
+    assert all("gate" in whole[f"fusion{stage}"] for stage in range(2))
     fusion = Fusion(6, config.modalities, config.fusion)
     of_stage = fusion.apply(
         {"params": params["fusion1"]},
@@ -338,15 +338,15 @@ def test_encoder_inside_an_nnx_model():
     [
         (lambda: EncoderConfig(channels=(4, 8)), "one entry for each encoder stage"),
         (
-            lambda: dataclasses.replace(TINY_3D, kernels=((2, 3, 3),) * 3),
+            lambda: dataclasses.replace(TINY_3D, kernels=((2, 3, 3),) * 2),
             "kernel sizes must be odd",
         ),
         (
-            lambda: dataclasses.replace(TINY_3D, blocks=(1, 0, 1)),
-            r"blocks must be at least 1; got .* blocks \(1, 0, 1\)",
+            lambda: dataclasses.replace(TINY_3D, blocks=(1, 0)),
+            r"blocks must be at least 1; got .* blocks \(1, 0\)",
         ),
         (
-            lambda: dataclasses.replace(TINY_3D, strides=((1, 1),) * 3),
+            lambda: dataclasses.replace(TINY_3D, strides=((1, 1),) * 2),
             "one entry for each axis of space",
         ),
         (lambda: TINY_3D.stage_shapes((1, 2, 2)), "must keep more than one voxel"),
