@@ -18,7 +18,7 @@ cv: $(VENV)/.experiments ## five-fold cross-validation, e.g. make cv ARGS="--acc
 	@$(RUN) experiments.cv $(ARGS)
 
 test: $(VENV)/.dev ## run the tests
-	@$(RUN) pytest -n auto --maxprocesses 4 $(ARGS)
+	@$(RUN) pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-versions: $(VENV)/.dev ## a short suite on the oldest and on the newest releases that are accepted
 	@.ci/versions $(BIN)/uv

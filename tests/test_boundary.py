@@ -264,9 +264,9 @@ WRONG = [
         "got channels ()",
     ),
     (
-        lambda: dataclasses.replace(TINY_3D, kernels=((-1, 3, 3),) * 3),
+        lambda: dataclasses.replace(TINY_3D, kernels=((-1, 3, 3),) * 2),
         "kernel sizes must be odd and at least 1",
-        "got ((-1, 3, 3), (-1, 3, 3), (-1, 3, 3)). Use 1, 3 or 5",
+        "got ((-1, 3, 3), (-1, 3, 3)). Use 1, 3 or 5",
     ),
     (
         lambda: NetworkConfig(modalities="t2w"),
@@ -646,9 +646,15 @@ TOGETHER = [
 ]
 
 
+THREE_STAGES = EncoderConfig(
+    (4, 6, 8), ((3, 3, 3),) * 3, ((1, 1, 1), (1, 2, 2), (2, 2, 2)), (1,) * 3
+)
+
+
 @pytest.mark.parametrize(("fusion", "modalities", "settings", "message"), TOGETHER)
 def test_settings_that_cannot_go_together_are_refused(fusion, modalities, settings, message):
     network = tiny_config(fusion=fusion, modalities=modalities)
+    network = dataclasses.replace(network, encoder=THREE_STAGES)
     config = LossConfig(**settings)
     if message is None:
         config.check(network)

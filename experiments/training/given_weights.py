@@ -107,7 +107,7 @@ def start_from(state: TrainState, given: Given) -> tuple[TrainState, str]:
         raise ConfigError(
             "at least one array of the weights to start from must fit in name and shape; got "
             f"{_named(sorted(given.weights))} of {given.whose} for {_named(sorted(own))}. Use "
-            "--network.* and --data.modalities as that run had them, or leave out --init."
+            "the network and the modalities of that run, or leave out --init."
         )
     words = f"starts from {given.whose}: {len(fits)} of {len(own)} arrays"
     if fresh := [_what(name, own[name], given) for name in own if name not in fits]:

@@ -28,6 +28,7 @@ def test_every_job_has_a_core():
     assert jobs._shares([4, 7], 5) == [[4], [7], [4], [7], [4]]
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_gives_and_their_fault_ends_all(tmp_path, capsys):
     def configs(folder):
         return [
