@@ -15,12 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from benchmarks import timing
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from benchmarks import pictures, timing
 
 PARTS: dict[str, tuple[list[str], list[str]]] = {
     "kernels": (["--quick"], []),
@@ -38,11 +35,15 @@ _NOT_RESULTS = ("device", "versions")
 
 
 def run(
-    parts: Sequence[str], *, quick: bool, keep: Path | None = None
+    parts: Sequence[str],
+    *,
+    quick: bool,
+    keep: Path | None = None,
+    of: dict[str, str | None] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What each part wrote as JSON, and those that failed; a part's own table goes to stdout.
 
-    ``keep``: file for the rows of all parts, written after each.
+    ``keep``: file for the rows of all parts, written after each, headed by ``of``, their account.
     """
     found, failed = {}, []
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +61,9 @@ def run(
             found[name] = json.loads(file.read_text("utf-8"))
             found[name]["seconds"] = time.perf_counter() - started
             if keep:
-                keep.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                keep.write_text(
+                    json.dumps({"about": of, **found}, indent=2) + "\n", encoding="utf-8"
+                )
     return found, failed
 
 
@@ -78,23 +81,16 @@ def long_table(found: dict[str, dict[str, Any]]) -> str:
     return timing.markdown(lines)
 
 
-def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
-    """Bars: what each kernel reached of its limit, a copy or a matrix product."""
+def plot(found: dict[str, dict[str, Any]], file: Path, of: dict[str, str | None]) -> None:
+    """Bars: what each kernel reached of its limit; ``of`` is the account of the figures."""
     rows = [row for row in found.get("kernels", {"rows": []})["rows"] if "copy_share" in row]
     labels = [
         " ".join((row["op"], row["shape"], row["dtype"], row["mode"], row["implementation"]))
         for row in rows
     ]
-    places = range(len(rows))
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.25 * max(len(rows), 4)), layout="constrained")
-    colours = ["C1" if row["implementation"] == "pytorch" else "C0" for row in rows]
-    shares = [max(row["copy_share"], row.get("rate_share") or 0) for row in rows]
-    axes.barh(places, [100 * share for share in shares], color=colours)
-    axes.set_yticks(places, labels)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.axvline(100, color="0.5", linewidth=1)
-    axes.set_xlabel("% of a copy, or of a matrix product, in the same run")
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.25 * max(len(rows), 4)), layout="constrained")
+    figure.suptitle(pictures.title("Kernels against their limit", of), fontsize=9)
+    pictures.draw_shares(axes, rows, labels)
     axes.tick_params(axis="y", labelsize=6)
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -108,12 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into FILE (PNG)")
     options = parser.parse_args(arguments)
-    found, failed = run(options.parts, quick=options.quick, keep=options.json)
+    words = ["--quick"] if options.quick else []
+    words += [] if options.parts == list(PARTS) else ["--parts", *options.parts]
+    of = pictures.account(" ".join(["python -m benchmarks", *words]))
+    found, failed = run(options.parts, quick=options.quick, keep=options.json, of=of)
     print(f"\n{timing.device()}; {timing.versions()}\n")
     print(long_table(found))
     print("\n" + ", ".join(f"{name} {part['seconds']:.0f} s" for name, part in found.items()))
     if options.plot:
-        plot(found, options.plot)
+        plot(found, options.plot, of)
     if failed:
         raise SystemExit(f"failed, see above: {', '.join(failed)}")
 

@@ -23,12 +23,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from benchmarks import timing
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from benchmarks import pictures, timing
 
 MINUTES = 9.0
 """Within which everything ends."""
@@ -191,11 +188,11 @@ def section(outcomes: Sequence[Outcome], *, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(outcomes: Sequence[Outcome], file: Path) -> None:
+def plot(outcomes: Sequence[Outcome], file: Path, of: Mapping[str, str | None]) -> None:
     """Two panels: examples a second of every train step, and what each kernel reached."""
     of_part = {one.part: one.rows for one in outcomes}
     figure, (steps, kernels) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
-    figure.suptitle(f"{timing.device()}, {datetime.date.today().isoformat()}")
+    figure.suptitle(pictures.title("Train steps, and kernels against their limit", of))
     rows = of_part.get("train_step", ())
     places = range(len(rows))
     steps.barh(places, [row["examples_per_s"] for row in rows])
@@ -204,14 +201,9 @@ def plot(outcomes: Sequence[Outcome], file: Path) -> None:
     steps.invert_yaxis()
     steps.set_xlabel("training examples a second")
     rows = [row for row in of_part.get("kernels", ()) if row.get("copy_share") is not None]
-    shares = [100 * max(row["copy_share"], row.get("rate_share") or 0) for row in rows]
-    colours = ["C1" if row["implementation"] == "pytorch" else "C0" for row in rows]
-    kernels.barh(range(len(rows)), shares, color=colours)
     names = [f"{row['op']} {row['shape']} {row['mode']} {row['implementation']}" for row in rows]
-    kernels.set_yticks(range(len(rows)), names, fontsize=5)
-    kernels.invert_yaxis()
-    kernels.axvline(100, color="0.5", linewidth=1)
-    kernels.set_xlabel("% of a copy, or of a matrix product, in the same run (orange: PyTorch)")
+    pictures.draw_shares(kernels, rows, names)
+    kernels.tick_params(axis="y", labelsize=5)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
@@ -222,6 +214,7 @@ def run(
     """All parts, one after another; what is known is written after each."""
     folder.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.accelerator" + (" --tiny" if tiny else "")
+    of = pictures.account(command)
     end, outcomes = time.perf_counter() + 60 * minutes, []
     for part in parts:
         left = max(end - time.perf_counter(), 0.0)
@@ -229,17 +222,11 @@ def run(
         outcome = run_part(part, tiny=tiny, seconds=part.share * left, folder=folder)
         print(f"{part.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
         outcomes.append(outcome)
-        found = {
-            "device": timing.device(),
-            "versions": timing.versions(),
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": command,
-            "parts": [dataclasses.asdict(one) for one in outcomes],
-        }
+        found = {**of, "parts": [dataclasses.asdict(one) for one in outcomes]}
         text = json.dumps(found, indent=1) + "\n"
         (folder / "accelerator.json").write_text(text, encoding="utf-8")
         (folder / "accelerator.md").write_text(section(outcomes, command=command), "utf-8")
-        plot(outcomes, folder / "accelerator.png")
+        plot(outcomes, folder / "accelerator.png", of)
     return outcomes
 
 

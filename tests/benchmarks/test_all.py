@@ -6,8 +6,10 @@ import types
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot as plt
 
 from benchmarks import __main__ as everything
+from benchmarks import pictures
 
 ROW = {"op": "op", "shape": "s", "dtype": "d", "mode": "m", "implementation": "i", "device": "x"}
 
@@ -62,4 +64,24 @@ def test_a_part_that_fails_costs_no_other(parts, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="failed, see above: kernels"):
         everything.main(["--json", str(tmp_path / "all.json")])
     assert "MemoryError: too large" in capsys.readouterr().err
-    assert list(json.loads((tmp_path / "all.json").read_text("utf-8"))) == ["train_step"]
+    found = json.loads((tmp_path / "all.json").read_text("utf-8"))
+    assert list(found) == ["about", "train_step"]
+    assert found["about"]["command"] == "python -m benchmarks"
+
+
+def test_a_bar_beyond_the_scale_says_its_number():
+    figure, axes = plt.subplots()
+    rows = [ROW | {"copy_share": 0.5}, ROW | {"copy_share": 0.1, "rate_share": 3.456}]
+    pictures.draw_shares(axes, rows, ["half", "beyond"])
+    assert [bar.get_width() for bar in axes.patches] == [50, pictures.END]
+    assert [text.get_text() for text in axes.texts] == ["346 % ▸"]
+    assert axes.get_xlim() == (0, pictures.END)
+    plt.close(figure)
+
+
+def test_a_picture_says_what_it_is_of():
+    of = pictures.account("python -m benchmarks") | {"commit": "0123456789abcdef-dirty"}
+    assert pictures.title("Kernels", of) == (
+        f"Kernels\n{of['device']}, {of['date'][:10]}, commit 0123456789abcd"
+    )
+    assert pictures.title("Kernels", of | {"commit": None}).endswith(of["date"][:10])
