@@ -26,6 +26,10 @@ class Decoder(nn.Module):
         block: residual, or plain.
         num_blocks: blocks of each stage.
         rematerialize: as in ``NetworkConfig``.
+
+    Examples:
+        >>> Decoder(num_classes=1, kernels=((3, 3, 3), (1, 3, 3))).num_deep
+        0
     """
 
     num_classes: int

@@ -36,7 +36,12 @@ from cmsad_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
-    """How the modalities' features become one."""
+    """How the modalities' features become one.
+
+    Examples:
+        >>> FusionConfig(kind="mean").kind
+        'mean'
+    """
 
     kind: Literal["scff", "concat", "mean", "max", "attention", "early"] = "scff"
     """Spatial correlated feature fusion, or a baseline; early: one encoder of all modalities."""
@@ -79,6 +84,10 @@ class FusionOutput:
         correlation_loss: ``KL(softmax_c(g_i) || softmax_c(ghat_ij))`` summed over channels,
             averaged over voxels and over the pairs present; 0 where there is no pair. ``g_i`` is
             under a stop-gradient unless ``FusionConfig`` says otherwise, and so is the direction.
+
+    Examples:
+        >>> FusionOutput(jnp.ones((1, 2, 2, 3)), None, jnp.zeros(1)).fused.shape
+        (1, 2, 2, 3)
     """
 
     fused: Float[Array, "b *space c"]
@@ -122,6 +131,13 @@ class Fusion(nn.Module):
             ``present`` go by it, and not by the order of a dictionary, which JAX sorts by key.
         config: which fusion; ``early`` has none at a stage.
         dtype: in which the convolutions compute; correlations and losses are float32.
+
+    Examples:
+        >>> features = {name: jnp.ones((1, 2, 2, 3)) for name in ("t2w", "adc")}
+        >>> fusion = Fusion(channels=3, modalities=("t2w", "adc"), config=FusionConfig(kind="mean"))
+        >>> output, _ = jax.eval_shape(fusion.init_with_output, jax.random.key(0), features)
+        >>> output.fused.shape
+        (1, 2, 2, 3)
     """
 
     channels: int

@@ -33,7 +33,12 @@ Keys = Shaped[Array, " b"]
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    """Everything that fixes the architecture."""
+    """Everything that fixes the architecture.
+
+    Examples:
+        >>> NetworkConfig(modalities=("t2w", "adc"), num_classes=3).encoder.channels
+        (8, 16, 32, 64)
+    """
 
     modalities: tuple[str, ...] = ("t2w", "adc", "hbv")
     """Names of the input channels ``m``, one encoder each; any number from 1 up."""
@@ -103,6 +108,13 @@ class NetworkOutput:
         fused: fused feature of each stage.
         gates: spatial gates ``b *space m`` of each stage; None where the fusion has none.
         correlation_loss: mean of SCFF's correlation loss over the stages that have SCFF, else 0.
+
+    Examples:
+        >>> network = CMSAD(NetworkConfig(modalities=("t2w", "adc")))
+        >>> image = jnp.zeros((1, 4, 16, 16, 2))
+        >>> output, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), image)
+        >>> output.features["adc"][1].shape
+        (1, 4, 8, 8, 16)
     """
 
     logits: Float[Array, "b *space k"]
@@ -118,6 +130,13 @@ class CMSAD(nn.Module):
 
     It is a pure function of its inputs, the same in training and prediction: dropping modalities
     is a change of ``present``, made by the caller.
+
+    Examples:
+        >>> network = CMSAD(NetworkConfig(modalities=("t2w", "adc")))
+        >>> image = jnp.zeros((1, 4, 16, 16, 2))
+        >>> output, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), image)
+        >>> output.logits.shape
+        (1, 4, 16, 16, 1)
     """
 
     config: NetworkConfig = NetworkConfig()
