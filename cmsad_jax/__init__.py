@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmsad_jax.augmentation import AugmentationConfig, augment
     from cmsad_jax.inference import sliding_window
-    from cmsad_jax.kernels import attention_map, convolution, correlation
+    from cmsad_jax.kernels import attention_energy, attention_map, convolution, correlation
     from cmsad_jax.losses.distillation import (
         AttentionConfig,
         average_distillation_loss,
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
         tversky_loss,
     )
     from cmsad_jax.metrics import dice_score, precision, sensitivity
+    from cmsad_jax.modules.baselines import residual_encoder_unet, unet
     from cmsad_jax.modules.decoder import Decoder
     from cmsad_jax.modules.encoder import Encoder, EncoderConfig
-    from cmsad_jax.modules.fusion import Fusion, FusionConfig
+    from cmsad_jax.modules.fusion import Fusion, FusionConfig, FusionOutput
     from cmsad_jax.modules.network import CMSAD, NetworkConfig, NetworkOutput
     from cmsad_jax.named_weights import check_weights
     from cmsad_jax.parallel import parallelize
@@ -49,11 +50,13 @@ _HOME = {
     "EncoderConfig": "modules.encoder",
     "Fusion": "modules.fusion",
     "FusionConfig": "modules.fusion",
+    "FusionOutput": "modules.fusion",
     "LossConfig": "training",
     "NetworkConfig": "modules.network",
     "NetworkOutput": "modules.network",
     "OptimizerConfig": "training",
     "TrainState": "training",
+    "attention_energy": "kernels",
     "attention_map": "kernels",
     "augment": "augmentation",
     "average_distillation_loss": "losses.distillation",
@@ -72,11 +75,13 @@ _HOME = {
     "output_distillation_loss": "losses.distillation",
     "parallelize": "parallel",
     "precision": "metrics",
+    "residual_encoder_unet": "modules.baselines",
     "self_distillation_loss": "losses.distillation",
     "sensitivity": "metrics",
     "sliding_window": "inference",
     "train_step": "training",
     "tversky_loss": "losses.segmentation",
+    "unet": "modules.baselines",
 }
 
 __all__ = [
@@ -89,11 +94,13 @@ __all__ = [
     "EncoderConfig",
     "Fusion",
     "FusionConfig",
+    "FusionOutput",
     "LossConfig",
     "NetworkConfig",
     "NetworkOutput",
     "OptimizerConfig",
     "TrainState",
+    "attention_energy",
     "attention_map",
     "augment",
     "average_distillation_loss",
@@ -112,11 +119,13 @@ __all__ = [
     "output_distillation_loss",
     "parallelize",
     "precision",
+    "residual_encoder_unet",
     "self_distillation_loss",
     "sensitivity",
     "sliding_window",
     "train_step",
     "tversky_loss",
+    "unet",
 ]
 
 

@@ -33,6 +33,10 @@ class AugmentationConfig:
     Each effect has a probability: per example for ``flip``, ``affine`` and ``elastic``, which move
     all modalities and the labels alike, else per modality. Strengths are drawn uniformly. The
     intensities are taken to be standardised (mean 0, standard deviation 1), pixels to be square.
+
+    Examples:
+        >>> AugmentationConfig(flip_probability=0.0).flip_probability
+        0.0
     """
 
     flip_probability: float = 0.5
@@ -119,6 +123,14 @@ def augment(
 
     Returns:
         Image and labels of the same shapes. Computed in float32, returned in the image's type.
+
+    Examples:
+        >>> image, labels = jnp.zeros((2, 4, 8, 8, 3)), jnp.zeros((2, 4, 8, 8), int)
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> moving = functools.partial(augment, keys=keys, config=AugmentationConfig())
+        >>> moved, _ = jax.eval_shape(moving, image, labels)
+        >>> moved.shape
+        (2, 4, 8, 8, 3)
     """
     if present is None:
         present = jnp.ones((image.shape[0], image.shape[-1]), bool)

@@ -67,6 +67,15 @@ def sliding_window(
     Raises:
         ConfigError: for settings outside their range, an image, window and ``present`` that do not
             fit each other, or a ``predict`` that returns another shape than ``b *window k``.
+
+    Examples:
+        >>> image, present = np.ones((4, 8, 8, 2), np.float32), np.array([True, True])
+        >>> probability = sliding_window(
+        ...     lambda windows, present: windows[..., :1] / 2,
+        ...     image, present, window=(4, 4, 4), num_classes=1,
+        ... )
+        >>> probability.shape, float(probability.max())
+        ((4, 8, 8, 1), 0.5)
     """
     window, flip_axes = _check_sliding(
         image, present, window, num_classes, overlap, batch_size, flip_axes

@@ -15,19 +15,34 @@ Classes = Int[Array | np.ndarray, "b *space"] | Bool[Array | np.ndarray, "b *spa
 
 
 def dice_score(prediction: Classes, labels: Classes, *, class_index: int = 1) -> PerExample:
-    """``2 |T & P| / (|T| + |P|)`` of one class; nan where the truth ``T`` is empty."""
+    """``2 |T & P| / (|T| + |P|)`` of one class; nan where the truth ``T`` is empty.
+
+    Examples:
+        >>> dice_score(jnp.array([[1, 1, 0, 0]]), jnp.array([[1, 0, 0, 0]])) > 0.66
+        Array([ True], dtype=bool)
+    """
     both, predicted, true = _counts(prediction, labels, class_index)
     return _where(true > 0, 2 * both, true + predicted)
 
 
 def sensitivity(prediction: Classes, labels: Classes, *, class_index: int = 1) -> PerExample:
-    """``|T & P| / |T|`` of one class; nan where the truth ``T`` is empty."""
+    """``|T & P| / |T|`` of one class; nan where the truth ``T`` is empty.
+
+    Examples:
+        >>> sensitivity(jnp.array([[1, 1, 0, 0]]), jnp.array([[1, 0, 0, 0]]))
+        Array([1.], dtype=float32)
+    """
     both, _, true = _counts(prediction, labels, class_index)
     return _where(true > 0, both, true)
 
 
 def precision(prediction: Classes, labels: Classes, *, class_index: int = 1) -> PerExample:
-    """``|T & P| / |P|`` of one class; nan where the truth or the prediction is empty."""
+    """``|T & P| / |P|`` of one class; nan where the truth or the prediction is empty.
+
+    Examples:
+        >>> precision(jnp.array([[1, 1, 0, 0]]), jnp.array([[1, 0, 0, 0]]))
+        Array([0.5], dtype=float32)
+    """
     both, predicted, true = _counts(prediction, labels, class_index)
     return _where((true > 0) & (predicted > 0), both, predicted)
 

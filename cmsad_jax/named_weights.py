@@ -88,6 +88,9 @@ def check_weights(weights: Mapping[str, Any], name: str = "the weights") -> None
 
     Raises:
         ConfigError: names the first such array and says how many of its values are at fault.
+
+    Examples:
+        >>> check_weights({"encoder.kernel": np.ones(3, np.float32)})
     """
     for path, value in flatten_weights(weights).items():
         array = np.asarray(value)

@@ -81,6 +81,13 @@ def parallelize(
     Raises:
         ConfigError: for another ``mode``, or ``pmap`` with several processes; from
             ``place_batch``, if a batch does not divide by the number of devices.
+
+    Examples:
+        >>> step = parallelize(lambda state, batch: (state + batch["x"].sum(), {}))
+        >>> state, batch = step.place_state(jnp.zeros(())), step.place_batch({"x": np.ones(8)})
+        >>> state, _ = step.step(state, batch)
+        >>> float(step.fetch_state(state))
+        8.0
     """
     if mode not in ("jit", "pmap"):
         raise ConfigError(f"mode must be jit or pmap; got {mode!r}. Use mode='jit'.")

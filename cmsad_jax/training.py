@@ -51,7 +51,12 @@ which sees the modalities that are withheld from the pupil."""
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The terms of the objective; distillation and correlation of weight 0 are not computed."""
+    """The terms of the objective; distillation and correlation of weight 0 are not computed.
+
+    Examples:
+        >>> LossConfig(cross_modal_weight=0.5).region
+        'dice'
+    """
 
     region: Literal["dice", "tversky"] = "dice"
     """Overlap term."""
@@ -323,7 +328,13 @@ def _is_changed(config: Any, setting: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimiser under a warm-up and a decay of its learning rate, with clipped gradients."""
+    """Optimiser under a warm-up and a decay of its learning rate, with clipped gradients.
+
+    Examples:
+        >>> schedule = OptimizerConfig(learning_rate=1e-3).schedule(100)
+        >>> float(schedule(0)) < float(schedule(5))
+        True
+    """
 
     kind: Literal["adamw", "adam", "sgd"] = "adamw"
     """Adam with decoupled weight decay, Adam, or gradient descent with momentum."""
@@ -420,6 +431,10 @@ class TrainState:
         params: float32 master weights.
         average: their exponential moving average; equal to ``params`` where the decay is 0.
         opt_state: Optax state.
+
+    Examples:
+        >>> TrainState(step=jnp.asarray(3), params={}, average={}, opt_state=()).step
+        Array(3, dtype=int32, weak_type=True)
     """
 
     step: PyTree
@@ -452,6 +467,13 @@ def init_state(
     """Fresh state for images of ``image_shape`` (``b *space m``); equal keys give equal weights.
 
     Call it outside ``jit``: it compiles programs of its own, once for each network and shape.
+
+    Examples:
+        >>> network = CMSAD(NetworkConfig(modalities=("t2w", "adc")))
+        >>> optimizer = OptimizerConfig().optimizer(100)
+        >>> state = init_state(  # doctest: +SKIP
+        ...     network, optimizer, (1, 4, 16, 16, 2), key=jax.random.key(0)
+        ... )
     """
     return _first_state(optimizer, _draw_params(network, tuple(image_shape), key))
 
@@ -790,6 +812,14 @@ def train_step(
 
     Raises:
         ConfigError: if the batch lacks an entry, has other keys, or cannot be cut into equal parts.
+
+    Examples:
+        >>> network = CMSAD(NetworkConfig(modalities=("t2w", "adc")))
+        >>> optimizer = OptimizerConfig().optimizer(100)
+        >>> step = functools.partial(
+        ...     train_step, network=network, optimizer=optimizer, loss=LossConfig()
+        ... )
+        >>> state, metrics = jax.jit(step)(state, batch)  # doctest: +SKIP
     """
     batch = dict(batch)
     if lacking := [name for name in BATCH if name not in batch]:

@@ -46,7 +46,12 @@ Device: TypeAlias = Any
 
 
 class ConfigError(ValueError):
-    """A setting or a shape that cannot work; the message holds the rule, what came, the remedy."""
+    """A setting or a shape that cannot work; the message holds the rule, what came, the remedy.
+
+    Examples:
+        >>> issubclass(ConfigError, ValueError)
+        True
+    """
 
 
 def check_choices(config: Any) -> None:

@@ -41,6 +41,11 @@ def attention_energy(
 
     Raises:
         ConfigError: if ``kind`` is unknown or ``exponent`` below 1.
+
+    Examples:
+        >>> attention_energy(2 * jnp.ones((1, 2, 2, 3)))
+        Array([[[4., 4.],
+                [4., 4.]]], dtype=float32)
     """
     check_energy(kind, exponent)
     return reference.attention_energy(features, kind=kind, exponent=exponent)
@@ -94,6 +99,11 @@ def attention_map(
 
     Raises:
         ConfigError: if a setting is unknown or out of its range.
+
+    Examples:
+        >>> attention_map(jnp.ones((1, 2, 2, 3)))
+        Array([[[0.5, 0.5],
+                [0.5, 0.5]]], dtype=float32)
     """
     check_normalization(normalization, temperature)
     energy = attention_energy(features, kind=kind, exponent=exponent)
@@ -127,6 +137,12 @@ def correlation(
     Raises:
         ConfigError: if shapes disagree.
         NotImplementedError: if ``implementation`` is unknown.
+
+    Examples:
+        >>> features = [jnp.ones((1, 2, 2, 3))] * 2
+        >>> one = jnp.ones((1, 2, 2, 3))
+        >>> correlation(features, one, one, one).shape
+        (1, 2, 2, 2, 2)
     """
     shapes = {feature.shape for feature in features}
     if len(shapes) != 1:
@@ -170,6 +186,10 @@ def convolution(
     Raises:
         ConfigError: if the numbers of axes, channels or types disagree, or a kernel size is even.
         NotImplementedError: if ``implementation`` is unknown, or ``folded`` is asked for slices.
+
+    Examples:
+        >>> convolution(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2)), strides=(2, 2)).shape
+        (1, 2, 2, 2)
     """
     rank = x.ndim - 2
     strides = tuple(strides) if isinstance(strides, Sequence) else (strides,)

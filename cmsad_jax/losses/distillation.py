@@ -55,7 +55,12 @@ where the modalities taught one another and nobody else did.
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """How the attention map of a stage is made from its features (docs/method.md, section 2)."""
+    """How the attention map of a stage is made from its features (docs/method.md, section 2).
+
+    Examples:
+        >>> AttentionConfig(kind="max").exponent
+        2.0
+    """
 
     kind: Literal["mean", "sum", "max"] = "mean"
     """How the channels' abs(feature) ** exponent become one value."""
@@ -115,6 +120,11 @@ def cross_modal_distillation_loss(
     Raises:
         ConfigError: if features, stages, pairs, distance, reduction, ``foreground``, or ``present``
             and its columns do not fit.
+
+    Examples:
+        >>> features = {name: [jnp.ones((1, 2, 2, 3))] for name in ("t2w", "adc")}
+        >>> cross_modal_distillation_loss(features, stages=(0,), pairs=("adc->t2w",))
+        Array([0.], dtype=float32)
     """
     _check_features(features)
     check_distance(distance, attention, reduction)
@@ -156,6 +166,11 @@ def self_distillation_loss(
     ``distance(stop_gradient(resize(Q[m][s + 1])), Q[m][s])`` averaged over the modalities present
     and over those ``stages`` that have a deeper one; 0 where there are none (Hou et al., ICCV
     2019). Arguments and errors as in ``cross_modal_distillation_loss``.
+
+    Examples:
+        >>> features = {"t2w": [jnp.ones((1, 4, 4, 3)), jnp.ones((1, 2, 2, 6))]}
+        >>> self_distillation_loss(features, stages=(0, 1)).shape
+        (1,)
     """
     _check_features(features)
     check_distance(distance, attention, reduction)
@@ -195,6 +210,11 @@ def label_distillation_loss(
 
     ``foreground`` is resized to the stage and normalised as a map is; an example without target has
     no term. Arguments and errors as in ``cross_modal_distillation_loss``.
+
+    Examples:
+        >>> features = {name: [jnp.ones((1, 2, 2, 3))] for name in ("t2w", "adc")}
+        >>> label_distillation_loss(features, jnp.ones((1, 2, 2)), stages=(0,)).round(3)
+        Array([0.], dtype=float32)
     """
     _check_features(features)
     check_distance(distance, attention, reduction)
@@ -231,6 +251,11 @@ def fused_distillation_loss(
     It has seen all modalities, and its own map is taught by nothing but the task (fusion, then
     distillation: FtD++, arXiv 2410.19446). ``fused`` holds the fused feature of each stage; other
     arguments and errors as in ``cross_modal_distillation_loss``.
+
+    Examples:
+        >>> features = {name: [jnp.ones((1, 2, 2, 3))] for name in ("t2w", "adc")}
+        >>> fused_distillation_loss(features, [jnp.ones((1, 2, 2, 3))], stages=(0,))
+        Array([0.], dtype=float32)
     """
     _check_features({_FUSED: fused, **features})
     check_distance(distance, attention, reduction)
@@ -268,6 +293,14 @@ def average_distillation_loss(
     for each stage. ``withheld`` says in which examples the student lacks a modality that the
     teacher sees; others have no term. Other arguments and errors as in
     ``cross_modal_distillation_loss``.
+
+    Examples:
+        >>> features = {name: [jnp.ones((1, 2, 2, 3))] for name in ("t2w", "adc")}
+        >>> fused = [jnp.ones((1, 2, 2, 3))]
+        >>> average_distillation_loss(
+        ...     features, fused, fused, withheld=jnp.array([True]), stages=(0,)
+        ... )
+        Array([0.], dtype=float32)
     """
     known = {**features, _FUSED: fused, "(teacher)": teacher}
     _check_features(known)
@@ -296,6 +329,11 @@ def output_distillation_loss(
 
     Raises:
         ConfigError: if the shapes differ.
+
+    Examples:
+        >>> logits = jnp.zeros((1, 4, 1))
+        >>> output_distillation_loss(logits, logits, withheld=jnp.array([True])).round(2)
+        Array([0.], dtype=float32)
     """
     if logits.shape != teacher.shape:
         raise ConfigError(
@@ -325,6 +363,11 @@ def map_distance(
     whatever the image shows, 2 where they have nothing in common. The mean over all pairs of
     examples of the batch that have the modality, then over modalities and ``stages``; NaN where no
     modality is in two examples. Arguments and errors as in ``cross_modal_distillation_loss``.
+
+    Examples:
+        >>> flat, diagonal = jnp.ones((2, 2, 3)), jnp.eye(2)[..., None] * jnp.ones(3)
+        >>> map_distance({"t2w": [jnp.stack([flat, diagonal])]}, stages=(0,)).round(2)
+        Array(0.59, dtype=float32)
     """
     _check_features(features)
     _check_stages(stages, features)

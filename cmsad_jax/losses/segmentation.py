@@ -55,6 +55,11 @@ def dice_loss(
 
     Raises:
         ConfigError: if logits, labels or constants do not fit; see the module.
+
+    Examples:
+        >>> logits = jnp.array([[[9.0], [9.0], [-9.0], [-9.0]]])
+        >>> dice_loss(logits, jnp.array([[1, 1, 0, 0]])).round(2)
+        Array([0.], dtype=float32)
     """
     check_number("smooth", smooth, least=0, usual=1e-5)
     p, y = _foreground(logits, labels, include_background, counted)
@@ -101,6 +106,11 @@ def tversky_loss(
 
     Raises:
         ConfigError: if logits, labels or constants do not fit; see the module.
+
+    Examples:
+        >>> logits = jnp.array([[[9.0], [9.0], [-9.0], [-9.0]]])
+        >>> bool(tversky_loss(logits, jnp.array([[1, 0, 0, 0]]), alpha=0.3, beta=0.7)[0] < 0.25)
+        True
     """
     check_number("smooth", smooth, least=0, usual=1e-5)
     check_number("alpha", alpha, least=0, usual=0.3)
@@ -134,6 +144,10 @@ def cross_entropy_loss(
     Raises:
         ConfigError: if logits, labels or constants do not fit, see the module, or the weights are
             not one positive number for each class.
+
+    Examples:
+        >>> cross_entropy_loss(jnp.zeros((1, 4, 1)), jnp.array([[1, 0, 0, 0]])).round(2)
+        Array([0.69], dtype=float32)
     """
     loss = jax.nn.softplus(-_margin(logits, labels))
     if class_weights is None:
@@ -176,6 +190,10 @@ def focal_loss(
 
     Raises:
         ConfigError: if logits, labels or constants do not fit; see the module.
+
+    Examples:
+        >>> focal_loss(jnp.zeros((1, 4, 1)), jnp.array([[1, 0, 0, 0]]), gamma=2.0).round(2)
+        Array([0.17], dtype=float32)
     """
     check_number("gamma", gamma, least=0, usual=2)
     if alpha is not None:

@@ -20,6 +20,10 @@ def unet(config: NetworkConfig) -> NetworkConfig:
 
     Stages, kernels and strides are those of ``config`` (Ronneberger et al., MICCAI 2015, with the
     instance normalisation, leaky ReLU and strided convolutions of nnU-Net).
+
+    Examples:
+        >>> unet(NetworkConfig()).fusion.kind
+        'early'
     """
     encoder = dataclasses.replace(
         config.encoder, block="plain", blocks=(2,) * config.encoder.num_stages
@@ -38,6 +42,10 @@ def residual_encoder_unet(config: NetworkConfig) -> NetworkConfig:
 
     1, 3, 4, 6, 6, ... residual blocks a stage in the encoder, one plain convolution in the decoder
     (Isensee et al., MICCAI 2024). Stages, kernels and strides are those of ``config``.
+
+    Examples:
+        >>> residual_encoder_unet(NetworkConfig()).encoder.blocks
+        (1, 3, 4, 6)
     """
     num_stages = config.encoder.num_stages
     blocks = (_RESIDUAL_BLOCKS + (6,) * num_stages)[:num_stages]

@@ -28,6 +28,10 @@ class Decoder(nn.Module):
         rematerialize: as in ``NetworkConfig``.
         num_distances: foreground classes of which the finest stage also gives a distance; 0 has
             none.
+
+    Examples:
+        >>> Decoder(num_classes=1, kernels=((3, 3, 3), (1, 3, 3))).num_deep
+        0
     """
 
     num_classes: int

@@ -31,6 +31,10 @@ class EncoderConfig:
 
     Prostate MRI is anisotropic, so kernels and strides are given for each stage and axis: early
     stages work in plane, later ones in all directions.
+
+    Examples:
+        >>> EncoderConfig().rank
+        3
     """
 
     channels: tuple[int, ...] = (8, 16, 32, 64)
@@ -178,6 +182,13 @@ class Encoder(nn.Module):
 
     Returns the output of every stage, shallowest first: ``b d_s h_s w_s c_s``, in ``dtype``. With
     attention across slices that is what comes of it, and what goes into the next stage.
+
+    Examples:
+        >>> stages, _ = jax.eval_shape(
+        ...     Encoder().init_with_output, jax.random.key(0), jnp.zeros((1, 4, 16, 16, 1))
+        ... )
+        >>> [stage.shape for stage in stages][:2]
+        [(1, 4, 16, 16, 8), (1, 4, 8, 8, 16)]
     """
 
     config: EncoderConfig = EncoderConfig()

@@ -36,7 +36,12 @@ from cmsad_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
-    """How the modalities' features become one."""
+    """How the modalities' features become one.
+
+    Examples:
+        >>> FusionConfig(kind="mean").kind
+        'mean'
+    """
 
     kind: Literal["scff", "concat", "mean", "max", "attention", "weighted", "early"] = "scff"
     """Spatial correlated feature fusion, or a baseline; early: one encoder of all modalities."""
@@ -81,6 +86,10 @@ class FusionOutput:
             under a stop-gradient unless ``FusionConfig`` says otherwise, and so is the direction.
         weights: of ``weighted``, one weight for each modality, float32, 0 where it is absent and
             summing to 1; None for the others.
+
+    Examples:
+        >>> FusionOutput(jnp.ones((1, 2, 2, 3)), None, jnp.zeros(1)).fused.shape
+        (1, 2, 2, 3)
     """
 
     fused: Float[Array, "b *space c"]
@@ -125,6 +134,13 @@ class Fusion(nn.Module):
             ``present`` go by it, and not by the order of a dictionary, which JAX sorts by key.
         config: which fusion; ``early`` has none at a stage.
         dtype: in which the convolutions compute; correlations and losses are float32.
+
+    Examples:
+        >>> features = {name: jnp.ones((1, 2, 2, 3)) for name in ("t2w", "adc")}
+        >>> fusion = Fusion(channels=3, modalities=("t2w", "adc"), config=FusionConfig(kind="mean"))
+        >>> params = jax.jit(fusion.init)(jax.random.key(0), features)
+        >>> fusion.apply(params, features).fused.shape
+        (1, 2, 2, 3)
     """
 
     channels: int

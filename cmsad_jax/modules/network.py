@@ -34,7 +34,12 @@ Keys = Shaped[Array, " b"]
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    """Everything that fixes the architecture."""
+    """Everything that fixes the architecture.
+
+    Examples:
+        >>> NetworkConfig(modalities=("t2w", "adc"), num_classes=3).encoder.channels
+        (8, 16, 32, 64)
+    """
 
     modalities: tuple[str, ...] = ("t2w", "adc", "hbv")
     """Names of the input channels ``m``, one encoder each; any number from 1 up."""
@@ -112,6 +117,14 @@ class NetworkOutput:
             inside, within ``distance_clip_mm`` both ways, float32; None if it is not learnt.
         modality_weights: of each stage, weights ``b m`` that sum to 1 over the modalities present;
             None where the fusion has none. In 2.5D the mean over the slices that are there.
+
+    Examples:
+        >>> network = CMSAD(NetworkConfig(modalities=("t2w", "adc")))
+        >>> image = jnp.zeros((1, 4, 16, 16, 2))
+        >>> params = jax.eval_shape(network.init, jax.random.key(0), image)
+        >>> features = jax.eval_shape(lambda p: network.apply(p, image).features, params)
+        >>> features["adc"][1].shape
+        (1, 4, 8, 8, 16)
     """
 
     logits: Float[Array, "b *space k"]
@@ -129,6 +142,15 @@ class CMSAD(nn.Module):
 
     It is a pure function of its inputs, the same in training and prediction: dropping modalities
     is a change of ``present``, made by the caller.
+
+    Examples:
+        >>> network = CMSAD(NetworkConfig(modalities=("t2w", "adc")))
+        >>> image = jnp.zeros((1, 4, 16, 16, 2))
+        >>> params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+        >>> sorted(params)[:4]
+        ['decoder', 'encoder_adc', 'encoder_t2w', 'fusion0']
+        >>> jax.eval_shape(lambda p: network.apply({"params": p}, image).logits, params).shape
+        (1, 4, 16, 16, 1)
     """
 
     config: NetworkConfig = NetworkConfig()
