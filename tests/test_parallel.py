@@ -126,6 +126,7 @@ def test_bfloat16_computes_only_where_it_should():
     assert {x.dtype for x in jax.tree.leaves(precise)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_one_device_takes_several_folds_stacked(alone):
     state, step = small_step()
     folds = parallel.parallelize_folds(step, num_folds=2, devices=jax.devices()[:1])
@@ -211,6 +212,7 @@ def test_eight_devices_and_folds_on_halves_of_them():
     assert "EQUAL" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_devices_each(alone):
     running = start_two(TWO_PROCESSES, environment=environment(2))
     for process in running:

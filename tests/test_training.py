@@ -113,6 +113,7 @@ def test_each_teacher_has_its_terms():
     assert not none.taught_by_average
 
 
+@pytest.mark.slow
 def test_averaged_network_sees_what_is_withheld_and_learns_nothing():
     batch = tiny_batch()
     batch["available"] = batch["present"]
@@ -203,6 +204,7 @@ def test_keys_are_read_alike_whatever_generator_jax_is_set_to():
         jax.eval_shape(step, state, tiny_batch())
 
 
+@pytest.mark.slow
 def test_keys_may_be_typed_and_give_the_same_step():
     state, step = make_step(augmentation=AugmentationConfig(), modality_dropout=0.5)
     batch = tiny_batch()
@@ -354,6 +356,7 @@ def test_modality_dropout_keeps_one_and_adds_none():
     assert drop_modalities(present, keys=keys, rate=1.0).sum(-1).tolist() == [1] * 2000
 
 
+@pytest.mark.slow
 def test_batch_of_twins_gives_the_gradient_of_one():
     batch = tiny_batch(batch=1)
     twins = {name: np.concatenate([value, value]) for name, value in batch.items()}

@@ -16,6 +16,7 @@ def test_memory_does_not_follow_the_volume():
     assert large.bytes_per_additional_voxel <= 40
 
 
+@pytest.mark.slow
 def test_shares_of_the_speed_are_shares(monkeypatch):
     monkeypatch.setattr(inference, "NUM_MEMBERS", 1)
     quick = PRESETS["small"]

@@ -58,6 +58,7 @@ def assert_quantiles(drawn, real, *, factor, quantiles=QUANTILES):
 # Against real patients
 
 
+@pytest.mark.slow
 def test_lesion_volumes_are_those_of_human_masks(positives, shared_data):
     drawn = [lesion.volume_ml for anatomy in positives for lesion in anatomy.lesions]
     stats = shared_data / "anatomy/lesion_stats.csv"
@@ -129,6 +130,7 @@ def measured(index: int) -> dict[str, dict[str, tuple[float, float]]]:
     return result
 
 
+@pytest.mark.slow
 def test_contrasts_are_the_real_ones(shared_data):
     """The median over cases lies within what nine real patients span, with a margin of 10 %."""
     cases = json.loads((shared_data / "anatomy/tissue_stats.json").read_text("utf-8")).values()
@@ -281,6 +283,7 @@ def test_mimics_look_like_a_lesion_in_some_modalities_only():
     assert seen["dim"] == {(False, True, False)}
 
 
+@pytest.mark.slow
 def test_lesions_reach_into_the_default_reference_grid(positives):
     half_mm = np.array([30.0, 48.0, 48.0])
     for anatomy in positives:
@@ -308,6 +311,7 @@ def test_a_built_case_does_not_depend_on_the_number_of_cases(tmp_path):
         np.testing.assert_array_equal(case.label, expected.label)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_data_set(tmp_path):
     options = [PhantomOptions(seed=seed) for seed in (0, 1)]
     folders = {Builder(DataConfig(phantom=one, cache=tmp_path)).data_dir for one in options}

@@ -91,6 +91,7 @@ def drawn() -> dict[int, RawCase]:
 # Against real patients
 
 
+@pytest.mark.slow
 def test_lesion_volumes_are_lognormal_like_human_masks(positives):
     volumes = [lesion.volume_ml for anatomy in positives for lesion in anatomy.lesions]
     ratio = np.percentile(volumes, QUANTILES) / LESION_ML
@@ -100,6 +101,7 @@ def test_lesion_volumes_are_lognormal_like_human_masks(positives):
     assert np.log(volumes).std() == pytest.approx(sd, rel=0.25)
 
 
+@pytest.mark.slow
 def test_outlines_have_the_volumes_of_the_lesions(drawn):
     ratios = []
     for index, case in drawn.items():
@@ -206,6 +208,7 @@ def test_lesions_and_mimics_are_drawn_alike(positives):
     assert not any(finding.capsule for finding in shown["lesion"])
 
 
+@pytest.mark.slow
 def test_positives_and_negatives_hold_the_same_mimics():
     counts = {True: collections.Counter(), False: collections.Counter()}
     cases = collections.Counter()
@@ -254,6 +257,7 @@ def test_no_isotropic_filter_tells_bands_from_grain_by_shape():
     assert height["grain"] / height["bands"] == pytest.approx(GRAIN, rel=0.1)
 
 
+@pytest.mark.slow
 def test_mimics_look_like_a_lesion_in_some_contrasts_only():
     """(dark on T2W, low ADC, bright HBV) of painted means, against what they cover."""
     seen: dict[str, set[tuple[bool, bool, bool]]] = collections.defaultdict(set)
@@ -286,6 +290,7 @@ def test_mimics_look_like_a_lesion_in_some_contrasts_only():
     assert {signs[1:] for signs in seen["shine"]} == {(False, True)}
 
 
+@pytest.mark.slow
 def test_readers_differ_at_borders_and_the_second_passes_over_equivocal_lesions():
     dice, passed_over = [], 0
     for index in positive_indices(40):

@@ -112,6 +112,7 @@ def test_data_set(tree):
     assert " passed" in floors
 
 
+@pytest.mark.slow
 def test_fusion(tree):
     check, train = follow("Recipe: a fusion", tree)
     found = run(f"{check} -v -p no:cacheprovider", tree)

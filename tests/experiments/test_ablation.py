@@ -144,6 +144,7 @@ def test_rows_are_matched_in_parameters(tmp_path):
     assert counts[1] == pytest.approx(counts[0], rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_light_row_keeps_its_size_and_the_others_are_widened(tmp_path):
     rows = rows_of(tmp_path, rows=("light", "slice2d"), match_parameters=True)
     space = window(rows["full"])

@@ -148,6 +148,7 @@ def test_checkpoint_gives_the_weights_back(finished):
     assert not all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_numbers(finished, tmp_path, cache):
     _, metrics = finished
     again = cross_validation.run(dataclasses.replace(tiny(tmp_path / "run", cache), folds=(0,)))
@@ -162,11 +163,11 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (loop, "train_batches", 1),
-        (loop, "reference_dice", 1),
+        pytest.param(loop, "train_batches", 1, marks=pytest.mark.slow),
+        pytest.param(loop, "reference_dice", 1, marks=pytest.mark.slow),
         (Checkpoints, "_write", 2),
         (cross_validation, "predict_and_measure", 2),
-        (cross_validation, "finish", 1),
+        pytest.param(cross_validation, "finish", 1, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str | int) else value.__name__.split(".")[-1],
 )
@@ -431,6 +432,7 @@ def test_centres_become_folds(tmp_path, cache):
         cross_validation.make_folds(dataclasses.replace(config, folds_file=tmp_path), source)
 
 
+@pytest.mark.slow
 def test_one_modality_two_classes_and_slices_run(tmp_path, cache, capsys):
     config = tiny(tmp_path / "run", cache, modalities=("t2w",), target="zones")
     flat = dataclasses.replace(ENCODER, kernels=((3, 3), (3, 3)), strides=((1, 1), (2, 2)))

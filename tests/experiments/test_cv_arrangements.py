@@ -56,6 +56,7 @@ def alone(tmp_path_factory, cache):
     return config
 
 
+@pytest.mark.slow
 def test_several_steps_in_a_call_give_the_same_losses(alone, tmp_path, cache, capsys):
     config = plain(tmp_path / "run", cache)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, residency="device"))
@@ -119,6 +120,7 @@ def assert_same_folds(one: Config, other: Config) -> None:
         assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_folds_side_by_side_are_those_in_turn(alone, side_by_side):
     in_turn = dataclasses.replace(alone, folds=(0, 1))
     metrics = cross_validation.run(in_turn)
@@ -134,6 +136,7 @@ def test_folds_side_by_side_are_those_in_turn(alone, side_by_side):
         assert same.volume_predicted_ml == pytest.approx(row.volume_predicted_ml, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_folds_stopped_side_by_side_go_on_side_by_side_or_in_turn(
     side_by_side, tmp_path, cache, monkeypatch, capsys
 ):
@@ -163,6 +166,7 @@ def test_folds_stopped_side_by_side_go_on_side_by_side_or_in_turn(
     assert_same_folds(side_by_side, in_turn)
 
 
+@pytest.mark.slow
 def test_a_fold_that_is_stuck_leaves_those_beside_it_as_they_were(
     side_by_side, tmp_path, cache, monkeypatch
 ):

@@ -91,6 +91,7 @@ def test_each_case_is_predicted_by_its_own_fold_without_each_modality(
     assert len(set(np.round(means, 4))) == 3, "each modality matters to this network"
 
 
+@pytest.mark.slow
 def test_command_compares_two_runs_and_writes_json(run, config, source, tmp_path, capsys):
     other = make_run(
         tmp_path / "b",

@@ -414,6 +414,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
 def test_memory_of_one_call_serves_the_next():
     """64 MiB a call are 16,384 pages of 4 KiB, which the system would have to fill anew."""

@@ -174,6 +174,7 @@ def test_a_run_measures_probabilities_in_the_frame_of_t2w(tmp_path, monkeypatch)
     assert found.detection.auroc == 1.0
 
 
+@pytest.mark.slow
 def test_a_run_measures_each_case_of_the_folds_asked_for_once(tmp_path):
     coarse = PreprocessConfig(spacing_mm=(6.0, 6.0, 6.0), size=(8, 16, 16))
     config = Config(

@@ -356,6 +356,7 @@ def test_no_gradient_reaches_any_kind_of_teacher():
         assert largest(of_students) > 0, name
 
 
+@pytest.mark.slow
 def test_teachers_learn_too_where_they_are_let():
     found = gradients_of_teachers(stop_gradient=False)
     for name in ("fused", "cross", "self"):
