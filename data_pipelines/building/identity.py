@@ -6,6 +6,7 @@ code is moved to, and reads what it does: comments, docstrings and layout change
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -92,24 +93,37 @@ def code_sha256(start: Path, package: Path = PACKAGE) -> str:
         start: a Python file, inside the package or outside.
         package: folder of the package whose modules are followed; other packages are not.
     """
-    meanings = {}
+    meanings: dict[str, str] = {}
+    package = package.resolve()
     waiting = [start.resolve()]
     while waiting:
         file = waiting.pop()
         name = _module_name(file, package)
         if name in meanings:
             continue
-        tree = ast.parse(file.read_text("utf-8"))
-        meanings[name] = _meaning(tree)
-        waiting += _imported(tree, name, package.resolve())
-    return hashlib.sha256(json.dumps(sorted(meanings.items())).encode()).hexdigest()
+        state = file.stat()
+        meanings[name], imported = _module(file, name, package, (state.st_mtime_ns, state.st_size))
+        waiting += imported
+    pairs = [f"[{json.dumps(name)}, {text}]" for name, text in sorted(meanings.items())]
+    return hashlib.sha256(f"[{', '.join(pairs)}]".encode()).hexdigest()
+
+
+@functools.cache
+def _module(
+    file: Path, name: str, package: Path, state: tuple[int, int]
+) -> tuple[str, tuple[Path, ...]]:
+    """What a module does, as JSON, and the files that it imports.
+
+    Kept for each ``state`` of the file, as a process asks for them again with every data set.
+    """
+    tree = ast.parse(file.read_text("utf-8"))
+    return json.dumps(_meaning(tree)), tuple(_imported(tree, name, package))
 
 
 def _module_name(file: Path, package: Path) -> str:
     """Dotted name of a file of the package, with ``__init__``; of another file its bare name."""
-    root = package.resolve().parent
-    inside = file.is_relative_to(package.resolve())
-    return ".".join(file.relative_to(root).with_suffix("").parts) if inside else file.stem
+    inside = file.is_relative_to(package)
+    return ".".join(file.relative_to(package.parent).with_suffix("").parts) if inside else file.stem
 
 
 def _imported(tree: ast.Module, name: str, package: Path) -> Iterator[Path]:

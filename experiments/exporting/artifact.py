@@ -147,7 +147,10 @@ def _training_set(folder: RunFolder, members: Sequence[int]) -> TrainingSet:
     return TrainingSet(
         tuple(len(folds.training(fold)) for fold in members),
         tuple(folds.names),
-        tuple(folder.fold(fold).read_results().summary.started_from for fold in members),
+        tuple(
+            folder.fold(fold).read_results().summary.started_from if folder.is_done(fold) else ""
+            for fold in members
+        ),
     )
 
 
