@@ -65,7 +65,9 @@ def alone():
     return losses
 
 
-@pytest.mark.parametrize(("parts", "rolled"), [(4, False), (2, True)])
+@pytest.mark.parametrize(
+    ("parts", "rolled"), [pytest.param(4, False, marks=pytest.mark.slow), (2, True)]
+)
 def test_accumulated_gradients_are_those_of_the_whole_batch(alone, parts, rolled):
     state, step = small_step(accumulation=parts, rolled=rolled)
     losses, _ = losses_of(jax.jit(step), state, batches())

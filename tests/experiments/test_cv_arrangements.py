@@ -196,6 +196,7 @@ assert (results is not None) == (process == 0)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(alone, tmp_path, cache):
     running = start_two(ONE_OF_TWO, str(tmp_path / "run"), str(cache))
     said = []
