@@ -226,6 +226,7 @@ def test_a_batch_that_lacks_something_or_has_other_keys_is_refused():
             step(state, {**batch, "key": key})
 
 
+@pytest.mark.slow
 def test_kl_on_softmax_maps_tversky_and_focal_train_too():
     config = LossConfig(
         region="tversky",
@@ -241,6 +242,7 @@ def test_kl_on_softmax_maps_tversky_and_focal_train_too():
     assert np.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_no_foreground_absent_modality_and_zero_image_give_finite_updates():
     batch = tiny_batch()
     batch["label"][0] = 0

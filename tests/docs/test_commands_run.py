@@ -96,6 +96,7 @@ def test_story_is_in_the_documentation():
     assert {*STORY} <= {command for _, command in commands()}
 
 
+@pytest.mark.slow
 def test_commands_run_with_a_tiny_network(tmp_path, monkeypatch, capsys):
     data = dataclasses.replace(TINY.data, cache=tmp_path / "cache")
     monkeypatch.setitem(presets.PRESETS, "small", dataclasses.replace(TINY, data=data))

@@ -296,6 +296,7 @@ def cache(tmp_path_factory):
     return f"--data.cache={tmp_path_factory.mktemp('cache')}"
 
 
+@pytest.mark.slow
 def test_rows_share_folds_and_what_is_done_is_not_done_again(
     tmp_path, cache, monkeypatch, no_sizes, capsys
 ):

@@ -273,6 +273,7 @@ def test_training_stops_when_nothing_is_finite_and_the_step_can_be_repeated(
     assert cross_validation.run(config).folds_done == (0,)  # the step is not made again
 
 
+@pytest.mark.slow
 def test_a_single_step_that_is_not_finite_stops_where_none_may_be(
     finished, tmp_path, cache, monkeypatch
 ):
