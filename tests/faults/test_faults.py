@@ -134,7 +134,7 @@ def voxel_ml(case) -> float:
 
 
 def test_hostile_names_and_archives_are_refused(tmp_path):
-    assert [text for text in hostile.results(tmp_path / "hostile", 200) if text] == []
+    assert [text for text in hostile.results(tmp_path / "hostile", 1000) if text] == []
     assert not (tmp_path / "hostile" / "touched").exists()
 
 

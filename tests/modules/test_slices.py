@@ -195,9 +195,9 @@ def test_slices_of_zeros_are_those_that_are_not_there(kind, rank):
     image[0, 2:] = 0
     model, params = init(with_slices(kind, rank), {"image": image})
     slices = np.array([[True, True, False, False], [True] * 4])
-    run = jax.jit(partial(network.apply, model))
+    run = partial(network.apply, model)  # as one program, each would be rounded in its own way
     found = run(params, image).logits
-    np.testing.assert_allclose(found, run(params, image, None, slices).logits, atol=1e-5)
+    np.testing.assert_allclose(found, run(params, image, None, slices).logits, atol=1e-6)
     everything = run(params, image, None, np.ones((2, 4), bool)).logits
     assert np.abs(found - everything)[0, :2].max() > 1e-5
 
