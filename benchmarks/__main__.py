@@ -38,8 +38,8 @@ def run(
     parts: Sequence[str],
     *,
     quick: bool,
+    of: dict[str, str | None],
     keep: Path | None = None,
-    of: dict[str, str | None] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What each part wrote as JSON, and those that failed; a part's own table goes to stdout.
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = ["--quick"] if options.quick else []
     words += [] if options.parts == list(PARTS) else ["--parts", *options.parts]
     of = pictures.account(" ".join(["python -m benchmarks", *words]))
-    found, failed = run(options.parts, quick=options.quick, keep=options.json, of=of)
+    found, failed = run(options.parts, quick=options.quick, of=of, keep=options.json)
     print(f"\n{timing.device()}; {timing.versions()}\n")
     print(long_table(found))
     print("\n" + ", ".join(f"{name} {part['seconds']:.0f} s" for name, part in found.items()))

@@ -201,7 +201,7 @@ def _in_process(
     command = [sys.executable, "-m", "benchmarks.cv", "--presets", preset, "--built", num_built]
     command += ["--steps", num_steps, "--stretch", folder, residency, folds]
     done = subprocess.run(
-        [str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True
+        [str(part) for part in command], check=True, stdout=subprocess.PIPE, encoding="utf-8"
     )
     return json.loads(done.stdout.splitlines()[-1])
 

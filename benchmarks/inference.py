@@ -208,7 +208,7 @@ def memory_rows(preset: str) -> list[MemoryRow]:
     for shape in VOLUMES:
         command = [sys.executable, "-m", "benchmarks.inference", "--presets", preset, "--volume"]
         done = subprocess.run(
-            [*command, *map(str, shape)], check=True, stdout=subprocess.PIPE, text=True
+            [*command, *map(str, shape)], check=True, stdout=subprocess.PIPE, encoding="utf-8"
         )
         found = json.loads(done.stdout.splitlines()[-1])
         voxels = math.prod(shape)

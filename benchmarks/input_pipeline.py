@@ -67,7 +67,7 @@ def build(config: DataConfig, num_workers: int) -> Row:
         script.write_text(code, encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         process = subprocess.Popen(
-            [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, str(script)], stdout=subprocess.PIPE, encoding="utf-8", env=environment
         )
         peaks: list[int] = []
         watcher = threading.Thread(target=_watch, args=(process, peaks))

@@ -476,7 +476,8 @@ class RunFolder:
             ConfigError: folds that do not exist or are not done.
         """
         wanted, done = folds_asked(folds, config.num_folds), self.done(config.num_folds)
-        missing = [fold for fold in wanted if not self.is_done(fold)]
+        there = [*done, ALL] if folds == "all" and self.is_done(ALL) else done
+        missing = [fold for fold in wanted if fold not in there]
         if missing or not wanted:
             lacking = " ".join("all" if fold == ALL else str(fold) for fold in missing)
             lacking = lacking or "a choice"
@@ -487,6 +488,11 @@ class RunFolder:
                 f"Run python -m experiments.cv again{or_pass}."
             )
         return wanted
+
+
+def training_cases(folds: splits.Folds, number: int) -> tuple[str, ...]:
+    """Sorted ids of the cases that a fold, or the network of all cases, trains on."""
+    return folds.cases if number == ALL else folds.training(number)
 
 
 def fold_name(number: int) -> str:

@@ -21,7 +21,7 @@ from experiments.prediction.windows import (
 )
 from experiments.process.records import encode
 from experiments.process.storage import naming_path
-from experiments.run_folder import Results, RunFolder, RunRecord, fold_name
+from experiments.run_folder import Results, RunFolder, RunRecord, fold_name, training_cases
 from experiments.settings.config import Config, FoldsAsked, window
 from experiments.training.checkpoints import load_params
 
@@ -145,7 +145,7 @@ def _training_set(folder: RunFolder, members: Sequence[int]) -> TrainingSet:
         return TrainingSet()
     folds = folder.read_folds()
     return TrainingSet(
-        tuple(len(folds.training(fold)) for fold in members),
+        tuple(len(training_cases(folds, fold)) for fold in members),
         tuple(folds.names),
         tuple(
             folder.fold(fold).read_results().summary.started_from if folder.is_done(fold) else ""

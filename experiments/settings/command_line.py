@@ -16,7 +16,7 @@ from data_pipelines.command_line import current_names
 from data_pipelines.config import AUTO, DataConfig
 from data_pipelines.short_help import CROSS_VALIDATION, full
 from data_pipelines.targets import IGNORED
-from experiments.settings.config import Config, PredictConfig, window
+from experiments.settings.config import ALL, Config, PredictConfig, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
 
@@ -255,6 +255,11 @@ def _check_execution(config: Config) -> None:
         raise ConfigError(
             f"cross-validation needs at least 2 folds; got {config.num_folds} and no file of one "
             "split. Use --num-folds=5, or name the split with --folds-file."
+        )
+    if config.num_folds >= ALL:
+        raise ConfigError(
+            f"cross-validation takes fewer than {ALL} folds; got {config.num_folds}. "
+            "Use --num-folds=5."
         )
     at_once = config.folds_at_once
     if at_once != "auto" and at_once < 1:

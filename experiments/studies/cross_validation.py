@@ -55,9 +55,10 @@ from experiments.run_folder import (
     RunFolder,
     fold_title,
     folder_of,
+    training_cases,
 )
 from experiments.settings.command_line import complete, without_effect
-from experiments.settings.config import ALL, Config, folds_asked
+from experiments.settings.config import ALL, Config, folds_asked, refuse_all
 from experiments.settings.stored import flatten, to_json
 from experiments.training import feed, tensorboard
 from experiments.training.fold import Fold
@@ -73,9 +74,11 @@ def cross_validate(config: Config) -> Results:
     again, it continues what is in ``config.output``.
 
     Raises:
-        ConfigError: for settings that cannot work, or a run folder of another configuration.
+        ConfigError: for settings that cannot work, among them the network of all cases, which
+            ``run`` trains; or a run folder of another configuration.
         DataError: for faults of the data.
     """
+    refuse_all(config, "cross_validate")
     results = run(complete(config))
     assert results is not None, "there is one process, which has the results"
     return results
@@ -88,7 +91,8 @@ def run(
 
     ``programs`` are those of a run that differs in seed and folder alone; None compiles them.
     ``plan`` is that which ``config`` follows, and is kept in the run folder. Of
-    several processes (``experiments.process.hosts``) the first alone writes and returns something.
+    several processes (``experiments.process.hosts``) the first alone writes and returns something;
+    where no fold is done, but the network of all cases, there is nothing to return.
 
     Raises:
         ConfigError: for settings that cannot work, or a run folder of another configuration.
@@ -98,7 +102,9 @@ def run(
     for sentence in without_effect(config):
         log(f"note: {sentence}")
     if config.init is not None:
-        given_weights(config.init, config, 0)  # what is no weights is refused before data are read
+        with hosts.first_alone("read the weights to start from"):
+            if hosts.is_first():
+                given_weights(config.init, config, 0)  # refused, if at all, before data are read
     if config.compilation_cache:
         keep_compiled(config.data.cache / "compiled")
     programs = programs or compile_programs(config, devices)
@@ -188,9 +194,8 @@ def run_folds(
     left = []
     for fold, wanted in zip(selected, todo, strict=True):
         if wanted:
-            training, validation = folds.cases, ()
-            if fold != ALL:
-                training, validation = folds.training(fold), folds.validation[fold]
+            training = training_cases(folds, fold)
+            validation = () if fold == ALL else folds.validation[fold]
             left.append(Fold(fold, training, validation, folder.fold(fold).path))
         else:
             log(f"{fold_title(fold, config.num_folds)}: done before")

@@ -210,19 +210,21 @@ class FoldInTraining:
         self.done, self.start = done, start
         self._row_from = done.steady_steps, done.steady_s
         if not start:
-            return self._first(fresh)
+            return self._with_given_weights(fresh)
         log(f"{self.title}: going on after step {start} of {self._config.train.steps}")
         return hosts.broadcast_from_first(state)
 
-    def _first(self, fresh: TrainState) -> TrainState:
-        """``fresh``, with the weights that the run is given, as far as they fit."""
-        if self._config.init is None:
+    def _with_given_weights(self, fresh: TrainState) -> TrainState:
+        """``fresh``, with the weights that the run is given, which process 0 reads."""
+        init, fold, state = self._config.init, self.fold, fresh
+        if init is None:
             return fresh
-        fold = self.fold
-        given = given_weights(self._config.init, self._config, fold.number, fold.validation)
-        state, self.done.started_from = start_from(fresh, given)
-        log(f"{self.title}: {self.done.started_from}")
-        return state
+        with hosts.first_alone("read the weights to start from"):
+            if hosts.is_first():
+                given = given_weights(init, self._config, fold.number, fold.validation)
+                state, self.done.started_from = start_from(fresh, given)
+                log(f"{self.title}: {self.done.started_from}")
+        return hosts.broadcast_from_first(state)
 
     def count(self, steps: Iterator[Step]) -> None:
         """Account for steps that were made: rows of the history, and whether it can go on."""

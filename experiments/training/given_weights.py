@@ -12,8 +12,9 @@ from cmsad_jax import export
 from cmsad_jax.named_weights import flatten_weights, unflatten_weights
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
-from data_pipelines.serving import splits
-from experiments.run_folder import RunFolder, fold_name, fold_words
+from data_pipelines.config import DataConfig
+from data_pipelines.files import expanded
+from experiments.run_folder import RunFolder, fold_name, fold_words, training_cases
 from experiments.settings.config import ALL, Config
 from experiments.training.checkpoints import load_params
 
@@ -51,10 +52,20 @@ def given_weights(path: Path, config: Config, fold: int, validation: Collection[
         stored = folder.read_config()
         there = [n for n in (fold, *range(stored.num_folds), ALL) if folder.is_done(n)]
         number, *_ = there or folder.members(stored, None)
-        if (stored.data.name, stored.data.path) == (config.data.name, config.data.path):
-            _refuse_seen(folder, number, fold, validation)
-        weights = flatten_weights(load_params(path, number))
-        return Given(_arrays(weights), f"{fold_words(number)} of {path}")
+        whose = f"{fold_words(number)} of {path}"
+        if seen := _seen(folder, number, validation):
+            if _place(stored.data) == _place(config.data):
+                raise ConfigError(
+                    "a fold must not validate cases that its weights were learnt from; "
+                    f"{fold_words(fold)} starts from {whose}, which was trained on "
+                    f"{_named(seen)}. Take the folds of that run (--folds-file={folder.folds}), or "
+                    "--init of other data."
+                )
+            whose += (
+                f" (trained on {_named(seen)}, names that this fold validates: see that they are "
+                "other patients)"
+            )
+        return Given(_arrays(flatten_weights(load_params(path, number))), whose)
     if path.is_file():
         model = export.load(path)
         names = model.description.members
@@ -74,21 +85,16 @@ def _arrays(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(values) for name, values in weights.items()}
 
 
-def _refuse_seen(folder: RunFolder, number: int, fold: int, validation: Collection[str]) -> None:
-    """Raise if the weights of fold ``number`` there know cases that ``fold`` validates."""
+def _seen(folder: RunFolder, number: int, validation: Collection[str]) -> list[str]:
+    """Which validated cases have names of those that fold ``number`` there was trained on."""
     if not folder.folds.is_file():
-        return
-    folds = splits.Folds.load(folder.folds)
-    known = folds.cases if number == ALL else folds.training(number)
-    seen = sorted({*known} & {*validation})
-    if seen:
-        more = f" and {len(seen) - NAMED} more" if len(seen) > NAMED else ""
-        raise ConfigError(
-            "a fold must not validate cases that its weights were learnt from; fold "
-            f"{fold} starts from {fold_words(number)} of {folder.path}, which was trained on "
-            f"{', '.join(seen[:NAMED])}{more}. Take the folds of that run "
-            f"(--folds-file={folder.folds}), or --init of other data."
-        )
+        return []
+    return sorted({*training_cases(folder.read_folds(), number)} & {*validation})
+
+
+def _place(data: DataConfig) -> tuple[str, Path | None]:
+    """Of which data set, however its path is written."""
+    return data.name, None if data.path is None else expanded(data.path, "--data.path").resolve()
 
 
 def start_from(state: TrainState, given: Given) -> tuple[TrainState, str]:

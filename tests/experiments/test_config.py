@@ -153,6 +153,7 @@ def test_bad_settings_are_refused(make, message):
             r"train\.steps must be at least 1; got 0\. Use --train\.steps=",
         ),
         ("num-folds", "0", "2", "num-folds must be at least 1; got 0"),
+        ("num-folds", "999", "998", "takes fewer than 999 folds; got 999. Use --num-folds=5"),
         ("num-folds", "1", "2", "needs at least 2 folds; got 1 and no file of one split. Use"),
         ("seed", "-1", "0", r"seed must be at least 0; got -1\. Use --seed=0, the default"),
         ("train.optimizer.learning-rate", "0", "1e-9", "learning-rate must be above 0; got 0.0"),

@@ -88,6 +88,10 @@ def test_one_network_of_all_cases(finished, tmp_path, capsys):
     assert description.metrics == {}
     with pytest.raises(ConfigError, match=r"lacks 0 1 2\. .* or pass --folds all"):
         folder.members(alone, None)
+    with pytest.raises(ConfigError, match=r"lacks all\."):
+        folder.members(alone, (999,))  # a fold's number, whatever stands for the network of all
+    with pytest.raises(ConfigError, match=r"^cross_validate measures cases .* got --folds all"):
+        cross_validation.cross_validate(alone)
     again = cross_validation.run(alone)
     assert again is None
     assert "the network of all cases: done before" in capsys.readouterr().out

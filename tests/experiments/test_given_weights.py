@@ -13,8 +13,8 @@ from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
 from data_pipelines.config import DataConfig
 from data_pipelines.serving.splits import Folds
-from experiments.run_folder import RunFolder
-from experiments.settings.config import Config
+from experiments.run_folder import RunFolder, training_cases
+from experiments.settings.config import ALL, Config
 from experiments.training import fold as fold_module
 from experiments.training import given_weights
 from experiments.training.fold import Fold, FoldInTraining
@@ -100,13 +100,31 @@ def test_a_fold_starts_from_the_one_of_its_number_else_from_the_first(before, fo
 
 
 def test_weights_learnt_from_cases_that_the_fold_validates_are_refused(before):
-    same = Config(data=RunFolder(before.path).read_config().data)
-    given_weights.given_weights(before.path, same, 1, ["b"])
-    with pytest.raises(
-        ConfigError, match=r"fold 1 starts from fold 1 of .* trained on a\. Take the folds of that"
-    ):
-        given_weights.given_weights(before.path, same, 1, ["a", "b"])
-    given_weights.given_weights(before.path, Config(), 1, ["a", "b"])  # names of other patients
+    data = RunFolder(before.path).read_config().data
+    absolute = dataclasses.replace(data, path=Path("mine").absolute())
+    for same in (Config(data=data), Config(data=absolute)):
+        given_weights.given_weights(before.path, same, 1, ["b"])
+        with pytest.raises(
+            ConfigError,
+            match=r"fold 1 starts from fold 1 of .* trained on a\. Take the folds of",
+        ):
+            given_weights.given_weights(before.path, same, 1, ["a", "b"])
+
+
+def test_equal_names_in_another_data_set_are_said(before):
+    found = given_weights.given_weights(before.path, Config(), 1, ["a", "b"])
+    assert found.whose == (
+        f"fold 1 of {before.path} (trained on a, names that this fold validates: see that they are "
+        "other patients)"
+    )
+
+
+def test_the_network_of_all_cases_is_trained_on_every_case_of_the_folds():
+    drawn = Folds((("a",), ("b", "c")))
+    split = Folds((("c",),), trained=(("a", "b"),), test=("d",))
+    assert training_cases(drawn, ALL) == training_cases(split, ALL) == ("a", "b", "c")
+    assert training_cases(drawn, 0) == ("b", "c")
+    assert training_cases(split, 0) == ("a", "b")
 
 
 def test_only_a_fold_that_begins_takes_them(before, tmp_path, monkeypatch, capsys):
