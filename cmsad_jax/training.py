@@ -469,11 +469,12 @@ def init_state(
     Call it outside ``jit``: it compiles programs of its own, once for each network and shape.
 
     Examples:
-        >>> network = CMSAD(NetworkConfig(modalities=("t2w", "adc")))
+        >>> encoder = EncoderConfig((4,), ((3, 3, 3),), ((1, 1, 1),), (1,))
+        >>> network = CMSAD(NetworkConfig(encoder=encoder, deep_supervision=0))
         >>> optimizer = OptimizerConfig().optimizer(100)
-        >>> state = init_state(  # doctest: +SKIP
-        ...     network, optimizer, (1, 4, 16, 16, 2), key=jax.random.key(0)
-        ... )
+        >>> state = init_state(network, optimizer, (1, 4, 8, 8, 3), key=jax.random.key(0))
+        >>> sorted(state.params)
+        ['decoder', 'encoder_adc', 'encoder_hbv', 'encoder_t2w', 'fusion0']
     """
     return _first_state(optimizer, _draw_params(network, tuple(image_shape), key))
 
@@ -814,12 +815,21 @@ def train_step(
         ConfigError: if the batch lacks an entry, has other keys, or cannot be cut into equal parts.
 
     Examples:
-        >>> network = CMSAD(NetworkConfig(modalities=("t2w", "adc")))
+        >>> encoder = EncoderConfig((4,), ((3, 3, 3),), ((1, 1, 1),), (1,))
+        >>> network = CMSAD(NetworkConfig(encoder=encoder, deep_supervision=0))
         >>> optimizer = OptimizerConfig().optimizer(100)
-        >>> step = functools.partial(
-        ...     train_step, network=network, optimizer=optimizer, loss=LossConfig()
-        ... )
-        >>> state, metrics = jax.jit(step)(state, batch)  # doctest: +SKIP
+        >>> state = init_state(network, optimizer, (1, 4, 8, 8, 3), key=jax.random.key(0))
+        >>> batch = {
+        ...     "image": np.ones((1, 4, 8, 8, 3), np.float32),
+        ...     "label": np.ones((1, 4, 8, 8), np.int32),
+        ...     "present": np.ones((1, 3), bool),
+        ...     "key": np.ones((1, 2), np.uint32),
+        ... }
+        >>> loss = LossConfig(self_weight=0.0)
+        >>> step = functools.partial(train_step, network=network, optimizer=optimizer, loss=loss)
+        >>> state, metrics = jax.jit(step)(state, batch)
+        >>> int(state.step), bool(metrics["loss"] > 0)
+        (1, True)
     """
     batch = dict(batch)
     if lacking := [name for name in BATCH if name not in batch]:
