@@ -52,7 +52,8 @@ from experiments import predict
 from experiments.exporting.artifact import describe
 from experiments.exporting.model_card import model_card
 from experiments.prediction.inputs import find_inputs, read_case
-from experiments.prediction.outputs import PredictionFolder
+from experiments.prediction.models import Models, data_config
+from experiments.prediction.outputs import Extras, PredictionFolder
 from experiments.prediction.windows import predict_window
 from experiments.process.accelerator import select_accelerator
 from experiments.settings.command_line import complete
@@ -174,8 +175,9 @@ def measure_volume(preset: str, shape: tuple[int, int, int]) -> dict[str, float]
         watched_model = dataclasses.replace(model, programs={"predict": watched})
         (entry,) = find_inputs(root / "in", facts.modalities)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
-        case = read_case(entry, predict.data_config(facts))
-        computed = predict.compute(watched_model, case, attention=False)
+        data = data_config(facts)
+        models = Models((watched_model,), (data,))
+        computed = predict.compute(models, (read_case(entry, data),), Extras())
         PredictionFolder(root / "out").write_case(computed, facts, uncertainty=True)
         peak = _resident("VmHWM")
     windows = np.zeros((facts.batch_size, *facts.window, len(facts.modalities)), np.float32)
@@ -241,7 +243,7 @@ def speed_row(preset: str, num_cases: int) -> SpeedRow:
         started = time.perf_counter()
         failed = predict.run(
             predict.PredictCommand(
-                model=root / "model.cmsad", input=root / "in", output=root / "out", page=False
+                model=(root / "model.cmsad",), input=root / "in", output=root / "out", page=False
             )
         )
         whole = time.perf_counter() - started

@@ -24,12 +24,9 @@ import tyro
 
 from cmsad_jax.modules import baselines
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import spacing_of
 from data_pipelines.faults import DataError
 from data_pipelines.serving import loading, splits
 from data_pipelines.short_help import program
-from experiments.measuring.cases import measure_case
-from experiments.measuring.summary import summarise
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.run_folder import RunFolder, folder_of
@@ -49,6 +46,7 @@ from experiments.studies.ablation_table import (
     summarise_row,
     write_table,
 )
+from experiments.studies.averaging import average_runs
 
 _NO_DISTILLATION: Mapping[str, object] = {
     "loss.cross_modal_weight": 0.0,
@@ -311,47 +309,10 @@ def is_done(config: Config) -> bool:
 
 def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: int) -> None:
     """Average the probabilities of the single-modality rows, and evaluate that as a run."""
-    from data_pipelines.reading.volume_io import (
-        read_volume,  # slow to load, and not needed for --help
-    )
-    from experiments.reporting import page
-    from experiments.studies import cross_validation
-
     singles = [
         RunFolder(folder_of_row(output, f"{name}-alone", seed)) for name in base.data.modalities
     ]
-    first = singles[0].read_results()
-    rule, classes, rows = cross_validation.rule_of(base), base.data.definition.part_names, []
-    fold_of = {row.case_id: row.fold for row in first.summary.metric_per_case}
-    for case_id, fold in sorted(fold_of.items()):
-        assert fold is not None, "every case of a run is validated in a fold"
-        files = [run.fold(fold).probabilities(case_id, classes) for run in singles]
-        volumes = np.array([[read_volume(file).array for file in of_run] for of_run in files])
-        foreground = np.moveaxis(volumes.mean(0), 0, -1)
-        background = 1 - foreground.sum(-1, keepdims=True)
-        case = source[case_id]
-        rows += measure_case(
-            case_id,
-            case.patient_id,
-            fold,
-            foreground if len(classes) == 1 else np.concatenate([background, foreground], -1),
-            case.original_truth,
-            spacing_of(case.original_affine),
-            rule,
-        )
-    folder = RunFolder(folder_of_row(output, LATE, seed))
-    folder.path.mkdir(parents=True, exist_ok=True)
-    summary = summarise(rows, first.folds_done or ())
-    folder.write_results(
-        dataclasses.replace(
-            first,
-            summary=summary,
-            baseline_mean_shape=None,
-            best_checkpoint=None,
-            fold_summaries=None,
-        )
-    )
-    page.write_report(folder, base.report)
+    average_runs(singles, RunFolder(folder_of_row(output, LATE, seed)), base, source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,10 @@
 ``python -m experiments.compare RUN_A RUN_B [RUN_C ...]`` compares the first run with each other one
 by their ``metrics.json``. The difference is ``A - B``: an interval above 0 favours the first run.
 The p values are corrected for the number of comparisons that one command makes (Holm).
+
+``--average FOLDER`` also evaluates the mean of the probabilities of all runs, as a run of its own
+in that folder, and compares the first run with it. The last lines say which is best, and how new
+patients are predicted so.
 """
 
 import dataclasses
@@ -225,6 +229,52 @@ def _labels(comparisons: Sequence[Comparison]) -> list[str]:
     ]
 
 
+def average(runs: Sequence[Path], output: Path) -> None:
+    """Evaluate the mean of the probabilities of some runs, as a run in ``output``.
+
+    Raises:
+        ConfigError: the folder holds something, or runs whose probabilities are not comparable.
+        DataError: the data of the first run are not there, or a probability is not.
+    """
+    # slow to load, and not needed for --help
+    from data_pipelines.serving import loading
+    from experiments.studies.averaging import average_runs
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"the mean of runs is written into a folder of its own; {output} holds something. "
+            "Name another one after --average."
+        )
+    folders = [RunFolder(run) for run in runs]
+    config = folders[0].read_config()
+    average_runs(folders, RunFolder(output), config, loading.build(config.data))
+
+
+def proposal(runs: Sequence[Path], rows: Sequence[Comparison], averaged: Path | None) -> str:
+    """Which run has the highest Dice, mean over classes, and the command that predicts with it."""
+    scores: dict[str, list[float]] = {}
+    for name in dict.fromkeys(row.name for row in rows):
+        of_class = [row for row in rows if row.name == name]
+        scores.setdefault(of_class[0].run_a, []).append(of_class[0].mean_a)
+        for row in of_class:
+            scores.setdefault(row.run_b, []).append(row.mean_b)
+    means = {run: float(np.mean(values)) for run, values in scores.items()}
+    best = max(means, key=lambda run: means[run])
+    is_mean = averaged is not None and best == str(averaged)
+    title = "the mean of the runs" if is_mean else best
+    models = " ".join(f"--model {run}" for run in (runs if is_mean else (best,)))
+    lines = [
+        f"Highest Dice: {title} ({means[best]:.4f}). To predict so: "
+        f"cmsad predict {models} --input CASES --output FOLDER"
+    ]
+    if averaged is None:
+        lines.append("Add --average FOLDER to see whether the mean of the runs is better still.")
+    lines.append(
+        "The best of several has been chosen by these cases, and is a little worse on others."
+    )
+    return "\n".join(lines)
+
+
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
     """Compare the Dice of the first run with each other run, paired on the same cases."""
@@ -233,6 +283,8 @@ class CompareConfig:
     """Run folders, at least two; the first is compared with each other one."""
     json: Path | None = None
     """Also write the comparisons to this file."""
+    average: Path | None = None
+    """Also compare the mean of the probabilities of all runs, written as a run into this folder."""
     num_resamples: int = NUM_RESAMPLES
     """Number of bootstrap resamples."""
     seed: int = 0
@@ -254,8 +306,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Use --num-resamples={NUM_RESAMPLES}."
         )
     first, *others = config.runs
+    if config.average is not None:
+        compare_all(first, others, num_resamples=1)  # refuses runs that cannot be paired
+        average(config.runs, config.average)
+        others.append(config.average)
     comparisons = compare_all(first, others, num_resamples=config.num_resamples, seed=config.seed)
     print(format_comparisons(comparisons))
+    print(proposal(config.runs, comparisons, config.average))
     if config.json is not None:
         write_text(config.json, to_text(comparisons))
 

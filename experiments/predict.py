@@ -1,9 +1,9 @@
-"""Predict new patients with a run or an exported model, in the frame of their own T2W files.
+"""Predict new patients with runs or exported models, in the frame of their own T2W files.
 
 ``python -m experiments.predict --model RUN_OR_ARTIFACT --input CASE_OR_FOLDER --output DIR`` reads
-whatever the data pipeline reads, one case or thousands. While one case is computed, the next ones
-are read and the ones before are written. A run is exported in memory first, so that a run and an
-artifact take one path. A case that cannot be predicted is named and passed over, and the exit
+whatever the data pipeline reads, one case or thousands; of several models (``--model A --model B``)
+the mean of their probabilities is taken. While one case is computed, the next ones are read and the
+ones before are written. A case that cannot be predicted is named and passed over, and the exit
 status is then 4. Each case is recorded as soon as its files are written: a command that ended
 early, however it did, goes on where it was when it is run again, and makes again what was removed
 or changed since; one that came to its end predicts every case again.
@@ -12,7 +12,6 @@ or changed since; one that came to its end predicts every case again.
 import collections
 import contextlib
 import dataclasses
-import io
 import sys
 import threading
 import time
@@ -27,15 +26,13 @@ import tyro
 from cmsad_jax import export
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import STORED_UNIT, Case
-from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
 from data_pipelines.progress import progress
 from data_pipelines.reading import case_files
 from data_pipelines.reading.case_files import CaseFiles
 from data_pipelines.short_help import program
-from data_pipelines.targets import target_of
-from experiments.exporting.artifact import write_artifact
 from experiments.measuring.training_data import in_words, unlike
+from experiments.prediction.models import Models, open_models, run_program
 from experiments.prediction.outputs import (
     Computed,
     Extras,
@@ -44,18 +41,13 @@ from experiments.prediction.outputs import (
     PredictionFolder,
     Predictions,
     Settings,
-    facts_of,
-    operating_point,
     target_of_model,
 )
 from experiments.process.accelerator import select_accelerator
 from experiments.process.called import callable_module
 from experiments.process.console import log, run_main
-from experiments.process.records import RecordError, decode, encode
-from experiments.run_folder import fold_name
-from experiments.settings.config import Accelerator, FoldsAsked, ReportConfig, folds_asked
+from experiments.settings.config import Accelerator, FoldsAsked, ReportConfig
 from experiments.settings.options import REGISTRY
-from experiments.settings.stored import from_json
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,8 +63,9 @@ PASSED_OVER = 4
 class PredictCommand:
     """Predict new cases with a run or an artifact; masks and probabilities as NIfTI."""
 
-    model: Path
-    """Run folder of python -m experiments.cv, or file of python -m experiments.export."""
+    model: tyro.conf.UseAppendAction[tuple[Path, ...]]
+    """Run folder of python -m experiments.cv, or file of python -m experiments.export. Given again
+    with another, the mean of their probabilities is taken."""
     input: Path
     """Folder of one case (files named by modality) or of many, in any layout of the pipeline."""
     output: Path
@@ -98,107 +91,42 @@ class PredictCommand:
     report: ReportConfig = ReportConfig()
 
 
-def open_model(command: PredictCommand) -> export.Model:
-    """The model of a run folder or an artifact, with the options of the command line.
+def open_command(command: PredictCommand) -> Models:
+    """The models of a command line, applied as it asks.
 
     Raises:
-        ConfigError: neither a run nor an artifact, or options that cannot work.
+        ConfigError: as ``open_models``, or more is asked than the models give.
     """
-    if command.model.is_dir():
-        archive = io.BytesIO()
-        write_artifact(command.model, archive, folds=command.folds)
-        archive.seek(0)
-        model = export.load(archive)
-    elif command.model.is_file():
-        model = export.load(command.model)
-        if command.folds is not None:
-            model = model.select([fold_name(fold) for fold in folds_asked(command.folds, 0)])
-    else:
-        raise ConfigError(
-            f"the model must be a run folder or an artifact; got nothing at {command.model}. "
-            "Check --model."
-        )
-    changes = {field.name: getattr(command, field.name) for field in dataclasses.fields(Settings)}
-    given = {name: value for name, value in changes.items() if value is not None}
-    point = operating_point(model.description)
-    if command.threshold == "learnt":
-        if point is None:
+    settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(Settings)}
+    models = open_models(command.model, command.folds, settings)
+    if command.attention and "attention" not in models.programs:
+        if len(models.each) > 1:
             raise ConfigError(
-                "a threshold is learnt from two folds or more of a run that detects lesions; "
-                f"{command.model} has none. Leave --threshold out, or give a number."
+                f"attention maps are those of one model; got {len(models.each)} models. "
+                "Leave out --attention, or name one --model."
             )
-        given["threshold"] = point.threshold
-    if "threshold" in given and len(model.description.classes) > 1:
         raise ConfigError(
-            f"a threshold goes with one class; got {command.threshold} for "
-            f"{', '.join(model.description.classes)}, of which the most probable is taken. "
-            "Leave --threshold out."
+            f"attention maps need a program for them; {command.model[0]} has none. "
+            "Export the run again, or leave out --attention."
         )
-    description = dataclasses.replace(model.description, **given)
-    if not 0 < description.threshold < 1 or not 0 <= description.overlap < 1:
-        raise ConfigError(
-            "threshold must lie between 0 and 1, and overlap be 0 or more and below 1; got "
-            f"{description.threshold} and {description.overlap}. Use --threshold=0.5 --overlap=0.5."
-        )
-    if description.batch_size < 1:
-        raise ConfigError(
-            f"batch size must be 1 or more; got {description.batch_size}. Use --batch-size=1."
-        )
-    return dataclasses.replace(model, description=description)
+    return models
 
 
-def data_config(description: export.Description) -> DataConfig:
-    """How cases are to be preprocessed for a model.
-
-    Raises:
-        ConfigError: in a way that there is not, or for a target that this version does not know.
-    """
-    from data_pipelines.preparing.preprocessing import check_preprocess  # slow, not for --help
-
-    try:
-        grid = decode(PreprocessConfig, encode(description.preprocess), "preprocess")
-        from_json(PreprocessConfig, dict(description.preprocess))  # knows every field
-        data = DataConfig(
-            target=description.target,
-            labels=description.labels,
-            lesions=description.lesions,
-            modalities=description.modalities,
-            allow_missing=description.allow_missing,
-            preprocess=grid,
-        )
-        check_preprocess(data)
-        target_of(data.target, data.labels, data.lesions)  # refuses a target that cannot be
-        if data.modalities != tuple(description.modalities):
-            raise DataError(
-                f"modalities are called {', '.join(data.modalities)} here; got "
-                f"{', '.join(description.modalities)}."
-            )
-    except (RecordError, DataError) as error:
-        raise ConfigError(
-            f"a model must say how its images are prepared; got: {error} Export the run again."
-        ) from error
-    return data
-
-
-def compute(model: export.Model, case: Case, *, attention: bool) -> Computed:
-    """Run the model on one case; of one that weighs modalities, also their weights."""
-    image = case.image.astype(np.float32) * np.float32(STORED_UNIT)
-    prediction = model.predict(image, case.present)
-    maps = None
-    if attention:
-        maps = model.predict(image, case.present, program="attention").probability
+def compute(models: Models, cases: Sequence[Case], extras: Extras) -> Computed:
+    """Run the models on a case; one that weighs modalities or draws attention says that too."""
+    first, case = models.each[0], cases[0]
+    computed = Computed(case, models.predict(cases), None)
+    if extras.attention:
+        maps = run_program(first, case, "attention").probability
         maps /= np.maximum(maps.max((0, 1, 2)), 1e-12)
-    weights = None
-    if "modality_weights" in model.programs:
-        found = model.predict(image, case.present, program="modality_weights").probability
-        weights = found.mean((0, 1, 2))
-    return Computed(case, prediction, maps, weights)
-
-
-def deviation_of_draws(model: export.Model, case: Case) -> np.ndarray:
-    """Standard deviation of the probability over draws of attention across slices."""
-    image = case.image.astype(np.float32) * np.float32(STORED_UNIT)
-    return model.predict(image, case.present, program="drawn").probability.max(-1)
+        computed = dataclasses.replace(computed, attention=maps)
+    if "modality_weights" in models.programs:
+        weights = run_program(first, case, "modality_weights").probability.mean((0, 1, 2))
+        computed = dataclasses.replace(computed, modality_weights=weights)
+    if extras.uncertainty and "drawn" in models.programs:
+        drawn = run_program(first, case, "drawn").probability.max(-1)
+        computed = dataclasses.replace(computed, drawn=drawn)
+    return computed
 
 
 class OtherImagesError(DataError):
@@ -318,47 +246,40 @@ def run(command: PredictCommand) -> int:
     from experiments.prediction import inputs  # slow to load, and not needed for --help
 
     select_accelerator(command.accelerator)
-    model = open_model(command)
-    description = model.description
-    if command.attention and "attention" not in model.programs:
-        raise ConfigError(
-            f"attention maps need a program for them; {command.model} has none. "
-            "Export the run again, or leave out --attention."
-        )
-    data = data_config(description)
+    models = open_command(command)
+    description, data = models.description, models.read_as
     entries = inputs.find_inputs(
         command.input, description.modalities, with_gland=data.preprocess.centre == "gland"
     )
     folder = PredictionFolder(command.output)
     with folder.opened():
-        facts = facts_of(model, Extras(command.attention, command.uncertainty))
+        facts = models.facts(Extras(command.attention, command.uncertainty))
         account, before, done = open_account(folder, facts, [entry.case_id for entry in entries])
         for name in ("predict", *(("attention",) if command.attention else ())):
-            model.compile(name)
+            models.compile(name)
         log(
             f"{len(entries) - len(done)} cases; {', '.join(description.classes)} from "
             f"{', '.join(description.modalities)}, {len(description.members)} members, "
-            f"model {model.sha256[:12]}"
+            f"{in_all(models)}"
             + (f"; {len(done)} were predicted before the interruption" if done else "")
         )
         say_trained_on(facts)
         with recorded(account):
-            predict_cases(model, entries, data, account, before, done)
+            predict_cases(models, entries, account, before, done)
         count, wall = len(account.cases) + account.refused, max(account.wall_s, 1e-9)
         log(
             f"{count - account.failed} of {count} cases predicted in {wall:.1f} s "
             f"({60 * count / wall:.0f} a minute, {account.computing_s / wall:.0%} "
             f"of it computing); {folder.record}"
         )
-        share(command, model, entries, data, folder)
+        share(command, models, entries, folder)
     return account.failed
 
 
 def share(
     command: PredictCommand,
-    model: export.Model,
+    models: Models,
     entries: Sequence[CaseFiles],
-    data: DataConfig,
     folder: PredictionFolder,
 ) -> None:
     """Write what people open: tables, segmentations for 3D Slicer and as DICOM, and the page."""
@@ -366,7 +287,7 @@ def share(
     from experiments.prediction import inputs, sharing
     from experiments.reporting import prediction_page
 
-    predictions, target = folder.read(), target_of_model(model.description)
+    predictions, target = folder.read(), target_of_model(models.description)
     files = {entry.case_id: entry for entry in entries}
     done = [case.case_id for case in predictions.cases if case.error is None]
     here = [case_id for case_id in done if case_id in files]
@@ -375,11 +296,11 @@ def share(
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
     sharing.write_tables(folder, predictions, target)
-    sharing.write_segmentations(folder, here, files, target, model.sha256, warn)
+    sharing.write_segmentations(folder, here, files, target, models.sha256, warn)
     if command.page:
         log(f"writing the page of {len(here)} cases")
         subject = prediction_page.Subject(
-            model.description, lambda case_id: inputs.read_raw(files[case_id], data)
+            models.description, lambda case_id: inputs.read_raw(files[case_id], models.read_as)
         )
         prediction_page.write_prediction_page(folder, predictions, subject, here, command.report)
         log(f"page: {folder.page}")
@@ -419,17 +340,39 @@ def open_account(
     return account, old.cases, done
 
 
+def in_all(models: Models) -> str:
+    """Whose prediction it is, and what is not computed of several models."""
+    told = f"model {models.sha256[:12]}"
+    if len(models.each) == 1:
+        return told
+    told += f", the mean of {len(models.each)} models: " + ", ".join(
+        model.sha256[:12] for model in models.each
+    )
+    left_out = {
+        text
+        for program, text in _OF_ONE_MODEL.items()
+        if any(program in model.programs for model in models.each)
+    }
+    return told + "".join(f"; no {text}, which are of one model" for text in sorted(left_out))
+
+
+_OF_ONE_MODEL = {
+    "modality_weights": "weights of modalities",
+    "drawn": "draws of attention across slices",
+}
+
+
 def say_trained_on(facts: Facts) -> None:
-    """What the model was trained on; of drawn images, that it knows no patient."""
-    data = facts.model.training_data
-    log(f"the model was trained on {in_words(data)}")
-    if data is not None and data.synthetic:
-        print(
-            "warning: this model has seen synthetic images alone; what it says of patients means "
-            "nothing.",
-            file=sys.stderr,
-            flush=True,
-        )
+    """What each model was trained on; of drawn images, that it knows no patient."""
+    for data in facts.trained_on:
+        log(f"the model was trained on {in_words(data)}")
+        if data is not None and data.synthetic:
+            print(
+                "warning: this model has seen synthetic images alone; what it says of patients "
+                "means nothing.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @contextlib.contextmanager
@@ -445,9 +388,8 @@ def recorded(account: Account) -> Iterator[None]:
 
 
 def predict_cases(
-    model: export.Model,
+    models: Models,
     entries: Sequence[CaseFiles],
-    data: DataConfig,
     account: Account,
     before: Sequence[PredictedCase] = (),
     done: Collection[str] = (),
@@ -458,79 +400,76 @@ def predict_cases(
     those whose name other images have, the results ``before`` are kept. When it is interrupted
     the account holds the cases whose files are all written.
     """
-    extras = account.facts.extras
-    read = reader(entries, data, account, done)
-    with ThreadPoolExecutor(1) as readers, writing(account, model.description) as write:
+    read = reader(models, entries, account, done)
+    with ThreadPoolExecutor(1) as readers, writing(account, models.description) as write:
         read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
-        for entry, (case, seconds) in progress(
+        for entry, (cases, seconds) in progress(
             read_cases, description="Predicting", total=len(entries)
         ):
             account.beside_s += seconds
             for text in account.warnings.get(entry.case_id, ()):
                 print(f"warning: case {entry.case_id}: {text}", file=sys.stderr, flush=True)
-            if isinstance(case, OtherImagesError):
-                account.keep(entry, before, case)
-            elif isinstance(case, DataError):
-                account.fail(entry.case_id, case)
-            if not isinstance(case, Case):
+            if isinstance(cases, OtherImagesError):
+                account.keep(entry, before, cases)
+            elif isinstance(cases, DataError):
+                account.fail(entry.case_id, cases)
+            if cases is None or isinstance(cases, DataError):
                 continue
             started = time.perf_counter()
-            computed = compute(model, case, attention=extras.attention)
-            if extras.uncertainty and "drawn" in model.programs:
-                computed = dataclasses.replace(computed, drawn=deviation_of_draws(model, case))
+            computed = compute(models, cases, account.facts.extras)
             account.computing_s += time.perf_counter() - started
             if np.isfinite(computed.prediction.probability).all():
                 write(computed)
             else:
-                account.fail(entry.case_id, not_finite(model, case))
+                account.fail(entry.case_id, not_finite(models, cases))
 
 
 def reader(
-    entries: Sequence[CaseFiles], data: DataConfig, account: Account, done: Collection[str]
-) -> Callable[[CaseFiles], tuple[Case | DataError | None, float]]:
-    """What reads a case: the case, why there is none, or None if it is done; and seconds it took.
+    models: Models, entries: Sequence[CaseFiles], account: Account, done: Collection[str]
+) -> Callable[[CaseFiles], tuple[Sequence[Case] | DataError | None, float]]:
+    """What reads a case, as each model sees it: why there is none, None if it is done; and seconds.
 
     Whose images they are, and what is worth a look in them, goes into the account.
     """
     # slow to load, and not needed for --help
-    from data_pipelines.preparing import preprocessing
     from data_pipelines.preparing.examination import gland_suspicions, image_facts
     from experiments.prediction import inputs
 
-    trained_on = account.facts.model.training_data
+    trained_on = account.facts.trained_on
     repeated = {
         problem.case_id: problem
         for problem in case_files.check_ids(entry.case_id for entry in entries)
     }
 
-    def read(entry: CaseFiles) -> tuple[Case | DataError | None, float]:
+    def read(entry: CaseFiles) -> tuple[Sequence[Case] | DataError | None, float]:
         started = time.thread_time()
         try:
             if entry.case_id in repeated:
                 raise DataError(repeated[entry.case_id].text)
-            raw = inputs.read_raw(entry, data)
+            raw = inputs.read_raw(entry, models.read_as)
             account.claim(entry.case_id, inputs.images_sha256(raw))
-            case = None
+            cases = None
             if entry.case_id not in done:
-                case = preprocessing.preprocess_case(raw, data, require_label=False)
+                cases = models.prepare(raw)
+                images = {name: image_facts(volume) for name, volume in raw.images.items()}
                 account.warnings[entry.case_id] = (
                     *(p.text for p in entry.problems if p.level == "warning"),
                     *(() if raw.gland is None else gland_suspicions(raw.gland)),
-                    *unlike(trained_on, {name: image_facts(v) for name, v in raw.images.items()}),
+                    *dict.fromkeys(text for data in trained_on for text in unlike(data, images)),
                 )
         except DataError as error:
-            case = error
-        return case, time.thread_time() - started
+            cases = error
+        return cases, time.thread_time() - started
 
     return read
 
 
-def not_finite(model: export.Model, case: Case) -> DataError:
-    """What to say of a case for which the model gives no probabilities."""
-    image = np.abs(case.image.astype(np.float32) * np.float32(STORED_UNIT))
+def not_finite(models: Models, cases: Sequence[Case]) -> DataError:
+    """What to say of a case for which a model gives no probabilities."""
+    largest = max(np.abs(case.image.astype(np.float32)).max() * STORED_UNIT for case in cases)
     return DataError(
         "probabilities must be finite; got NaN or infinity from model "
-        f"{model.sha256[:12]} for intensities of up to {image.max():.3g} standard deviations. "
+        f"{models.sha256[:12]} for intensities of up to {largest:.3g} standard deviations. "
         "No mask is written. Use another model, or leave out the fold that gives them (--folds)."
     )
 

@@ -99,7 +99,17 @@ class PredictedCase:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """Whose predictions they are."""
+    """Whose predictions they are.
+
+    Attributes:
+        sha256: of the model.
+        members: sets of weights that are averaged.
+        git_commit: of the code that it was trained with.
+        data_fingerprint: of the data set that it was trained on.
+        license: of the weights.
+        training_data: what that data set is.
+        models: each of them, where the mean of several is taken.
+    """
 
     sha256: str
     members: tuple[str, ...]
@@ -107,6 +117,7 @@ class ModelFacts:
     data_fingerprint: str | None
     license: str
     training_data: TrainingData | None = None
+    models: "tuple[ModelFacts, ...] | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +145,15 @@ class Facts:
     model: ModelFacts
     settings: Settings
     extras: Extras = Extras()
+
+    @property
+    def trained_on(self) -> list[TrainingData | None]:
+        """What the model, or each of several, was trained on; equal ones once."""
+        found: list[TrainingData | None] = []
+        for model in self.model.models or (self.model,):
+            if model.training_data not in found:
+                found.append(model.training_data)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,18 +241,12 @@ def judged(
     )
 
 
-def facts_of(model: export.Model, extras: Extras) -> Facts:
+def facts_of(
+    description: export.Description, sha256: str, extras: Extras, each: Sequence[ModelFacts] = ()
+) -> Facts:
     """What is said of a model, its settings, and what is written beside masks."""
-    description = model.description
     return Facts(
-        ModelFacts(
-            sha256=model.sha256,
-            members=tuple(description.members),
-            git_commit=description.provenance.get("environment", {}).get("git_commit"),
-            data_fingerprint=description.provenance.get("data_fingerprint"),
-            license=description.license,
-            training_data=training_data_of(description),
-        ),
+        dataclasses.replace(model_facts(description, sha256), models=tuple(each) or None),
         Settings(
             threshold=description.threshold,
             overlap=description.overlap,
@@ -240,6 +254,18 @@ def facts_of(model: export.Model, extras: Extras) -> Facts:
             batch_size=description.batch_size,
         ),
         extras,
+    )
+
+
+def model_facts(description: export.Description, sha256: str) -> ModelFacts:
+    """What is said of one model."""
+    return ModelFacts(
+        sha256=sha256,
+        members=tuple(description.members),
+        git_commit=description.provenance.get("environment", {}).get("git_commit"),
+        data_fingerprint=description.provenance.get("data_fingerprint"),
+        license=description.license,
+        training_data=training_data_of(description),
     )
 
 

@@ -1,12 +1,20 @@
 import json
 
+import numpy as np
 import pytest
 
 from cmsad_jax.types import ConfigError
+from data_pipelines.case import spacing_of
 from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.reading.volume_io import write_nifti
+from data_pipelines.serving import loading
 from experiments.compare import compare, compare_all, format_comparisons, main
+from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.summary import summarise
-from experiments.run_folder import Results, RunFolder
+from experiments.process.records import write_record
+from experiments.run_folder import SCHEMA, Results, RunFolder, RunRecord
+from experiments.settings.command_line import parse
+from experiments.settings.stored import to_json
 from tests.experiments.fake_run import row_of
 
 
@@ -132,3 +140,78 @@ def test_runs_of_equal_names_are_told_apart(tmp_path):
     text = format_comparisons(compare_all(runs[0], runs[1:]))
     assert "\nfull/seed_1 - scff/seed_1 (lesion) " in text
     assert "\nfull/seed_1 - concat/seed_1 (lesion) " in text
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A configuration on eight drawn cases of a coarse grid, and these cases."""
+    config = parse(
+        [
+            f"--data.cache={tmp_path_factory.mktemp('cache')}",
+            *("--data.phantom.num-cases=8", "--num-folds=2"),
+            *("--data.preprocess.spacing-mm", "3", "3", "3"),
+            *("--data.preprocess.size", "12", "32", "32"),
+            *("--train.crop", "8", "32", "32"),
+        ]
+    )
+    return config, loading.build(config.data)
+
+
+def probable_run(folder, source, fold_of, strength_of):
+    """A run that says a probability for the lesion of each case, and 0.1 elsewhere."""
+    config, cases = source
+    run, rows = RunFolder(folder), []
+    for info in cases.info:
+        case, fold = cases[info.case_id], fold_of[info.case_id]
+        lesion = case.original_truth > 0
+        probability = np.where(lesion, strength_of[info.case_id], 0.1).astype(np.float32)
+        rows += measure_case(
+            info.case_id,
+            info.patient_id,
+            fold,
+            probability[..., None],
+            case.original_truth,
+            spacing_of(case.original_affine),
+            Rule("lesion", 0.5),
+        )
+        (file,) = run.fold(fold).probabilities(info.case_id, ("lesion",))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_nifti(file, probability, case.original_affine)
+    run.write_results(
+        Results(summarise(rows, [0, 1]), "lesion", ("lesion",), 0.5, "ema", 2, (0, 1))
+    )
+    write_record(run.config, RunRecord(to_json(config), "0"), schema=SCHEMA)
+    return folder
+
+
+def test_the_mean_of_runs_is_compared_and_proposed(source, tmp_path, capsys):
+    """Each run is sure of what the other is not; their mean finds all, whatever their folds."""
+    cases = [info.case_id for info in source[1].info]
+    positive = [info.case_id for info in source[1].info if info.positive]
+    assert len(positive) > 1
+    folds = [{case: (number + n) % 2 for number, case in enumerate(cases)} for n in (0, 1)]
+    ranks = {case: positive.index(case) if case in positive else 0 for case in cases}
+    weak = [{case: 0.9 if rank % 2 == n else 0.4 for case, rank in ranks.items()} for n in (0, 1)]
+    a, b = (
+        probable_run(tmp_path / name, source, fold_of, strength)
+        for name, fold_of, strength in zip("ab", folds, weak, strict=True)
+    )
+    mean = tmp_path / "mean"
+    main([str(a), str(b), "--average", str(mean)])
+    said = capsys.readouterr().out
+    assert "a - mean (lesion)" in said
+    assert "Highest Dice: the mean of the runs (1.0000). To predict so: cmsad predict" in said
+    assert f"--model {a} --model {b} --input CASES" in said
+    summary = RunFolder(mean).read_results().summary
+    assert {row.case_id: row.fold for row in summary.metric_per_case} == folds[0]
+    assert all(row.dice == 1 for row in summary.metric_per_case if row.case_id in positive)
+    assert (mean / "report.html").is_file()
+
+    main([str(a), str(b)])
+    assert "Add --average FOLDER to see whether the mean" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"into a folder of its own; .*mean holds something"):
+        main([str(a), str(b), "--average", str(mean)])
+    (file,) = RunFolder(b).fold(folds[1][cases[0]]).probabilities(cases[0], ("lesion",))
+    file.unlink()
+    with pytest.raises(DataError, match=f"probabilities/{cases[0]}.nii.gz"):
+        main([str(a), str(b), "--average", str(tmp_path / "other")])

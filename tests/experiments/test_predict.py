@@ -26,7 +26,8 @@ from experiments.exporting.artifact import describe, write_artifact
 from experiments.measuring import lesions
 from experiments.measuring.training_data import ModalityData, TrainingData, to_provenance
 from experiments.prediction.inputs import find_inputs, read_case
-from experiments.prediction.outputs import PredictionFolder
+from experiments.prediction.models import Models, data_config
+from experiments.prediction.outputs import Extras, PredictionFolder
 from experiments.process.storage import locked
 from experiments.run_folder import FoldFolder
 from experiments.studies import cross_validation
@@ -218,12 +219,12 @@ def test_an_interrupted_prediction_goes_on_and_a_whole_one_begins_anew(
     arguments = ["--model", str(quick), "--input", str(tmp_path / "in"), "--output"]
     compute, computed = predict.compute, []
 
-    def interrupted(model, case, *, attention):
-        if case.case_id == "b" and "b" not in computed:
+    def interrupted(models, cases, extras):
+        if cases[0].case_id == "b" and "b" not in computed:
             computed.append("b")
             raise KeyboardInterrupt
-        computed.append(case.case_id)
-        return compute(model, case, attention=attention)
+        computed.append(cases[0].case_id)
+        return compute(models, cases, extras)
 
     monkeypatch.setattr(predict, "compute", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -257,11 +258,11 @@ def test_a_killed_prediction_has_recorded_every_case_that_it_finished(
     arguments = ["--model", str(quick), "--input", str(tmp_path / "in"), "--output", str(out)]
     compute, computed = predict.compute, []
 
-    def watched(model, case, *, attention):
-        if case.case_id == "d" and "again" not in computed:
+    def watched(models, cases, extras):
+        if cases[0].case_id == "d" and "again" not in computed:
             raise RuntimeError("as if killed")
-        computed.append(case.case_id)
-        return compute(model, case, attention=attention)
+        computed.append(cases[0].case_id)
+        return compute(models, cases, extras)
 
     monkeypatch.setattr(predict, "compute", watched)
     with monkeypatch.context() as killed:
@@ -312,9 +313,9 @@ def test_a_case_without_finite_probabilities_is_passed_over(quick, tmp_path, mon
     write_folder(tmp_path / "in", case_of("a"), case_of("b", seed=1))
     compute = predict.compute
 
-    def diverged(model, case, *, attention):
-        computed = compute(model, case, attention=attention)
-        if case.case_id == "a":
+    def diverged(models, cases, extras):
+        computed = compute(models, cases, extras)
+        if cases[0].case_id == "a":
             computed.prediction.probability[0, 0, 0] = np.nan
         return computed
 
@@ -413,8 +414,8 @@ def test_what_a_model_says_of_its_images_is_checked_before_any_is_read(
     model = predict.export.load(quick)
     description = dataclasses.replace(model.description, **change)
     with pytest.raises(ConfigError, match=message):
-        predict.data_config(description)
-    assert predict.data_config(model.description).modalities == MODALITIES
+        data_config(description)
+    assert data_config(model.description).modalities == MODALITIES
 
 
 def test_missing_modality_is_a_fault_unless_trained_for(artifact, tmp_path, capsys):
@@ -604,9 +605,7 @@ def test_a_threshold_is_refused_where_the_most_probable_class_is_taken(
         predict.export, "load", lambda _: dataclasses.replace(model, description=zones)
     )
     with pytest.raises(ConfigError, match=r"goes with one class; got 0\.4 for pz, tz"):
-        predict.open_model(
-            predict.PredictCommand(model=artifact, input=tmp_path, output=tmp_path, threshold=0.4)
-        )
+        predict.open_command(predict.PredictCommand((artifact,), tmp_path, tmp_path, threshold=0.4))
 
 
 def test_inputs_without_a_case_are_refused(tmp_path):
@@ -694,10 +693,10 @@ def test_several_classes_and_networks_of_slices(config, tmp_path):
         description, target="zones", classes=("pz", "tz"), window=(8, 8)
     )
     model = cmsad_jax.export.Model(description, {"predict": program}, ({},), "", "", ("0",))
-    data = predict.data_config(description)
+    data = data_config(description)
     assert data.classes == ("pz", "tz")
     case = preprocessing.preprocess_case(case_of("a"), data, require_label=False)
-    computed = predict.compute(model, case, attention=False)
+    computed = predict.compute(Models((model,), (data,)), (case,), Extras())
     account = PredictionFolder(tmp_path).write_case(computed, description, uncertainty=True)
     mask = load(tmp_path / "masks/a.nii.gz")
     pz, tz = (load(tmp_path / f"probabilities/a_{name}.nii.gz") for name in description.classes)
@@ -725,11 +724,12 @@ def test_weights_of_modalities_and_draws_are_told_of_models_that_have_them(tmp_p
     model = cmsad_jax.export.load(tmp_path / "model.cmsad")
     assert {*model.programs} == {"predict", "attention", "modality_weights", "drawn"}
     case = preprocessing.preprocess_case(case_of("a"), config.data, require_label=False)
-    computed = predict.compute(model, case, attention=False)
-    drawn = predict.deviation_of_draws(model, case)
+    models = Models((model,), (config.data,))
+    assert predict.compute(models, (case,), Extras()).drawn is None
+    computed = predict.compute(models, (case,), Extras(uncertainty=True))
+    drawn = computed.drawn
     assert 1e-6 < drawn.max() < 0.5
     folder = PredictionFolder(tmp_path / "out")
-    computed = dataclasses.replace(computed, drawn=drawn)
     told = folder.write_case(computed, model.description, uncertainty=True)
     assert [*told.modality_weights] == ["t2w", "adc"]
     assert sum(told.modality_weights.values()) == pytest.approx(1, abs=1e-5)

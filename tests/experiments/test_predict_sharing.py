@@ -315,9 +315,9 @@ def test_page_works_in_a_browser(shared, width):
 
 def test_no_page_where_none_is_asked_for(shared, tmp_path, monkeypatch):
     command = predict.PredictCommand(
-        shared / "model.cmsad", shared / "in", shared / "out", page=False
+        (shared / "model.cmsad",), shared / "in", shared / "out", page=False
     )
-    assert predict.PredictCommand(*[command.model] * 3).page
+    assert predict.PredictCommand(command.model, command.input, command.output).page
     folder = predict.PredictionFolder(tmp_path)
     record = predict.PredictionFolder(shared / "out").read()
     folder.write(dataclasses.replace(record, cases=()))

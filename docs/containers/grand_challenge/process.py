@@ -71,7 +71,7 @@ def process(input_folder: Path, output_folder: Path, model: Path) -> float:
         for name, path in images.items():
             ending = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
             shutil.copy(path, case / f"{name}{ending}")
-        if run(PredictCommand(model=model, input=case.parent, output=results, page=False)):
+        if run(PredictCommand(model=(model,), input=case.parent, output=results, page=False)):
             raise DataError(
                 f"the case must be predicted; got the fault above, of {images['t2w'].name}. "
                 "Correct the images."
