@@ -7,6 +7,7 @@ from cmsad_jax.kernels.api import (
     correlation,
     normalize_map,
     resize_map,
+    written_out,
 )
 from cmsad_jax.kernels.depthwise import depthwise_convolution
 
@@ -18,4 +19,5 @@ __all__ = [
     "depthwise_convolution",
     "normalize_map",
     "resize_map",
+    "written_out",
 ]

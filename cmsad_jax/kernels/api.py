@@ -4,8 +4,10 @@
 name takes that one or raises ``NotImplementedError``.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -132,7 +134,8 @@ def correlation(
         beta: of the linear term.
         gamma: of the constant.
         implementation: ``reference``: plain jnp. ``xla``: one pass over the features with a
-            backward pass of its own, see ``cmsad_jax.kernels.correlation``. None: ``xla``.
+            backward pass of its own, see ``cmsad_jax.kernels.correlation``. None: ``xla``, but for
+            ``written_out``.
 
     Raises:
         ConfigError: if shapes disagree.
@@ -159,7 +162,30 @@ def correlation(
                 f"got shape {coefficients.shape}. Use shape {wanted}."
             )
     known = {"reference": reference.correlation, "xla": xla_correlation}
-    return _choose(implementation or "xla", known)(tuple(features), alpha, beta, gamma)
+    return _choose(implementation or _correlation.get(), known)(tuple(features), alpha, beta, gamma)
+
+
+_correlation = contextvars.ContextVar("correlation", default="xla")
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+    """Inside, operations are traced without loops, for converters to other formats.
+
+    ``correlation`` takes its reference where no implementation is asked for: more memory, and the
+    same values up to rounding.
+
+    Examples:
+        >>> features, one = [jnp.ones((1, 2, 2, 3))] * 2, jnp.ones((1, 2, 2, 3))
+        >>> with written_out():
+        ...     "scan" in str(jax.make_jaxpr(correlation)(features, one, one, one))
+        False
+    """
+    token = _correlation.set("reference")
+    try:
+        yield
+    finally:
+        _correlation.reset(token)
 
 
 def convolution(

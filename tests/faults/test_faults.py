@@ -23,9 +23,10 @@ from experiments.run_folder import Best, FoldFolder, FoldSummary
 from experiments.studies import cross_validation
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.fold import Fold, write_history
-from tests.faults import hostile
+from tests.faults import commands, hostile
 from tests.faults.digest import digest
 from tests.faults.job import tiny
+from tests.test_export import TRICKS
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,6 +137,12 @@ def voxel_ml(case) -> float:
 def test_hostile_names_and_archives_are_refused(tmp_path):
     assert [text for text in hostile.results(tmp_path / "hostile", 1000) if text] == []
     assert not (tmp_path / "hostile" / "touched").exists()
+
+
+def test_every_trick_of_strangers_can_be_made_and_is_refused(tmp_path):
+    results = commands.strangers(tmp_path / "strangers", len(TRICKS))
+    assert len(results) == len(TRICKS) >= 55
+    assert not [text for text in results if text]
 
 
 def test_ids_that_differ_in_case_alone_are_refused():
