@@ -80,6 +80,7 @@ def write_onnx(model: export.Model, output: Path) -> float:
     for value, name in zip(program.graph.input, ("windows", "present"), strict=True):
         _rename(program.graph, value.name, name)
     _rename(program.graph, program.graph.output[0].name, "probability")
+    _shorten_uniform(program.graph)
     described = {"description": json.dumps(dataclasses.asdict(facts)), "model_card": model.card}
     onnx.helper.set_model_props(program, described)
     content = program.SerializeToString()
@@ -92,6 +93,27 @@ def write_onnx(model: export.Model, output: Path) -> float:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(content)
     return difference
+
+
+def _shorten_uniform(graph: Any) -> None:
+    """Write large constants of one value as that value and a shape: they are most of a file."""
+    from onnx import helper, numpy_helper  # pyright: ignore[reportMissingImports]
+
+    for tensor in [*graph.initializer]:
+        array = numpy_helper.to_array(tensor)
+        if array.size < _LARGE or (array != array.flat[0]).any():
+            continue
+        graph.initializer.remove(tensor)
+        shape = f"{tensor.name}_shape"
+        graph.initializer.append(numpy_helper.from_array(np.array(array.shape, np.int64), shape))
+        value = numpy_helper.from_array(array.reshape(-1)[:1])
+        graph.node.insert(
+            0, helper.make_node("ConstantOfShape", [shape], [tensor.name], value=value)
+        )
+
+
+_LARGE = 1024
+"""Values of a constant above which it is worth a node of its own."""
 
 
 def _rename(graph: Any, old: str, new: str) -> None:

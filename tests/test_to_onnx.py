@@ -161,7 +161,11 @@ def test_onnxruntime_gives_the_probabilities_of_jax(tmp_path, monkeypatch, capsy
     (found,) = session.run(None, {"windows": windows, "present": present})
     expected = np.mean([model.programs["predict"](w, windows, present) for w in model.weights], 0)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    facts = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    program = onnx.load(file)
+    assert "ConstantOfShape" in {node.op_type for node in program.graph.node}
+    constants = [onnx.numpy_helper.to_array(tensor) for tensor in program.graph.initializer]
+    assert not [c.shape for c in constants if c.size >= 1024 and (c == c.flat[0]).all()]
+    facts = {entry.key: entry.value for entry in program.metadata_props}
     assert facts["model_card"] == "a card"
     assert json.loads(facts["description"])["preprocess"] == {"spacing_mm": [3, 1, 1]}
 
