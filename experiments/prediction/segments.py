@@ -120,7 +120,7 @@ def write_seg_nrrd(
     ]
     with atomic_file(path) as partial, partial.open("wb") as file:
         file.write(("\n".join(header) + "\n\n").encode())
-        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6, mtime=0) as packed:
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:  # no name, no time
             packed.write(np.ascontiguousarray(mask, np.uint8).tobytes())
 
 

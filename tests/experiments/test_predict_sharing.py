@@ -108,6 +108,16 @@ def test_several_classes_are_segments_of_one_layer(tmp_path):
     assert len({each.color for each in named}) == 3
 
 
+def test_a_segmentation_has_the_same_bytes_whatever_it_is_written_through(tmp_path, monkeypatch):
+    mask, named = np.eye(4, dtype=np.uint8)[None], segments.segments_of(target_of("lesion"))
+    written = []
+    for pid in (1, 22):  # of which the name of the file that is being written is made
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        segments.write_seg_nrrd(tmp_path / f"{pid}.seg.nrrd", mask, np.eye(4), named)
+        written.append((tmp_path / f"{pid}.seg.nrrd").read_bytes())
+    assert written[0] == written[1]
+
+
 def test_own_values_of_masks_are_parts_and_named(tmp_path):
     target = target_of("organs", ("near=5", "far=300"))
     written = target.to_file(np.array([[[0, 1, 2]]]))
