@@ -12,6 +12,7 @@ import dataclasses
 
 from data_pipelines import command_line
 from data_pipelines.config import DataConfig
+from data_pipelines.files import expanded, naming_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +43,15 @@ def main(arguments: Arguments) -> int:
     )
     from data_pipelines.reading import layout
 
-    builder = builders.open_builder(layout.resolved(arguments.data, print))
-    if arguments.beam.runner is None:
-        validation.check(builder, print, num_workers=arguments.num_workers)
-    builder.prepare(
-        num_workers=arguments.num_workers,
-        beam_runner=arguments.beam.runner,
-        beam_options=arguments.beam.options,
-    )
+    with naming_path(expanded(arguments.data.cache, "--data.cache"), "build the data set"):
+        builder = builders.open_builder(layout.resolved(arguments.data, print))
+        if arguments.beam.runner is None:
+            validation.check(builder, print, num_workers=arguments.num_workers)
+        builder.prepare(
+            num_workers=arguments.num_workers,
+            beam_runner=arguments.beam.runner,
+            beam_options=arguments.beam.options,
+        )
     positive = sum(info.positive for info in builder.infos)
     print(
         f"{len(builder.infos)} cases, {positive} with {arguments.data.target}: {builder.data_dir}"

@@ -71,8 +71,8 @@ def run(
             raise
         except OSError as error:
             say(
-                f"error: {error}. Repair the storage and run the same command again: finished "
-                "cases are kept."
+                f"error: {error.filename or 'a file'}: {error.strerror or error}. Repair the "
+                "storage and run the same command again: finished cases are kept."
             )
             status = 3
         except KeyboardInterrupt:

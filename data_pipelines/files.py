@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, and paths that begin with ``~``."""
+"""Files that are whole or not there, paths that begin with ``~``, faults that name the path."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,12 +30,36 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     It has the ending of ``path``, by which writers choose the format, and the number of the
     process, so that two of them do not meet. The folder is made.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     ending = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
     partial = path.with_name(f".{path.name.removesuffix(ending)}.{os.getpid()}{ending}")
+    with naming_path(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming_path(
+    path: Path, action: str = "write", *, faults: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """Turn ``faults`` of storage inside into an ``OSError`` that names ``path``.
+
+    A full disk says so without a name, and some libraries have errors of their own for it.
+    """
     try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except DataError:
+        raise
+    except faults as error:
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+        if (full := os.strerror(errno.ENOSPC)) in str(error):  # from within a library's message
+            number, reason = errno.ENOSPC, full
+        raise OSError(number, f"cannot {action}: {reason}", str(path)) from error

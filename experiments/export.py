@@ -15,11 +15,11 @@ import tyro
 from cmsad_jax import export
 from cmsad_jax.named_weights import to_safetensors
 from cmsad_jax.types import ConfigError
+from data_pipelines.files import atomic_file
 from data_pipelines.short_help import program
 from experiments.exporting.artifact import write_artifact
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
-from experiments.process.storage import atomic_file
 from experiments.settings.config import FoldsAsked
 from experiments.settings.options import REGISTRY
 

@@ -31,8 +31,9 @@ from data_pipelines.progress import progress
 from data_pipelines.reading import case_files
 from data_pipelines.reading.case_files import CaseFiles
 from data_pipelines.short_help import program
+from experiments.exporting.opening import open_models
 from experiments.measuring.training_data import in_words, unlike
-from experiments.prediction.models import Models, open_models, run_program
+from experiments.prediction.models import Models, run_program
 from experiments.prediction.outputs import (
     Computed,
     Extras,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.files import naming_path
 from data_pipelines.serving import loading, splits
 from experiments.measuring.mean_shape import MeanShape
 from experiments.measuring.metrics import METRICS
@@ -22,14 +23,7 @@ from experiments.measuring.training_data import TrainingData, gather
 from experiments.process import records
 from experiments.process.environment import Environment, environment
 from experiments.process.records import INLINE
-from experiments.process.storage import (
-    HOLDER,
-    LOCK,
-    TEMPORARY,
-    file_sha256,
-    naming_path,
-    write_text,
-)
+from experiments.process.storage import HOLDER, LOCK, TEMPORARY, file_sha256, write_text
 from experiments.settings.config import ALL, Config, FoldsAsked, folds_asked
 from experiments.settings.stored import differences, from_json, to_json
 

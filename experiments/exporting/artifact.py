@@ -10,6 +10,7 @@ import jax
 
 from cmsad_jax import export
 from cmsad_jax.named_weights import flatten_weights, unflatten_weights
+from data_pipelines.files import naming_path
 from experiments.exporting.model_card import TrainingSet, model_card
 from experiments.measuring.summary import summarise
 from experiments.measuring.training_data import to_provenance
@@ -20,7 +21,6 @@ from experiments.prediction.windows import (
     weights_window,
 )
 from experiments.process.records import encode
-from experiments.process.storage import naming_path
 from experiments.run_folder import Results, RunFolder, RunRecord, fold_name, training_cases
 from experiments.settings.config import Config, FoldsAsked, window
 from experiments.training.checkpoints import load_params

@@ -15,6 +15,7 @@ from cmsad_jax.inference import EnsemblePrediction, entropy
 from cmsad_jax.types import ConfigError
 from data_pipelines.case import Case
 from data_pipelines.faults import DataError
+from data_pipelines.files import naming_path
 from data_pipelines.preparing import preprocessing
 from data_pipelines.targets import TARGET_CLASSES, Target, target_of
 from experiments.measuring import lesions
@@ -23,7 +24,7 @@ from experiments.measuring.metrics import to_mask
 from experiments.measuring.operating_point import OperatingPoint
 from experiments.measuring.training_data import TrainingData, from_provenance
 from experiments.process.records import INLINE, RecordError, decode, read_record, write_record
-from experiments.process.storage import file_sha256, locked, naming_path, remove_temporary_files
+from experiments.process.storage import file_sha256, locked, remove_temporary_files
 
 RECORD = "predictions.json"
 SEGMENTATIONS, DICOM_SEG = "segmentations", "dicom_seg"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.faults import DataError
+from data_pipelines.files import naming_path
 from data_pipelines.reading.case_files import CaseFiles
 from data_pipelines.targets import Target
 from experiments.prediction.outputs import PredictedCase, PredictionFolder, Predictions
@@ -18,7 +19,7 @@ from experiments.prediction.segments import (
     write_dicom_seg,
     write_seg_nrrd,
 )
-from experiments.process.storage import naming_path, write_text
+from experiments.process.storage import write_text
 
 
 def write_tables(folder: PredictionFolder, predictions: Predictions, target: Target) -> None:

@@ -26,7 +26,7 @@ def select_accelerator(name: str) -> list[Device]:
     """Devices of the accelerator asked for; ``auto`` is the best that JAX finds.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: there is none, or JAX of this process works on another kind already.
     """
     platforms = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
     if name in ("auto", "cpu"):
@@ -42,6 +42,11 @@ def select_accelerator(name: str) -> list[Device]:
             f"--accelerator={name}, and JAX found none. "
             f'Use --accelerator=auto, or install ".[{name}]" on a machine that has one.'
         ) from error
+    if name != "auto" and devices[0].platform not in (name, platforms[name]):
+        raise ConfigError(
+            f"a process computes on one kind of device; got --accelerator={name} where JAX has "
+            f"already begun on {devices[0].platform}. Start a new process."
+        )
     return list(devices)
 
 

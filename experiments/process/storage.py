@@ -1,7 +1,6 @@
 """Files that are whole or not there, folders that one process holds, faults that name the path."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -14,8 +13,8 @@ from typing import Any
 import filelock
 
 from cmsad_jax.types import ConfigError
-from data_pipelines import files
 from data_pipelines.faults import DataError
+from data_pipelines.files import atomic_file
 
 LOCK = ".lock"
 """File by which a process holds a folder; it stays, and means nothing when no one holds it."""
@@ -64,13 +63,6 @@ def remove_temporary_files(folder: Path, *, deep: bool = True) -> None:
             path.unlink()
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; it becomes ``path`` if nothing is raised."""
-    with naming_path(path), files.atomic_file(path) as partial:
-        yield partial
-
-
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run folder.
 
@@ -84,26 +76,6 @@ def read_json(path: Path) -> Any:
             f"a file of a run must be as it was written; {path}: {error}. "
             "Restore it from a copy, or remove the folder that holds it to do that part again."
         ) from error
-
-
-@contextlib.contextmanager
-def naming_path(
-    path: Path, action: str = "write", *, faults: tuple[type[Exception], ...] = (OSError,)
-) -> Iterator[None]:
-    """Turn ``faults`` of storage inside into an ``OSError`` that names ``path``.
-
-    A full disk says so without a name, and some libraries have errors of their own for it.
-    """
-    try:
-        yield
-    except (ConfigError, DataError):
-        raise
-    except faults as error:
-        number = getattr(error, "errno", None) or errno.EIO
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
-        if (full := os.strerror(errno.ENOSPC)) in str(error):  # from within a library's message
-            number, reason = errno.ENOSPC, full
-        raise OSError(number, f"cannot {action}: {reason}", str(path)) from error
 
 
 def file_sha256(file: Path) -> str:

@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.case import Case, spacing_of
+from data_pipelines.files import atomic_file
 from data_pipelines.targets import IGNORED
 from experiments.measuring.rows import Row
 from experiments.prediction.windows import Params, predict_case, scaled_image
-from experiments.process.storage import (
-    atomic_file,
-)
 from experiments.settings.config import Config
 from experiments.training.programs import Programs
 

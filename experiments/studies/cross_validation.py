@@ -16,7 +16,7 @@ from data_pipelines.building import validation
 from data_pipelines.building.builders import open_builder
 from data_pipelines.case import Case, spacing_of
 from data_pipelines.faults import DataError
-from data_pipelines.files import expanded
+from data_pipelines.files import expanded, naming_path
 from data_pipelines.preparing import preprocessing
 from data_pipelines.progress import duration, progress, recorded
 from data_pipelines.reading import volume_io
@@ -40,11 +40,7 @@ from experiments.process.accelerator import (
 from experiments.process.console import log
 from experiments.process.environment import versions_in_words
 from experiments.process.signals import deferred_signals
-from experiments.process.storage import (
-    locked,
-    naming_path,
-    remove_temporary_files,
-)
+from experiments.process.storage import locked, remove_temporary_files
 from experiments.reporting import page
 from experiments.reporting.figures import cases_to_show, save_figure
 from experiments.run_folder import (

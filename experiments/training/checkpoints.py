@@ -31,9 +31,10 @@ import numpy as np
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
+from data_pipelines.files import naming_path
 from experiments.prediction.windows import Params
 from experiments.process.console import log
-from experiments.process.storage import file_sha256, naming_path
+from experiments.process.storage import file_sha256
 from experiments.run_folder import RunFolder
 from experiments.settings.config import Config
 from experiments.settings.stored import differences, from_json, to_json

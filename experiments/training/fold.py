@@ -16,12 +16,12 @@ import numpy as np
 
 from cmsad_jax.losses.distillation import COLLAPSED
 from cmsad_jax.training import MAP_DISTANCE, TrainState
+from data_pipelines.files import atomic_file
 from data_pipelines.serving import loading
 from data_pipelines.serving.sampling import Sampling
 from experiments.process import hosts
 from experiments.process.console import RunError, log
 from experiments.process.records import decode
-from experiments.process.storage import atomic_file
 from experiments.run_folder import SCHEMA, Best, FoldFolder, FoldSummary, fold_title, fold_words
 from experiments.settings.config import Config
 from experiments.settings.stored import to_json

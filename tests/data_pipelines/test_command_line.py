@@ -16,7 +16,11 @@ from data_pipelines.phantom.options import PhantomOptions
     [
         (None, 0, ""),
         (DataError("a must be b; got c. Do d."), 2, "error: a must be b; got c. Do d."),
-        (OSError(28, "No space left on device", "f"), 3, "No space left on device: 'f'. Repair"),
+        (
+            OSError(28, "No space left on device", "f"),
+            3,
+            "error: f: No space left on device. Repair",
+        ),
         (KeyboardInterrupt(), 130, "interrupted; finished cases are kept, run again to continue"),
     ],
 )

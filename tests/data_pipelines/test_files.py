@@ -28,8 +28,12 @@ def test_a_fault_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("old", encoding="utf-8")
     full_disk(monkeypatch)
-    with pytest.raises(OSError, match="No space left"), atomic_file(path) as partial:
+    with (
+        pytest.raises(OSError, match="cannot write: No space left") as raised,
+        atomic_file(path) as partial,
+    ):
         partial.write_text("new", encoding="utf-8")
+    assert raised.value.filename == str(path)
     assert [(p.name, p.read_text("utf-8")) for p in tmp_path.iterdir()] == [("a.json", "old")]
 
 

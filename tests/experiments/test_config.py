@@ -183,6 +183,13 @@ def test_missing_accelerator_is_named_with_a_remedy(raised, monkeypatch):
         accelerator.select_accelerator("tpu")
 
 
+def test_an_accelerator_is_not_exchanged_for_what_the_process_began_with(monkeypatch):
+    assert accelerator.jax.devices()[0].platform == "cpu"
+    monkeypatch.setattr(accelerator.jax.config, "update", lambda name, value: None)
+    with pytest.raises(ConfigError, match="--accelerator=gpu where JAX has already begun on cpu"):
+        accelerator.select_accelerator("gpu")
+
+
 def test_user_mistake_ends_without_traceback(capsys):
     def main():
         raise ConfigError("rule; got x. Do y.")

@@ -13,7 +13,8 @@ from data_pipelines.case import STORED_UNIT
 from data_pipelines.preparing import preprocessing
 from experiments import predict
 from experiments.exporting.artifact import describe
-from experiments.prediction.models import Models, data_config, open_models
+from experiments.exporting.opening import open_models
+from experiments.prediction.models import Models, data_config
 from tests.data_pipelines.fabricate import raw_case, write_folder
 from tests.experiments.test_predict import load
 from tests.experiments.untrained_run import tiny_config

@@ -15,16 +15,11 @@ import pytest
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
+from data_pipelines.files import atomic_file, naming_path
 from experiments.process.accelerator import uncollected
 from experiments.process.console import RunError, run_main
 from experiments.process.signals import SIGNALS, Interrupted, deferred_signals
-from experiments.process.storage import (
-    TEMPORARY,
-    atomic_file,
-    locked,
-    naming_path,
-    remove_temporary_files,
-)
+from experiments.process.storage import TEMPORARY, locked, remove_temporary_files
 from experiments.settings.command_line import complete
 from experiments.settings.presets import PRESETS
 from experiments.training import memory
