@@ -30,7 +30,7 @@ TIMES = {
 """Fields that tell time and memory: two undisturbed runs differ in them."""
 
 _PLACE_AND_TIME = re.compile(
-    r"Run `|\| (output|data\.cache|Training examples per second|Fold \d+: .*) \|"
+    r"Run `|\| (output|folds_file|data\.cache|Training examples per second|Fold \d+: .*) \|"
 )
 """Lines of ``report.md`` that tell where and how fast; all after the heading Environment do."""
 
@@ -91,9 +91,10 @@ def _json(path: Path) -> bytes:
 
 
 def _config(path: Path) -> bytes:
-    """``config.json`` without the places of data and run."""
+    """``config.json`` without the places of data, folds and run."""
     record = json.loads(path.read_bytes())
-    del record["config"]["output"], record["config"]["data"]["cache"]
+    del record["config"]["output"], record["config"]["folds_file"]
+    del record["config"]["data"]["cache"]
     return json.dumps(record).encode()
 
 
