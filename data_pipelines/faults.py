@@ -88,8 +88,11 @@ class Problem:
         return (*_SENTENCE_END.split(self.text.partition("; ")[2], maxsplit=1), "")[1]
 
 
-MOST_ROWS = 3
-"""Cases with one fault that have a row each; more of them share one, with so many as examples."""
+MOST_ROWS = 2
+"""Cases with one fault that have a row each; more of them share one."""
+
+EXAMPLES = 3
+"""Cases that such a row names."""
 
 
 def format_table(problems: Sequence[Problem], *, width: int = 132) -> str:
@@ -109,8 +112,10 @@ def format_table(problems: Sequence[Problem], *, width: int = 132) -> str:
             texts = tuple(text.replace(str(first.file), "the file") for text in texts)
         cases, file = first.case_id, first.file.name if first.file else ""
         if len(alike) > 1:
-            names = [problem.case_id for problem in alike[:MOST_ROWS]]
-            cases = f"{len(alike)} cases: {', '.join(names)} ..."
+            ids = [*dict.fromkeys(problem.case_id for problem in alike)]
+            times = f"{len(alike)} in " if len(alike) > len(ids) else ""
+            more = " ..." if len(ids) > EXAMPLES else ""
+            cases = f"{times}{len(ids)} cases: {', '.join(ids[:EXAMPLES])}{more}"
             texts = (texts[0], f"in {first.case_id}: {texts[1]}", texts[2])
         rows.append((first.level, cases, file, *texts))
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(2)]

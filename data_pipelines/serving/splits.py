@@ -121,7 +121,7 @@ def make_folds(infos: Iterable[CaseInfo], *, num_folds: int = 5, seed: int = 0) 
     if len(patients) < num_folds:
         raise DataError(
             f"each fold needs a patient of its own; got {len(patients)} patients and {num_folds} "
-            f"folds. Ask for {len(patients)} folds or fewer, or add patients."
+            f"folds. Use --num-folds={len(patients)} or fewer, or add patients."
         )
 
     def order(patient: str) -> tuple[int, int, str]:

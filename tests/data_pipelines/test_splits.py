@@ -92,7 +92,7 @@ def test_a_changed_fold_file_is_refused(tmp_path):
 
 
 def test_impossible_folds_are_refused():
-    with pytest.raises(DataError, match=r"got 4 patients and 5 folds. Ask for 4 folds or fewer"):
+    with pytest.raises(DataError, match=r"got 4 patients and 5 folds. Use --num-folds=4 or fewer"):
         make_folds(infos(4), num_folds=5)
     with pytest.raises(DataError, match=r"at least 2 folds; got 1"):
         make_folds(infos(4), num_folds=1)
