@@ -35,6 +35,8 @@ settings=(
   --network.encoder.blocks 1 1 2 2 2 2
   --network.encoder.norm instance
   --network.encoder.block residual
+  --network.encoder.activation leaky_relu
+  --network.encoder.negative-slope 0.01
   # Attention across slices (none in the abstract): CSAM or CAT-Net, and their constants
   --network.encoder.slices none
   --network.encoder.slice-attention.stages None

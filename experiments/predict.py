@@ -65,8 +65,7 @@ class PredictCommand:
     """Predict new cases with a run or an artifact; masks and probabilities as NIfTI."""
 
     model: tyro.conf.UseAppendAction[tuple[Path, ...]]
-    """Run folder of python -m experiments.cv, or file of python -m experiments.export. Given again
-    with another, the mean of their probabilities is taken."""
+    """Run folder of experiments.cv or file of experiments.export; several: their mean is taken."""
     input: Path
     """Folder of one case (files named by modality) or of many, in any layout of the pipeline."""
     output: Path

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,28 @@ from cmsad_jax.kernels.packing import pack, packed_convolution, packing_of, unpa
 
 Norm = Literal["instance", "group"]
 Block = Literal["residual", "plain", "separable"]
+Nonlinearity = Literal["leaky_relu", "relu", "elu", "gelu", "silu"]
+
+
+class Activation(NamedTuple):
+    """The nonlinearity of blocks; each keeps 0 at 0.
+
+    Attributes:
+        kind: ``gelu`` is the exact one, ``elu`` has the constant 1.
+        slope: of ``leaky_relu`` below 0; of no other.
+    """
+
+    kind: Nonlinearity = "leaky_relu"
+    slope: float = 0.01
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Apply it to each value."""
+        if self.kind == "leaky_relu":
+            return nn.leaky_relu(x, self.slope)
+        if self.kind == "gelu":
+            return nn.gelu(x, approximate=False)
+        return {"relu": nn.relu, "elu": nn.elu, "silu": nn.silu}[self.kind](x)
+
 
 _Layer = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]
 """Kernel, and the scale and bias of the normalisation that follows."""
@@ -166,6 +188,7 @@ class _ConvolutionBlock(nn.Module):
         strides: step along each axis of space; 1 by default.
         norm: kind of normalisation.
         dtype: in which the convolutions compute.
+        activation: what ``act`` is.
     """
 
     channels: int
@@ -173,6 +196,7 @@ class _ConvolutionBlock(nn.Module):
     strides: tuple[int, ...] | None = None
     norm: Norm = "instance"
     dtype: DTypeLike = jnp.float32
+    activation: Activation = Activation()
 
     def _layer(self, index: int, kernel: tuple[int, ...], inputs: int) -> _Layer:
         """Weights of a convolution and its normalisation."""
@@ -182,7 +206,14 @@ class _ConvolutionBlock(nn.Module):
 
     def _apply(self, x: Float[Array, "b *space c"], layers: tuple[_Layer, ...]):
         strides = self.strides or (1,) * len(self.kernel)
-        return _block(x, layers, strides=strides, norm=self.norm, dtype=jnp.dtype(self.dtype).name)
+        return _block(
+            x,
+            layers,
+            strides=strides,
+            norm=self.norm,
+            activation=self.activation,
+            dtype=jnp.dtype(self.dtype).name,
+        )
 
 
 class ResidualBlock(_ConvolutionBlock):
@@ -229,10 +260,10 @@ class SeparableBlock(_ConvolutionBlock):
             y = self._normalized(x, 0, self.kernel, strides)
         else:
             y = self._normalized(self._depthwise(x, 0, strides), 0, ones, ones)
-        y = self._normalized(self._depthwise(nn.leaky_relu(y), 1, ones), 1, ones, ones)
+        y = self._normalized(self._depthwise(self.activation(y), 1, ones), 1, ones, ones)
         if x.shape != y.shape:
             x = self._normalized(x, 2, ones, strides)
-        return nn.leaky_relu(x + y)
+        return self.activation(x + y)
 
     def _depthwise(self, x: Float[Array, "..."], index: int, strides: tuple[int, ...]):
         shape = (*self.kernel, 1, x.shape[-1])
@@ -250,26 +281,27 @@ class SeparableBlock(_ConvolutionBlock):
 
 # Inlined: on a CPU, a train step in whose program convolutions stand in functions of their own
 # takes six times as long.
-@functools.partial(jax.jit, static_argnames=("strides", "norm", "dtype"), inline=True)
+@functools.partial(jax.jit, static_argnames=("strides", "norm", "activation", "dtype"), inline=True)
 def _block(
     x: Float[Array, "b *space c"],
     layers: tuple[_Layer, ...],
     *,
     strides: tuple[int, ...],
     norm: Norm,
+    activation: Activation,
     dtype: str,
 ) -> Float[Array, "b *out_space o"]:
     """A block as it is, or packed where it is lowered for a TPU and its channels are few."""
-    plain = functools.partial(_layers, strides=strides, norm=norm, dtype=dtype, packing=None)
+    layered = functools.partial(
+        _layers, strides=strides, norm=norm, activation=activation, dtype=dtype
+    )
+    plain = functools.partial(layered, packing=None)
     packing = packing_of(x.shape[-2], x.shape[-1], layers[0][0].shape[-1], strides[-1])
     if packing is None:
         return plain(x, layers)
 
     def packed(x, layers):
-        y = _layers(
-            pack(x, packing[0]), layers, strides=strides, norm=norm, dtype=dtype, packing=packing
-        )
-        return unpack(y, packing[1])
+        return unpack(layered(pack(x, packing[0]), layers, packing=packing), packing[1])
 
     return jax.lax.platform_dependent(x, layers, tpu=packed, default=plain)
 
@@ -280,6 +312,7 @@ def _layers(
     *,
     strides: tuple[int, ...],
     norm: Norm,
+    activation: Activation,
     dtype: str,
     packing: tuple[int, int] | None,
 ) -> Float[Array, "b *out_space o"]:
@@ -295,11 +328,11 @@ def _layers(
             y = packed_convolution(x, kernel, strides=steps, packing=(inputs, outputs))
         return normalize(y, scale, bias, kind=norm, dtype=dtype, packing=outputs)
 
-    y = nn.leaky_relu(layer(x, layers[0], strides, inputs))
+    y = activation(layer(x, layers[0], strides, inputs))
     if len(layers) == 1:
         return y
     y = layer(y, layers[1], (1,) * len(strides), outputs)
-    return nn.leaky_relu((layer(x, layers[2], strides, inputs) if len(layers) > 2 else x) + y)
+    return activation((layer(x, layers[2], strides, inputs) if len(layers) > 2 else x) + y)
 
 
 BLOCKS = {"residual": ResidualBlock, "plain": PlainBlock, "separable": SeparableBlock}

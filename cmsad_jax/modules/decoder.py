@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cmsad_jax.modules.blocks import Block, Conv, Norm, block_class, resize
+from cmsad_jax.modules.blocks import Activation, Block, Conv, Norm, block_class, resize
 
 
 class Decoder(nn.Module):
@@ -28,6 +28,7 @@ class Decoder(nn.Module):
         rematerialize: as in ``NetworkConfig``.
         num_distances: foreground classes of which the finest stage also gives a distance; 0 has
             none.
+        activation: nonlinearity of the blocks.
 
     Examples:
         >>> Decoder(num_classes=1, kernels=((3, 3, 3), (1, 3, 3))).num_deep
@@ -44,6 +45,7 @@ class Decoder(nn.Module):
     num_blocks: int = 1
     rematerialize: bool = False
     num_distances: int = 0
+    activation: Activation = Activation()
 
     @nn.compact
     def __call__(
@@ -71,7 +73,13 @@ class Decoder(nn.Module):
             for block in range(self.num_blocks):
                 name = f"block{stage}" if block == 0 else f"block{stage}_{block}"
                 x = block_type(
-                    channels, self.kernels[stage], None, self.norm, self.dtype, name=name
+                    channels,
+                    self.kernels[stage],
+                    None,
+                    self.norm,
+                    self.dtype,
+                    self.activation,
+                    name=name,
                 )(x)
         logits = self._head("head0", pointwise)(x)
         distance = None

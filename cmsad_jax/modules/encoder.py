@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from cmsad_jax.modules.blocks import Block, Norm, block_class
+from cmsad_jax.modules.blocks import Activation, Block, Nonlinearity, Norm, block_class
 from cmsad_jax.modules.slices import (
     SliceAttentionConfig,
     SliceMask,
@@ -49,6 +49,10 @@ class EncoderConfig:
     """Two convolutions with a shortcut, separable ones or not, or one plain convolution."""
     norm: Norm = "instance"
     """Normalisation over one example: each channel, or groups of 8 (else of their GCD with 8)."""
+    activation: Nonlinearity = "leaky_relu"
+    """Nonlinearity of all blocks, those of the decoder too."""
+    negative_slope: float = 0.01
+    """Slope of leaky_relu below 0."""
     slices: Slices = "none"
     """Attention across slices behind each stage; with kernels h w, crops then have depth (2.5D)."""
     slice_attention: SliceAttentionConfig = SliceAttentionConfig()
@@ -102,7 +106,21 @@ class EncoderConfig:
                 f"kernel sizes must be odd and at least 1; got {self.kernels}. "
                 "Use 1, 3 or 5 along each axis."
             )
+        if self.activation != "leaky_relu" and self.negative_slope != Activation().slope:
+            raise ConfigError(
+                f"a negative slope is that of leaky_relu; got {self.negative_slope} and "
+                f"{self.activation}. Leave one of the two out."
+            )
+        if not 0 <= self.negative_slope < 1:
+            raise ConfigError(
+                f"negative_slope must lie in [0, 1); got {self.negative_slope}. Use 0.01."
+            )
         self._check_slices()
+
+    @property
+    def act(self) -> Activation:
+        """The nonlinearity with its constant."""
+        return Activation(self.activation, self.negative_slope)
 
     def _check_slices(self) -> None:
         """Whether the stages that have attention across slices are there."""
@@ -234,6 +252,7 @@ class Encoder(nn.Module):
                     config.strides[stage] if block == 0 else None,
                     config.norm,
                     self.dtype,
+                    config.act,
                     name=f"stage{stage}_block{block}",
                 )(x)
             x = slices_together(x, shapes[stage][0]) if config.apart else x

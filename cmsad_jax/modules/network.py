@@ -213,6 +213,7 @@ class CMSAD(nn.Module):
             config.decoder_blocks,
             config.rematerialize,
             num_distances=0 if config.distance_clip_mm is None else max(1, config.num_classes - 1),
+            activation=encoder.act,
             name="decoder",
         )(fused)
         if distance is not None and config.distance_clip_mm is not None:

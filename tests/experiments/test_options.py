@@ -70,7 +70,10 @@ def test_every_option_has_a_meaning_and_a_default(command, capsys, monkeypatch):
     assert entries.pop("-h")
     assert entries
     for name, text in entries.items():
-        assert re.fullmatch(r"[A-Z].{10,} \((default: ?.*|required)\)", text), (name, text)
+        assert re.fullmatch(r"[A-Z].{10,} \((default: ?.*|required|repeatable)\)", text), (
+            name,
+            text,
+        )
 
 
 def test_help_lists_every_field_but_those_that_follow_from_others(capsys, monkeypatch):
