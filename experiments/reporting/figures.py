@@ -39,6 +39,7 @@ def save_figure(config: Config, programs: Programs, params: Params, case: Case, 
     All lie on the network's grid; where that and the T2W file's lie is kept too, and the truth on
     the latter. Attention is kept as uint8 ``d h w m s``, each map relative to its largest value and
     averaged in plane down to about 64 voxels: its own resolution is coarse. Early fusion has none.
+    Of a fusion that weighs modalities, their weights are kept, ``m``.
     """
     modalities, num_stages = config.data.modalities, config.network.encoder.num_stages
     maps: dict[str, np.ndarray] = {}
@@ -49,6 +50,9 @@ def save_figure(config: Config, programs: Programs, params: Params, case: Case, 
         largest = np.maximum(attention.max((0, 1, 2)), 1e-12)
         coarse = np.stack([mean_pool(volume / largest) for volume in attention])
         maps["attention"] = np.round(255 * coarse).astype(np.uint8)
+    if programs.modality_weights is not None:
+        weights = predict_case(programs.modality_weights, params, case, config, len(modalities))
+        maps["modality_weights"] = weights.mean((0, 1, 2))
     probability = predict_case(programs.predict, params, case, config, config.network.num_classes)
     with atomic_file(file) as partial:
         np.savez_compressed(

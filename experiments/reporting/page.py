@@ -42,7 +42,7 @@ from experiments.reporting.tables import (
     headline_table,
     timing_table,
 )
-from experiments.reporting.views import View
+from experiments.reporting.views import View, weights_in_words
 from experiments.reporting.wording import (
     Table,
     class_label,
@@ -198,7 +198,8 @@ def _viewer(
     def opened(case_id: str) -> View:
         case = kept[case_id]
         title = f"{case_id}: {caption_of(case.rows)}"
-        view = dataclasses.replace(case.view(title, len(classes), results.threshold), caption="")
+        view = case.view(title, len(classes), results.threshold)
+        view = dataclasses.replace(view, caption=weights_in_words(view.modality_weights))
         if detected:
             places[case_id] = [
                 (place, located(view, place))

@@ -23,7 +23,7 @@ from experiments.prediction.sharing import parts_of_file
 from experiments.process.storage import write_text
 from experiments.reporting.page import BYTES_PER_PLACE, PROGRAM_BYTES, page_templates
 from experiments.reporting.sprites import share_out
-from experiments.reporting.views import View, slice_to_show
+from experiments.reporting.views import View, slice_to_show, weights_in_words
 from experiments.reporting.wording import UNDEFINED, Table, number, plural, volume
 from experiments.settings.config import ReportConfig
 
@@ -107,7 +107,7 @@ def case_view(folder: PredictionFolder, case: PredictedCase, subject: Subject) -
     labels = parts_of_file(mask.array, target_of_model(subject.description))
     return View(
         title=f"{case.case_id}: {said_of(case)}",
-        caption="",
+        caption=weights_in_words(case.modality_weights or {}),
         modalities=subject.description.modalities,
         images=images,
         truth=None,

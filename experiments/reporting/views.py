@@ -34,6 +34,7 @@ class View:
         affine: of the grid, 4 x 4, index ``(w, h, d)`` to RAS+ millimetres; None where it is not
             known, as of runs of the earliest versions, whose layers lie on the network's grid.
         attention_step: voxels of the grid along h and w for each value of ``attention``.
+        modality_weights: how much each counts, of a model that weighs them; else empty.
     """
 
     title: str
@@ -48,6 +49,7 @@ class View:
     index: int
     affine: np.ndarray | None = None
     attention_step: tuple[float, float] = (1.0, 1.0)
+    modality_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def truth_or_empty(self) -> np.ndarray:
@@ -77,10 +79,13 @@ def read_view(
     attention, step = layers.get("attention"), (1.0, 1.0)
     if attention is not None:
         step = layers["attention_step"] if on_t2w else _steps(mask, attention)
+    modalities = [str(name) for name in data["modalities"]]
+    weights = dict(zip(modalities, map(float, data.get("modality_weights", ())), strict=False))
     return View(
         title=title,
-        caption=caption,
-        modalities=[str(name) for name in data["modalities"]],
+        caption="; ".join(text for text in (caption, weights_in_words(weights)) if text),
+        modalities=modalities,
+        modality_weights=weights,
         images=layers["image"],
         truth=layers["truth"],
         mask=mask,
@@ -91,6 +96,12 @@ def read_view(
         affine=layers.get("affine") if on_t2w else None,
         attention_step=(float(step[0]), float(step[1])),
     )
+
+
+def weights_in_words(weights: Mapping[str, float]) -> str:
+    """How much each modality counts, for people; empty without weights."""
+    told = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
+    return f"weights of the modalities: {told}" if told else ""
 
 
 def _steps(mask: np.ndarray, attention: np.ndarray) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from cmsad_jax import parallel
 from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.training import TrainState, init_state, train_step, train_steps
 from cmsad_jax.types import ConfigError, Device
-from experiments.prediction.windows import attention_window, predict_window
+from experiments.prediction.windows import attention_window, predict_window, weights_window
 from experiments.process.accelerator import uncollected
 from experiments.settings.config import Config, folds_asked, window
 from experiments.training.fold import Fold
@@ -35,6 +35,8 @@ class Programs:
             and, within it, of each encoder stage, resized to the window; none for early fusion.
         side_by_side: ``step`` and ``several`` of a number of folds above 1, of which they take
             lists.
+        modality_weights: ``(params, windows, present) -> b *window m``, the same at every voxel of
+            a window; None but for a fusion that weighs modalities.
         compiled_s: what it took to compile ``step``, and ``several``, by how many steps they make.
     """
 
@@ -45,6 +47,7 @@ class Programs:
     predict: Callable[..., jax.Array]
     attention: Callable[..., jax.Array]
     side_by_side: Callable[[int], tuple[parallel.ParallelStep, parallel.ParallelStep | None]]
+    modality_weights: Callable[..., jax.Array] | None = None
     compiled_s: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def of_folds(self, count: int) -> tuple[parallel.ParallelStep, parallel.ParallelStep | None]:
@@ -117,6 +120,9 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
         predict=jax.jit(predict_window(config), compiler_options=options),
         attention=jax.jit(attention_window(config, stages), compiler_options=options),
         side_by_side=of_folds,
+        modality_weights=jax.jit(weights_window(config), compiler_options=options)
+        if config.network.fusion.kind == "weighted"
+        else None,
     )
 
 
