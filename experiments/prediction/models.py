@@ -56,13 +56,11 @@ class Models:
 
     @property
     def sha256(self) -> str:
-        """Identity: that of the only model, or one made of all, in any order."""
-        digests = sorted(model.sha256 for model in self.each)
-        return (
-            digests[0]
-            if len(digests) == 1
-            else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-        )
+        """Identity: that of the only model, or one made of all in their order."""
+        digests = [model.sha256 for model in self.each]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     @property
     def programs(self) -> set[str]:
