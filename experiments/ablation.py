@@ -296,7 +296,7 @@ def keep_folds(output: Path, folds: splits.Folds) -> Path:
 
 
 def is_done(config: Config) -> bool:
-    """Whether the run folder holds all folds of this configuration.
+    """Whether the run folder holds all folds of this configuration, and a report of them.
 
     Raises:
         ConfigError: it holds another one.
@@ -304,7 +304,9 @@ def is_done(config: Config) -> bool:
     folder = folder_of(config)
     folder.refuse_other(config)
     asked = {*folds_asked(config.folds, config.num_folds)}
-    return folder.metrics.exists() and asked <= {*(folder.read_results().folds_done or ())}
+    if not folder.metrics.exists() or not asked <= {*(folder.read_results().folds_done or ())}:
+        return False
+    return folder.is_reported
 
 
 def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: int) -> None:

@@ -398,6 +398,14 @@ class RunFolder:
             Results, self.metrics, schema=SCHEMA, migrations={1: _with_summary}
         )
 
+    @property
+    def is_reported(self) -> bool:
+        """Whether the report is of the results that are there, which are written before it."""
+        pages = (self.report_markdown, self.report_html)
+        return all(page.exists() for page in pages) and all(
+            page.stat().st_mtime_ns >= self.metrics.stat().st_mtime_ns for page in pages
+        )
+
     def write_results(self, results: Results) -> None:
         """Write all of them as JSON, and the rows (one for each case and class) as CSV.
 

@@ -1,8 +1,10 @@
 """What a command says, and how it ends: log lines, progress, errors without tracebacks."""
 
+import contextlib
 import errno
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import jax
 
@@ -28,6 +30,20 @@ _OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 """Faults of storage, also where Python does not say of which file."""
 
 
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle signals inside; afterwards, as Python ends, they are as they were before.
+
+    An exception that a handler raises there would be printed with a traceback and change nothing.
+    """
+    before = {number: signal.signal(number, handler) for number in heeded()}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
 def run_main(main: Callable[[], object]) -> None:
     """Run a program and end with its status; what a user can mend ends in one message.
 
@@ -37,13 +53,11 @@ def run_main(main: Callable[[], object]) -> None:
     to continue; 141 nobody reads its output any more.
     """
 
-    def interrupt(number: int, _: object) -> None:
+    def interrupt(number: int, _: FrameType | None) -> None:
         Stop.unanswered = number
         raise Interrupted(number)
 
-    for number in heeded():
-        signal.signal(number, interrupt)
-    with printing(), alive("working"), answered():
+    with handled(interrupt), printing(), alive("working"), answered():
         try:
             main()
         except (ConfigError, DataError) as error:

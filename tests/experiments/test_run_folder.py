@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -268,3 +269,17 @@ def test_published_folds_carry_no_number_and_later_ones_are_refused(tmp_path):
     edit(tmp_path / "folds.json", lambda content: content.update(schema="new"))
     with pytest.raises(DataError, match=r"fold files of schema 3 and before .* has 'new'\. Use"):
         Folds.load(tmp_path / "folds.json")
+
+
+def test_a_report_of_earlier_results_is_none_of_these(tmp_path):
+    """As a kill between results and report leaves it: what is done is then reported again."""
+    run = RunFolder(make_run(tmp_path / "run", num_folds=2, figures=False))
+    assert not run.is_reported
+    write_report(run)
+    assert run.is_reported
+    later = run.report_html.stat().st_mtime_ns + 10**9
+    os.utime(run.metrics, ns=(later, later))
+    assert not run.is_reported
+    earlier = later - 2 * 10**9
+    os.utime(run.metrics, ns=(earlier, earlier))
+    assert run.is_reported

@@ -143,6 +143,33 @@ def test_signal_ends_what_does_not_return_to_python(grace, what, answer):
         assert process.stderr.read().startswith(answer)
 
 
+AT_EXIT = """
+import atexit, time
+from experiments.process.console import run_main
+def slow():
+    print("leaving", flush=True)
+    time.sleep(60)
+atexit.register(slow)
+run_main(lambda: None)
+"""
+
+
+def test_signal_while_python_ends_is_no_traceback():
+    """As one run of several gets it that has just ended, because another one failed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", AT_EXIT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "leaving\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == -signal.SIGTERM
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
 def test_signal_is_raised_at_the_end_of_the_section():
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="SIGTERM"), deferred_signals():

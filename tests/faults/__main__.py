@@ -287,10 +287,11 @@ def lost_data(tries: int, folder: Path, reference: dict[str, str], calls: dict[s
 
 
 @contextlib.contextmanager
-def small_file_system(path: Path) -> Iterator[Path | None]:
-    """A mounted tmpfs of 12 MB; None where this process may not mount."""
+def small_file_system(path: Path, room: int = 0) -> Iterator[Path | None]:
+    """A mounted tmpfs of 12 MB, or of ``room`` bytes if that is more; None without the right."""
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(path)]
+    size = max(12 * 2**20, room)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         yield None
         return
@@ -368,11 +369,11 @@ def commands_struck(
         reference, took_s = commands.undisturbed(known[name], out)
         results = commands.struck(name, known[name], count(12), folder, reference, took_s)
         yield Row(f"{name}: KILL, TERM, HUP", list(results), f"undisturbed {took_s:.1f} s")
-        with small_file_system(folder / f"small_{name}") as small:
+        size = commands.size_of(out)
+        with small_file_system(folder / f"small_{name}", 3 * size) as small:
             if small is None:
                 yield Row(f"{name}: full disk", None, "mounting a file system needs privileges")
                 continue
-            size = commands.size_of(out)
             found = commands.filled(name, known[name], count(4), small, reference, size)
             yield Row(f"{name}: full disk", list(found))
 
