@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": ("experiments.evaluate", "metrics of predicted masks against labels"),
     "compare": (
         "experiments.compare",
-        "paired differences between runs, and what their mean is worth",
+        "paired differences between runs, and their mean",
     ),
     "export": ("experiments.export", "pack a run into one file"),
     "report": ("experiments.report", "write the report of a run folder again"),

@@ -338,7 +338,7 @@ def test_no_page_where_none_is_asked_for(shared, tmp_path, monkeypatch):
         )
         sha256 = "ab"
 
-    predict.share(command, NoModel, [], None, folder)
+    predict.share(command, NoModel, [], folder)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("predictions.json", "cases.csv", "labels.txt")
     }

@@ -93,8 +93,8 @@ def _json(path: Path) -> bytes:
 def _config(path: Path) -> bytes:
     """``config.json`` without the places of data, folds and run."""
     record = json.loads(path.read_bytes())
-    del record["config"]["output"], record["config"]["folds_file"]
-    del record["config"]["data"]["cache"]
+    del record["config"]["output"], record["config"]["data"]["cache"]
+    record["config"].pop("folds_file", None)  # earlier versions knew none
     return json.dumps(record).encode()
 
 

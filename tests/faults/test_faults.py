@@ -49,7 +49,7 @@ def stages(params, windows, present):
     return np.repeat(np.abs(windows), 2, -1)
 
 
-PROGRAMS = SimpleNamespace(predict=bright, attention=stages)
+PROGRAMS = SimpleNamespace(predict=bright, attention=stages, modality_weights=None)
 
 
 def expected_masks(config, source, folder: Path) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ def test_hostile_names_and_archives_are_refused(tmp_path):
     assert not (tmp_path / "hostile" / "touched").exists()
 
 
-def test_every_trick_of_strangers_can_be_made_and_is_refused(tmp_path):
+def test_every_trick_of_strangers_can_be_made_and_is_refused(tmp_path, without_type_checks):
     results = commands.strangers(tmp_path / "strangers", len(TRICKS))
     assert len(results) == len(TRICKS) >= 55
     assert not [text for text in results if text]
