@@ -58,8 +58,26 @@ def write_onnx(model: export.Model, output: Path) -> float:
     """Write a model as ONNX; returns the largest difference of a probability.
 
     Raises:
-        ConfigError: the packages are missing, the model does not say what its network is, or ONNX
-            differs by more than ``TOLERANCE``; nothing is written then.
+        ConfigError: as ``convert``, or ONNX differs by more than ``TOLERANCE``; nothing is written
+            then.
+    """
+    content = convert(model)
+    difference = _difference(model, content)
+    if not difference <= TOLERANCE:
+        raise ConfigError(
+            f"ONNX must give the probabilities of JAX within {TOLERANCE:g}; got a difference of "
+            f"{difference:.2g}. Use the .cmsad file."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(content)
+    return difference
+
+
+def convert(model: export.Model) -> bytes:
+    """The content of an ONNX file.
+
+    Raises:
+        ConfigError: the packages are missing, or the model does not say what its network is.
     """
     try:
         import jax2onnx  # pyright: ignore[reportMissingImports]
@@ -83,16 +101,7 @@ def write_onnx(model: export.Model, output: Path) -> float:
     _shorten_uniform(program.graph)
     described = {"description": json.dumps(dataclasses.asdict(facts)), "model_card": model.card}
     onnx.helper.set_model_props(program, described)
-    content = program.SerializeToString()
-    difference = _difference(model, content)
-    if not difference <= TOLERANCE:
-        raise ConfigError(
-            f"ONNX must give the probabilities of JAX within {TOLERANCE:g}; got a difference of "
-            f"{difference:.2g}. Use the .cmsad file."
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(content)
-    return difference
+    return program.SerializeToString()
 
 
 def _shorten_uniform(graph: Any) -> None:

@@ -164,6 +164,7 @@ def test_onnxruntime_gives_the_probabilities_of_jax(tmp_path, monkeypatch, capsy
     assert facts["model_card"] == "a card"
     assert json.loads(facts["description"])["preprocess"] == {"spacing_mm": [3, 1, 1]}
 
+    monkeypatch.setattr(to_onnx, "convert", lambda _: file.read_bytes())
     monkeypatch.setattr(to_onnx, "TOLERANCE", 0.0)
     with pytest.raises(ConfigError, match="must give the probabilities of JAX within 0; got a"):
         to_onnx.write_onnx(model, tmp_path / "other.onnx")
