@@ -36,6 +36,9 @@ from cmsad_jax.types import ConfigError
 TOLERANCE = 1e-5
 """Largest difference of a probability between ONNX and JAX."""
 
+_LARGE = 1024
+"""Values of a constant above which it is worth a node of its own."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
@@ -119,10 +122,6 @@ def _shorten_uniform(graph: Any) -> None:
         graph.node.insert(
             0, helper.make_node("ConstantOfShape", [shape], [tensor.name], value=value)
         )
-
-
-_LARGE = 1024
-"""Values of a constant above which it is worth a node of its own."""
 
 
 def _rename(graph: Any, old: str, new: str) -> None:
@@ -234,11 +233,6 @@ def _results(equation: Any, values: list[Any]) -> list[Any]:
         return values
     if name == "reduce_sum":
         return [_summed(values[0], params["axes"])]
-    if name == "reduce" and {each.primitive.name for each in params["jaxpr"].eqns} == {"add"}:
-        half = len(values) // 2  # several sums at a time
-        axes = params["dimensions"]
-        pairs = zip(values[:half], values[half:], strict=True)
-        return [_summed(value, axes) + start for value, start in pairs]
     given = equation.primitive.get_bind_params(params)
     result = equation.primitive.bind(*values, **given)
     return list(result) if equation.primitive.multiple_results else [result]
@@ -253,7 +247,7 @@ def _known(value: Any) -> int | None:
 
 
 def _summed(value: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """A sum in short ones: onnxruntime adds one by one, and over a volume that loses two digits."""
+    """A sum in short ones: onnxruntime adds one by one, and over a volume that loses a digit."""
     for axis in sorted(axes, reverse=True):
         length = value.shape[axis]
         part = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)

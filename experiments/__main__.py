@@ -19,10 +19,7 @@ COMMANDS = {
     "validate": ("data_pipelines.validate", "say what is wrong with a data set"),
     "build": ("data_pipelines.build", "build a large data set ahead of its runs"),
     "evaluate": ("experiments.evaluate", "metrics of predicted masks against labels"),
-    "compare": (
-        "experiments.compare",
-        "paired differences between runs, and their mean",
-    ),
+    "compare": ("experiments.compare", "paired differences between runs, and their mean"),
     "export": ("experiments.export", "pack a run into one file"),
     "report": ("experiments.report", "write the report of a run folder again"),
     "plan": ("experiments.plan", "plan a run from the data set and the device, and say why"),

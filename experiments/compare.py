@@ -11,6 +11,7 @@ patients are predicted so.
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -233,12 +234,12 @@ def average(runs: Sequence[Path], output: Path) -> None:
     """Evaluate the mean of the probabilities of some runs, as a run in ``output``.
 
     Raises:
-        ConfigError: the folder holds something, or runs whose probabilities are not comparable.
-        DataError: the data of the first run are not there, or a probability is not.
+        ConfigError: the folder holds something.
+        DataError: the data of the first run are not those of then, or a probability is missing.
     """
     # slow to load, and not needed for --help
-    from data_pipelines.serving import loading
     from experiments.studies.averaging import average_runs
+    from experiments.studies.revisit import source_of
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(
@@ -247,7 +248,7 @@ def average(runs: Sequence[Path], output: Path) -> None:
         )
     folders = [RunFolder(run) for run in runs]
     config = folders[0].read_config()
-    average_runs(folders, RunFolder(output), config, loading.build(config.data))
+    average_runs(folders, RunFolder(output), config, source_of(folders[0], config))
 
 
 def proposal(runs: Sequence[Path], rows: Sequence[Comparison], averaged: Path | None) -> str:
@@ -262,7 +263,7 @@ def proposal(runs: Sequence[Path], rows: Sequence[Comparison], averaged: Path | 
     best = max(means, key=lambda run: means[run])
     is_mean = averaged is not None and best == str(averaged)
     title = "the mean of the runs" if is_mean else best
-    models = " ".join(f"--model {run}" for run in (runs if is_mean else (best,)))
+    models = " ".join(f"--model {shlex.quote(str(run))}" for run in (runs if is_mean else (best,)))
     lines = [
         f"Highest Dice: {title} ({means[best]:.4f}). To predict so: "
         f"cmsad predict {models} --input CASES --output FOLDER"

@@ -260,7 +260,7 @@ def run(command: PredictCommand) -> int:
         log(
             f"{len(entries) - len(done)} cases; {', '.join(description.classes)} from "
             f"{', '.join(description.modalities)}, {len(description.members)} members, "
-            f"{in_all(models)}"
+            f"{whose_prediction(models)}"
             + (f"; {len(done)} were predicted before the interruption" if done else "")
         )
         say_trained_on(facts)
@@ -340,7 +340,7 @@ def open_account(
     return account, old.cases, done
 
 
-def in_all(models: Models) -> str:
+def whose_prediction(models: Models) -> str:
     """Whose prediction it is, and what is not computed of several models."""
     told = f"model {models.sha256[:12]}"
     if len(models.each) == 1:

@@ -86,12 +86,12 @@ def _refuse_unlike(paths: Sequence[Path], models: Sequence[export.Model]) -> Non
             mine, others = getattr(model.description, name), getattr(first, name)
             if mine != others:
                 raise ConfigError(
-                    f"models that are averaged must have the same {name}; got {_few(others)} of "
-                    f"{paths[0]} and {_few(mine)} of {path}. Predict with each by itself."
+                    f"models that are averaged must have the same {name}; got {_listed(others)} of "
+                    f"{paths[0]} and {_listed(mine)} of {path}. Predict with each by itself."
                 )
 
 
-def _few(value: str | tuple[str, ...]) -> str:
+def _listed(value: str | tuple[str, ...]) -> str:
     return value if isinstance(value, str) else ", ".join(value) or "none"
 
 

@@ -13,7 +13,7 @@ from data_pipelines.case import STORED_UNIT, Case, RawCase, Volume
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
 from data_pipelines.targets import target_of
-from experiments.prediction.outputs import Extras, Facts, facts_of, model_facts
+from experiments.prediction.outputs import Extras, Facts, Settings, model_facts
 from experiments.process.records import RecordError, decode, encode
 from experiments.settings.stored import from_json
 
@@ -74,8 +74,19 @@ class Models:
 
     def facts(self, extras: Extras) -> Facts:
         """What is recorded of the models, their settings, and what is written beside masks."""
-        each = [model_facts(model.description, model.sha256) for model in self.each]
-        return facts_of(self.description, self.sha256, extras, each if len(each) > 1 else ())
+        description = self.description
+        each = tuple(model_facts(model.description, model.sha256) for model in self.each)
+        whole = model_facts(description, self.sha256)
+        return Facts(
+            dataclasses.replace(whole, models=each if len(each) > 1 else None),
+            Settings(
+                threshold=description.threshold,
+                overlap=description.overlap,
+                flip=description.flip,
+                batch_size=description.batch_size,
+            ),
+            extras,
+        )
 
     def compile(self, program: str) -> None:
         """Compile a program of each model now rather than at the first image."""

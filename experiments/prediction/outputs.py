@@ -242,22 +242,6 @@ def judged(
     )
 
 
-def facts_of(
-    description: export.Description, sha256: str, extras: Extras, each: Sequence[ModelFacts] = ()
-) -> Facts:
-    """What is said of a model, its settings, and what is written beside masks."""
-    return Facts(
-        dataclasses.replace(model_facts(description, sha256), models=tuple(each) or None),
-        Settings(
-            threshold=description.threshold,
-            overlap=description.overlap,
-            flip=description.flip,
-            batch_size=description.batch_size,
-        ),
-        extras,
-    )
-
-
 def model_facts(description: export.Description, sha256: str) -> ModelFacts:
     """What is said of one model."""
     return ModelFacts(

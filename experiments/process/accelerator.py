@@ -43,6 +43,7 @@ def select_accelerator(name: str) -> list[Device]:
             f'Use --accelerator=auto, or install ".[{name}]" on a machine that has one.'
         ) from error
     if name != "auto" and devices[0].platform not in (name, platforms[name]):
+        jax.config.update("jax_platforms", "")
         raise ConfigError(
             f"a process computes on one kind of device; got --accelerator={name} where JAX has "
             f"already begun on {devices[0].platform}. Start a new process."

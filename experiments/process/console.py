@@ -1,9 +1,8 @@
 """What a command says, and how it ends: log lines, progress, errors without tracebacks."""
 
-import contextlib
 import errno
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
 import jax
@@ -12,7 +11,7 @@ from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError
 from data_pipelines.process import printing, say
 from data_pipelines.progress import alive, say_line
-from experiments.process.signals import Interrupted, Stop, answered, heeded
+from experiments.process.signals import Interrupted, Stop, answered, handled
 
 
 def log(message: str) -> None:
@@ -28,20 +27,6 @@ class RunError(RuntimeError):
 
 _OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 """Faults of storage, also where Python does not say of which file."""
-
-
-@contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle signals inside; afterwards, as Python ends, they are as they were before.
-
-    An exception that a handler raises there would be printed with a traceback and change nothing.
-    """
-    before = {number: signal.signal(number, handler) for number in heeded()}
-    try:
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
 
 
 def run_main(main: Callable[[], object]) -> None:

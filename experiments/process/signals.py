@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import ClassVar
 
 import jax
@@ -87,6 +88,21 @@ def share_signals() -> None:
     Without it SIGTERM does nothing in such a process, as JAX has taken it.
     """
     _preemption.take_over()
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, the signals that are heeded are handled; afterwards as before.
+
+    A handler that raises must not stay while Python ends: its exception would be printed with a
+    traceback, and change nothing.
+    """
+    before = {number: signal.signal(number, handler) for number in heeded()}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 GRACE_S = 8.0
@@ -177,14 +193,14 @@ def deferred_signals() -> Iterator[Stop]:
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     thread.start()
-    handlers = {number: signal.signal(number, lambda *_: None) for number in heeded()}
-    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     try:
-        yield stop
+        with handled(lambda *_: None):
+            wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+            try:
+                yield stop
+            finally:
+                signal.set_wakeup_fd(wakeup)
     finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         sender.close()
         thread.join()
         receiver.close()

@@ -80,7 +80,9 @@ def read_view(
     if attention is not None:
         step = layers["attention_step"] if on_t2w else _steps(mask, attention)
     modalities = [str(name) for name in data["modalities"]]
-    weights = dict(zip(modalities, map(float, data.get("modality_weights", ())), strict=False))
+    weights = {}
+    if "modality_weights" in data:
+        weights = dict(zip(modalities, map(float, data["modality_weights"]), strict=True))
     return View(
         title=title,
         caption="; ".join(text for text in (caption, weights_in_words(weights)) if text),

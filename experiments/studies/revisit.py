@@ -76,6 +76,21 @@ class FinishedRun:
                 yield params, case
 
 
+def source_of(run: RunFolder, config: Config) -> loading.CaseSource:
+    """The data of a run, found again.
+
+    Raises:
+        DataError: they are others than those of the run.
+    """
+    source = loading.build(config.data)
+    if source.fingerprint != run.read_record().data_fingerprint:
+        raise DataError(
+            f"the data must be those that {run.path} was trained on; got others from "
+            f"{config.data.name}. Restore the data, or run python -m experiments.cv again."
+        )
+    return source
+
+
 def open_run(folder: Path, folds: tuple[int, ...] | None = None) -> FinishedRun:
     """Read a run and find its data again.
 
@@ -90,12 +105,7 @@ def open_run(folder: Path, folds: tuple[int, ...] | None = None) -> FinishedRun:
     run = RunFolder(folder)
     config = run.read_config()
     members = run.members(config, folds)
-    source = loading.build(config.data)
-    if source.fingerprint != run.read_record().data_fingerprint:
-        raise DataError(
-            f"the data must be those that {folder} was trained on; got others from "
-            f"{config.data.name}. Restore the data, or run python -m experiments.cv again."
-        )
+    source = source_of(run, config)
     validation = run.read_folds().validation
     patients = {info.case_id: info.patient_id for info in source.info if info.positive}
     of_fold = {

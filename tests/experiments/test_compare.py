@@ -180,7 +180,7 @@ def probable_run(folder, source, fold_of, strength_of):
     run.write_results(
         Results(summarise(rows, [0, 1]), "lesion", ("lesion",), 0.5, "ema", 2, (0, 1))
     )
-    write_record(run.config, RunRecord(to_json(config), "0"), schema=SCHEMA)
+    write_record(run.config, RunRecord(to_json(config), cases.fingerprint), schema=SCHEMA)
     return folder
 
 
@@ -211,6 +211,10 @@ def test_the_mean_of_runs_is_compared_and_proposed(source, tmp_path, capsys):
     assert "Add --average FOLDER to see whether the mean" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"into a folder of its own; .*mean holds something"):
         main([str(a), str(b), "--average", str(mean)])
+    write_record(RunFolder(a).config, RunRecord(to_json(source[0]), "others"), schema=SCHEMA)
+    with pytest.raises(DataError, match=r"the data must be those that .*a was trained on; got oth"):
+        main([str(a), str(b), "--average", str(tmp_path / "other")])
+    a = probable_run(tmp_path / "a", source, folds[0], weak[0])
     (file,) = RunFolder(b).fold(folds[1][cases[0]]).probabilities(cases[0], ("lesion",))
     file.unlink()
     with pytest.raises(DataError, match=f"probabilities/{cases[0]}.nii.gz"):

@@ -35,9 +35,8 @@ def folder(tmp_path_factory):
         own.mkdir(parents=True)
         for name, theirs in (("t2w", "axT2"), ("adc", "ADCmap"), ("lesion", "ROI")):
             shutil.copy(case / f"{name}.nii.gz", own / f"{theirs}.nii.gz")
-        for without, name in (("unlabelled", "lesion"), ("t2w_alone", "adc")):
-            shutil.copytree(case, root / without / case.name)
-            (root / without / case.name / f"{name}.nii.gz").unlink()
+        shutil.copytree(case, root / "unlabelled" / case.name)
+        (root / "unlabelled" / case.name / "lesion.nii.gz").unlink()
     shutil.copytree(root / "cases", root / "broken")
     (root / "broken/c1/adc.nii.gz").write_bytes(b"a page that says: log in")
     (root / "empty").mkdir()
@@ -71,10 +70,7 @@ MISTAKES = {
         "validate --data.path=scans",
         "told by --data.files t2w='*T2*' adc='*ADC*' hbv='*...*' label='*ROI*'.",
     ),
-    "a modality that no case has": (
-        "validate --data.path=cases",
-        "--data.modalities",
-    ),
+    "a modality that no case has": ("validate --data.path=cases", "--data.modalities"),
     "no labels": (f"cv --data.path=unlabelled {TWO}", "--data.target."),
     "a target that the data lack": (
         f"cv --data.path=cases {TWO} --data.target=gland",
@@ -85,7 +81,10 @@ MISTAKES = {
         "--data.preprocess.size 6 16 16 --train.crop 4 16 16",
         "--num-folds=3",
     ),
-    "a file that is no image": (f"validate --data.path=broken {TWO}", "adc.nii.gz"),
+    "a file that is no image": (
+        f"validate --data.path=broken {TWO}",
+        "Copy or convert the file again.",
+    ),
     "a model that is not there": (
         "predict --model runs/mine --input cases --output out",
         "got nothing at runs/mine. Check --model.",
@@ -99,18 +98,21 @@ MISTAKES = {
         "predict --model run --folds 0 --input empty --output out",
         "such as CASE/t2w.nii.gz",
     ),
-    "masks and labels of other names": ("evaluate masks labels", "name"),
+    "masks and labels of other names": (
+        "evaluate masks labels",
+        "got c0 in masks and other in labels. Rename them",
+    ),
     "a table of other columns": (
         "evaluate masks masks --patients patients.csv",
         "must have the columns case and patient; got study, who",
     ),
     "one run to compare": ("compare run", "at least two runs; got 1. Name another one."),
-    "a run without results": ("compare run empty", "empty"),
+    "a run without results": ("compare run empty", "none in empty. Finish the run with python -m"),
     "a folder that is no run": (
         "export empty",
         "Name a folder written by python -m experiments.cv.",
     ),
-    "a report of no run": ("report cases", "python -m experiments.cv"),
+    "a report of no run": ("report cases", "none in cases. Finish the run with python -m"),
 }
 
 

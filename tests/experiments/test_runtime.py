@@ -129,18 +129,25 @@ run_main(main)
 )
 def test_signal_ends_what_does_not_return_to_python(grace, what, answer):
     """As XLA does while it compiles: in a run with nothing to save, and everywhere else."""
+    status, said = signalled(signal.SIGINT, "ready", STUCK, grace, what)
+    assert status == 130
+    assert said.startswith(answer)
+
+
+def signalled(number: signal.Signals, when: str, program: str, *words: str) -> tuple[int, str]:
+    """Exit status and stderr of a program that gets a signal once it has printed a line."""
     with subprocess.Popen(
-        [sys.executable, "-c", STUCK, grace, what],
+        [sys.executable, "-c", program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.stdout.readline() == f"{when}\n"
+        process.send_signal(number)
+        status = process.wait(timeout=30)
         assert process.stderr is not None
-        assert process.stderr.read().startswith(answer)
+        return status, process.stderr.read()
 
 
 AT_EXIT = """
@@ -156,18 +163,7 @@ run_main(lambda: None)
 
 def test_signal_while_python_ends_is_no_traceback():
     """As one run of several gets it that has just ended, because another one failed."""
-    with subprocess.Popen(
-        [sys.executable, "-c", AT_EXIT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "leaving\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == -signal.SIGTERM
-        assert process.stderr is not None
-        assert process.stderr.read() == ""
+    assert signalled(signal.SIGTERM, "leaving", AT_EXIT) == (-signal.SIGTERM, "")
 
 
 def test_signal_is_raised_at_the_end_of_the_section():
