@@ -20,8 +20,8 @@ cv: $(VENV)/.experiments ## five-fold cross-validation, e.g. make cv ARGS="--acc
 test: $(VENV)/.dev ## run the tests
 	@$(RUN) pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-versions: $(VENV)/.dev ## a short suite on the oldest and on the newest releases that are accepted
-	@.ci/versions $(BIN)/uv
+test-versions: $(VENV)/.dev ## a short suite on the oldest and the newest releases, or ARGS=onnx
+	@.ci/versions $(BIN)/uv $(ARGS)
 
 faults: $(VENV)/.dev ## kill, corrupt, fill the disk, and count what is lost, e.g. make faults ARGS="--share 0.1"
 	@$(RUN) tests.faults $(ARGS)

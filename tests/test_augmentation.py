@@ -123,6 +123,7 @@ def test_permuting_the_batch_with_its_keys_permutes_the_outputs():
     np.testing.assert_allclose(alone[0], moved[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_eager_and_compiled_agree():
     image, labels = make_batch((3, 12, 10), count=2)
     config = only("flip", "affine", "gamma", "noise")

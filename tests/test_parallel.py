@@ -203,6 +203,7 @@ def environment(num_devices):
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + flags, "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.slow
 def test_eight_devices_and_folds_on_halves_of_them():
     done = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES],
