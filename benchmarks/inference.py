@@ -52,7 +52,7 @@ from experiments import predict
 from experiments.exporting.artifact import describe
 from experiments.exporting.model_card import model_card
 from experiments.prediction.inputs import find_inputs, read_case
-from experiments.prediction.models import Models, data_config
+from experiments.prediction.models import Models, Prepared, data_config
 from experiments.prediction.outputs import Extras, PredictionFolder
 from experiments.prediction.windows import predict_window
 from experiments.process.accelerator import select_accelerator
@@ -177,7 +177,7 @@ def measure_volume(preset: str, shape: tuple[int, int, int]) -> dict[str, float]
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
         data = data_config(facts)
         models = Models((watched_model,), (data,))
-        computed = predict.compute(models, (read_case(entry, data),), Extras())
+        computed = predict.compute(models, (Prepared(read_case(entry, data)),), Extras())
         PredictionFolder(root / "out").write_case(computed, facts, uncertainty=True)
         peak = _resident("VmHWM")
     windows = np.zeros((facts.batch_size, *facts.window, len(facts.modalities)), np.float32)

@@ -27,6 +27,7 @@ from cmsad_jax.modules.fusion import FusionConfig
 from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.training import init_state, train_step
 from experiments.process.accelerator import select_accelerator
+from experiments.settings.command_line import complete
 from experiments.settings.config import Config, window
 from experiments.settings.presets import PRESETS
 from experiments.settings.systems import SYSTEMS
@@ -87,7 +88,7 @@ def variants(config: Config) -> dict[str, Config]:
             config, train=still, loss=dataclasses.replace(loss, teachers=("all",))
         ),
         **{
-            name: dataclasses.replace(system(config), loss=no_distillation)
+            name: dataclasses.replace(complete(system(config)), loss=no_distillation)
             for name, system in SYSTEMS.items()
         },
     }
@@ -96,12 +97,12 @@ def variants(config: Config) -> dict[str, Config]:
 def random_batch(config: Config) -> dict[str, jax.Array]:
     """A batch in the layout of a train step: noise, and a cuboid of every class."""
     batch, space = config.train.batch_size, window(config)
-    shape = (batch, *space, len(config.network.modalities))
+    shape = (batch, *space, config.network.num_channels)
     middle = tuple(slice(n // 4, max(n // 2, 1)) for n in space)
     return {
         "image": jax.random.normal(jax.random.key(0), shape),
         "label": jnp.zeros((batch, *space), jnp.int32).at[:, *middle].set(1),
-        "present": jnp.ones((batch, shape[-1]), bool),
+        "present": jnp.ones((batch, len(config.network.modalities)), bool),
         "key": jnp.arange(2 * batch, dtype=jnp.uint32).reshape(batch, 2),
     }
 

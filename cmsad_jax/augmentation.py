@@ -112,17 +112,22 @@ def augment(
     """Change each example at random, labels along with the image.
 
     Images are interpolated linearly, labels take the nearest voxel's class. What enters from
-    beyond the border is 0, as are voxels outside a field of view.
+    beyond the border is 0, as are voxels outside a field of view. Channels after those of
+    ``present``, such as the prior of a cascade, move as the first modality does, and keep their
+    values.
 
     Args:
         image: standardised intensities; the labels lie on the first modality.
         labels: classes; they keep their integer type.
         keys: one typed random key (``jax.random.key``) for each example.
         config: which effects, how often, how far.
-        present: modalities that each example has; the others stay 0. None is all.
+        present: modalities that each example has; the others stay 0. None is all channels.
 
     Returns:
         Image and labels of the same shapes. Computed in float32, returned in the image's type.
+
+    Raises:
+        ConfigError: ``present`` has more modalities than the image has channels.
 
     Examples:
         >>> image, labels = jnp.zeros((2, 4, 8, 8, 3)), jnp.zeros((2, 4, 8, 8), int)
@@ -134,6 +139,11 @@ def augment(
     """
     if present is None:
         present = jnp.ones((image.shape[0], image.shape[-1]), bool)
+    if present.shape[-1] > image.shape[-1]:
+        raise ConfigError(
+            "present must have an entry for each modality of the image; got "
+            f"{present.shape[-1]} entries and {image.shape[-1]} channels. Leave it out for all."
+        )
     planar = image.ndim == 4
     volume = image[:, None] if planar else image
     volume = jnp.moveaxis(volume.astype(jnp.float32), -1, 1)
@@ -144,13 +154,15 @@ def augment(
         drawn = jax.random.uniform(draw_key, (_NUM_DRAWS * present.size,))
         draws = iter(drawn.reshape(_NUM_DRAWS, -1))
         volume, labels = _move(volume, labels, draws, config, jax.random.fold_in(noise_key, 1))
+        volume, prior = volume[: present.size], volume[present.size :]
         volume = _change_intensity(volume, draws, config)
         if config.noise_probability:
             chosen, strength = _chosen(draws, config.noise_probability), _column(next(draws))
             m, d, h, w = volume.shape
             noise = jax.random.normal(noise_key, (m * d, h * w)).reshape(volume.shape)
             volume += jnp.where(chosen, config.noise_sd * strength, 0.0) * noise
-        return jnp.where(present[:, None, None, None], volume, 0.0), labels
+        volume = jnp.where(present[:, None, None, None], volume, 0.0)
+        return jnp.concatenate([volume, prior]) if prior.size else volume, labels
 
     volume, stacked = jax.vmap(one)(volume, stacked, present, keys)
     volume = jnp.moveaxis(volume, 1, -1).astype(image.dtype)
@@ -230,6 +242,8 @@ def _move(
     chosen = _chosen(draws, config.misalignment_probability).at[0].set(False)
     offsets = jnp.stack([_symmetric(next(draws), config.misalignment_voxels) for _ in "hw"], -1)
     offsets = jnp.where(chosen, offsets[:, None, None], 0.0)
+    if more := len(volume) - len(offsets):
+        offsets = jnp.pad(offsets, ((0, more), (0, 0), (0, 0), (0, 0)))
     return jax.vmap(sample_linear)(volume, positions + offsets), labels
 
 

@@ -13,6 +13,8 @@ An artifact (``model.cmsad``) is a zip archive, nothing in it compressed:
 ``weights/<member>.safetensors``
     float32 weights of each member of the ensemble, named by their path in the network
     (``encoder_t2w/stage0_block0/...``).
+``first.cmsad``
+    of a cascade alone: the artifact of its first network.
 ``MODEL_CARD.md``, ``LICENSE``
     for people.
 
@@ -78,6 +80,7 @@ _MAX_VOXELS = 2**31
 _MANIFEST = "manifest.json"
 _CARD = "MODEL_CARD.md"
 _LICENSE = "LICENSE"
+_FIRST = "first.cmsad"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,9 @@ class Description:
             then the parts that the network tells apart.
         operating_point: how confidences are to be read, as
             ``experiments.measuring.operating_point.OperatingPoint``; empty where it is not known.
+        box: voxels ``d h w`` of the grid of ``preprocess`` that the model sees, around what the
+            first network of its cascade found, whose probability is one channel more, the last;
+            empty where it is in none.
     """
 
     modalities: tuple[str, ...]
@@ -123,6 +129,12 @@ class Description:
     labels: tuple[str, ...] = ()
     lesions: tuple[str, ...] = ()
     operating_point: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    box: tuple[int, ...] = ()
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the image: one for each modality, and in a cascade the first's result."""
+        return len(self.modalities) + bool(self.box)
 
     @property
     def num_outputs(self) -> int:
@@ -136,6 +148,7 @@ def export_program(
     *,
     window: Sequence[int],
     num_modalities: int,
+    num_channels: int | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> bytes:
     """Serialise ``function(weights, windows, present)`` for any batch size.
@@ -145,6 +158,7 @@ def export_program(
         weights: an example; only its names and shapes count.
         window: spatial shape of the windows.
         num_modalities: ``m``.
+        num_channels: of the windows, if not ``m``.
         platforms: what it shall run on.
 
     Raises:
@@ -155,7 +169,7 @@ def export_program(
     shapes = {name: jax.ShapeDtypeStruct(w.shape, jnp.float32) for name, w in weights.items()}
     exported = jax_export.export(jax.jit(function), platforms=tuple(platforms))(
         shapes,
-        jax.ShapeDtypeStruct((b, *window, num_modalities), jnp.float32),
+        jax.ShapeDtypeStruct((b, *window, num_channels or num_modalities), jnp.float32),
         jax.ShapeDtypeStruct((b, num_modalities), jnp.bool_),
     )
     return bytes(exported.serialize())
@@ -169,6 +183,7 @@ def save(
     weights: Sequence[Weights],
     card: str,
     license_text: str,
+    first: bytes | None = None,
 ) -> None:
     """Write an artifact; a file appears whole or not at all.
 
@@ -179,6 +194,7 @@ def save(
         weights: of each member.
         card: the model card, Markdown.
         license_text: terms of use in full.
+        first: of a cascade, the artifact of its first network.
 
     Raises:
         ConfigError: a description, weights or texts that ``load`` would refuse.
@@ -194,6 +210,8 @@ def save(
                 f"{name} must be plain text; got control characters in it. Remove them."
             )
         files[name] = text.encode()
+    if first is not None:
+        files[_FIRST] = first
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -234,7 +252,14 @@ def load(source: Path | str | io.BytesIO) -> "Model":
     name = str(source) if isinstance(source, Path | str) else "the artifact"
     if isinstance(source, Path | str) and not Path(source).is_file():
         raise ConfigError(f"an artifact must be a file; got {source}. Check the path.")
+    return _load(source, name)
+
+
+def _load(source: Path | str | io.BytesIO, name: str, *, within: bool = False) -> "Model":
+    """``load``; the first network of a cascade lies ``within`` the artifact of the second."""
     manifest, files = _read_archive(source, name)
+    if within and _FIRST in files:
+        raise _refusal(name, "a cascade within a cascade")
     _require_flatbuffers()
     description = _description(manifest, name)
     programs = {
@@ -264,6 +289,7 @@ def load(source: Path | str | io.BytesIO) -> "Model":
         _check_fit(program, description, weights, f"{name}: programs/{key}.stablehlo")
         num_outputs = _num_outputs(description, key)
         _check_result(program, description, weights[0], num_outputs, f"{name}: {key}")
+    first = _first(files.get(_FIRST), description, name)
     # On CPUs the full effort doubles the time to compile and gains no speed.
     options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
     return Model(
@@ -276,6 +302,7 @@ def load(source: Path | str | io.BytesIO) -> "Model":
         card=files.get(_CARD, b"").decode(),
         license_text=files.get(_LICENSE, b"").decode(),
         digests=tuple(manifest["files"][path]["sha256"] for path in members),
+        first=first,
     )
 
 
@@ -290,6 +317,7 @@ class Model:
         card: model card, Markdown.
         license_text: terms of use in full.
         digests: SHA-256 of each member's weights file.
+        first: the first network of its cascade; None if it is in none.
     """
 
     description: Description
@@ -298,6 +326,7 @@ class Model:
     card: str
     license_text: str
     digests: tuple[str, ...]
+    first: "Model | None" = None
 
     @property
     def sha256(self) -> str:
@@ -305,11 +334,13 @@ class Model:
         facts = dataclasses.asdict(self.description)
         names = ("modalities", "target", "classes", "window", "preprocess", "members")
         meaning = [{name: facts[name] for name in names}, self.digests]
+        if self.first is not None:
+            meaning += [facts["box"], self.first.sha256]
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
     def __call__(
         self,
-        image: Float[np.ndarray, "*space m"],
+        image: Float[np.ndarray, "*space c"],
         present: Bool[np.ndarray, " m"] | None = None,
     ) -> Float[np.ndarray, "*space k"]:
         """Probabilities of one preprocessed case: the mean over members, windows and flips."""
@@ -317,7 +348,7 @@ class Model:
 
     def predict(
         self,
-        image: Float[np.ndarray, "*space m"],
+        image: Float[np.ndarray, "*space c"],
         present: Bool[np.ndarray, " m"] | None = None,
         *,
         program: str = "predict",
@@ -325,7 +356,8 @@ class Model:
         """Run a program over a whole image, with every member of the ensemble.
 
         Args:
-            image: one case on the reference grid, scaled, float32; 0 where there is nothing.
+            image: one case on the reference grid, scaled, float32; 0 where there is nothing. In a
+                cascade its box, with the probability of the first network as last channel.
             present: its modalities; None is all.
             program: ``predict``; ``attention`` for the energy of each modality;
                 ``modality_weights`` for its weight, the same at every voxel of a window; ``drawn``
@@ -348,6 +380,7 @@ class Model:
             overlap=facts.overlap,
             batch_size=facts.batch_size,
             flip_axes=(len(facts.window) - 1,) if facts.flip else (),
+            prior=bool(facts.box),
         )
 
     def select(self, members: Sequence[str]) -> "Model":
@@ -367,21 +400,24 @@ class Model:
             description=dataclasses.replace(self.description, members=tuple(members)),
             weights=tuple(self.weights[names.index(name)] for name in members),
             digests=tuple(self.digests[names.index(name)] for name in members),
+            first=None if self.first is None else self.first.select(members),
         )
 
     def compile(self, program: str = "predict") -> None:
         """Compile a program now rather than at the first image."""
         facts = self.description
-        windows = np.zeros((facts.batch_size, *facts.window, len(facts.modalities)), np.float32)
+        windows = np.zeros((facts.batch_size, *facts.window, facts.num_channels), np.float32)
         present = np.ones((facts.batch_size, len(facts.modalities)), bool)
         jax.block_until_ready(self.programs[program](self.weights[0], windows, present))
 
     def _check(self, image: Any, present: np.ndarray, program: str) -> None:
         names = self.description.modalities
         shape = getattr(image, "shape", ())
-        if shape[-1:] != (len(names),) or present.shape != (len(names),):
+        if shape[-1:] != (self.description.num_channels,) or present.shape != (len(names),):
+            more = ", and of a cascade a channel of the first's result" if self.first else ""
             raise ConfigError(
-                f"the image must have one channel, and present one entry, for each of {names}; "
+                "the image must have one channel, and present one entry, for each of "
+                f"{names}{more}; "
                 f"got {f'shapes {shape}' if shape else type(image).__name__} and {present.shape}. "
                 "Stack the modalities on the last axis."
             )
@@ -612,20 +648,46 @@ def _check_description(facts: Description) -> None:
     window = facts.window
     if not isinstance(window, tuple) or len(window) not in (2, 3) or not _are_sizes(window):
         raise _odd("window", "2 or 3 numbers of voxels", window)
-    if math.prod(window) * facts.batch_size * len(facts.modalities) > _MAX_VOXELS:
+    if math.prod(window) * facts.batch_size * facts.num_channels > _MAX_VOXELS:
         raise _odd("window", f"at most {_MAX_VOXELS} voxels in all windows of a call", window)
     grid = facts.preprocess
     size, spacing = grid.get("size", (1, 1, 1)), grid.get("spacing_mm", (1, 1, 1))
     if not isinstance(size, list | tuple) or len(size) != 3 or not _are_sizes(size):
         raise _odd("size of preprocess", "3 numbers of voxels", size)
-    if math.prod(size) * len(facts.modalities) > _MAX_VOXELS:
+    if math.prod(size) * facts.num_channels > _MAX_VOXELS:
         raise _odd("size of preprocess", f"at most {_MAX_VOXELS} voxels", size)
+    box = facts.box
+    if not isinstance(box, tuple) or not _are_sizes(box) or len(box) not in (0, 3):
+        raise _odd("box", "3 numbers of voxels, or none", box)
+    if any(n > limit for n, limit in zip(box, size, strict=False)):
+        raise _odd("box", f"no larger than the grid of {tuple(size)} voxels", box)
     if (
         not isinstance(spacing, list | tuple)
         or len(spacing) != 3
         or not all(_is_number(n) and 0 < n <= 1000 for n in spacing)
     ):
         raise _odd("spacing_mm of preprocess", "3 numbers above 0 and at most 1000", spacing)
+
+
+def _first(content: bytes | None, description: Description, name: str) -> "Model | None":
+    """The first network of a cascade, which must go with the second."""
+    if (content is None) != (not description.box):
+        raise ConfigError(
+            f"{name} must hold the first network of a cascade, and be one if it does; got "
+            f"{'a box and none' if content is None else 'one and no box'}. Export the run again."
+        )
+    if content is None:
+        return None
+    first = _load(io.BytesIO(content), f"{name}: {_FIRST}", within=True)
+    mine, others = description, first.description
+    if (mine.modalities, mine.members) != (others.modalities, others.members):
+        raise ConfigError(
+            f"{name}: {_FIRST} must have the modalities {', '.join(mine.modalities)} and the "
+            f"members {', '.join(mine.members)} of the second network; got "
+            f"{', '.join(others.modalities)} and {', '.join(others.members)}. "
+            "Export the run again."
+        )
+    return first
 
 
 def _odd(name: str, rule: str, value: Any) -> ConfigError:
@@ -658,7 +720,7 @@ def _check_fit(
             f"{name} must take weights, windows and present; got: {first_line(error):.200}. "
             "Export the run again."
         ) from error
-    space = (*description.window, len(description.modalities))
+    space = (*description.window, description.num_channels)
     if windows.shape[1:] != space:
         raise ConfigError(
             f"{name} must hold a program for what it describes, windows of shape {space}; got one "
@@ -688,7 +750,7 @@ def _check_result(
             result = jax.eval_shape(
                 program.call,
                 given,
-                jax.ShapeDtypeStruct((batch, *space, num_modalities), jnp.float32),
+                jax.ShapeDtypeStruct((batch, *space, description.num_channels), jnp.float32),
                 jax.ShapeDtypeStruct((batch, num_modalities), jnp.bool_),
             )
             found = f"{result.dtype}{list(result.shape)}"

@@ -39,7 +39,7 @@ def importance(window: Sequence[int], *, sigma: float = 0.125) -> Float[np.ndarr
 
 def sliding_window(
     predict: Predict,
-    image: Float[np.ndarray, "*space m"],
+    image: Float[np.ndarray, "*space c"],
     present: Bool[np.ndarray, " m"],
     *,
     window: Sequence[int],
@@ -47,6 +47,7 @@ def sliding_window(
     overlap: float = 0.5,
     batch_size: int = 1,
     flip_axes: Sequence[int] = (),
+    prior: bool = False,
 ) -> Float[np.ndarray, "*space k"]:
     """Probabilities of a whole image, from windows weighted by their distance from the centre.
 
@@ -63,6 +64,7 @@ def sliding_window(
         overlap: least share of a window that its neighbour sees as well, in [0, 1).
         batch_size: windows for each call.
         flip_axes: axes of ``window``; the result is the mean over all combinations of flips.
+        prior: whether one channel follows those of ``present``: what an earlier network found.
 
     Raises:
         ConfigError: for settings outside their range, an image, window and ``present`` that do not
@@ -78,7 +80,7 @@ def sliding_window(
         ((4, 8, 8, 1), 0.5)
     """
     window, flip_axes = _check_sliding(
-        image, present, window, num_classes, overlap, batch_size, flip_axes
+        image, present, window, num_classes, overlap, batch_size, flip_axes, prior
     )
     if len(window) == image.ndim - 2:
         return sliding_window(
@@ -90,6 +92,7 @@ def sliding_window(
             overlap=overlap,
             batch_size=batch_size,
             flip_axes=[axis + 1 for axis in flip_axes],
+            prior=prior,
         )
     space = image.shape[:-1]
     missing = [max(0, n - size) for n, size in zip(window, space, strict=True)]
@@ -141,6 +144,7 @@ def _check_sliding(
     overlap: Any,
     batch_size: Any,
     flip_axes: Any,
+    prior: bool,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Window and axes of flips, as tuples; raises as ``sliding_window`` says."""
     if not isinstance(overlap, numbers.Real) or not 0 <= float(overlap) < 1:
@@ -153,11 +157,12 @@ def _check_sliding(
             "the image must be one case, an array *space m of 2 or 3 axes of space; "
             f"got {shape or type(image).__name__}. Predict the cases of a batch one by one."
         )
-    if getattr(present, "shape", None) != shape[-1:]:
+    count = shape[-1] - prior
+    if getattr(present, "shape", None) != (count,):
         raise ConfigError(
-            "present must have one entry for each channel of the image; "
+            f"present must have one entry for each channel of the image{' but the prior' * prior}; "
             f"got {getattr(present, 'shape', type(present).__name__)} beside an image {shape}. "
-            f"Use numpy.ones({shape[-1]}, bool) if all are there."
+            f"Use numpy.ones({count}, bool) if all are there."
         )
     sizes = tuple(window) if isinstance(window, Sequence) else ()
     rank = len(shape) - 1
@@ -193,7 +198,7 @@ class EnsemblePrediction:
 
 def predict_ensemble(
     members: Sequence[Predict],
-    image: Float[np.ndarray, "*space m"],
+    image: Float[np.ndarray, "*space c"],
     present: Bool[np.ndarray, " m"],
     **options: Any,
 ) -> EnsemblePrediction:

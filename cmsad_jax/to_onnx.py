@@ -147,7 +147,8 @@ def mean_of_members(model: export.Model) -> Callable[..., jax.Array]:
     """Mean probabilities ``b *window k`` of windows and ``present``, by the network's own code.
 
     Raises:
-        ConfigError: the model does not say what its network is, or its masks come from a distance.
+        ConfigError: the model does not say what its network is, its masks come from a distance, or
+            it is in a cascade.
     """
     settings = model.description.provenance.get("config")
     settings = settings if isinstance(settings, Mapping) else {}
@@ -161,6 +162,11 @@ def mean_of_members(model: export.Model) -> Callable[..., jax.Array]:
         raise ConfigError(
             "ONNX holds a network whose masks come from its probabilities; got one whose masks "
             "come from the distance (predict.mask_from). Use the .cmsad file."
+        )
+    if model.first is not None:
+        raise ConfigError(
+            "ONNX holds one network; got a cascade of two, with a box to be cut between them. Use "
+            "the .cmsad file."
         )
     network = CMSAD(_decode(NetworkConfig, config))
     members = [unflatten_weights(weights) for weights in model.weights]

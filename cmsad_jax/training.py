@@ -909,7 +909,8 @@ def _of_slices(
     if encoder.slices == "none":
         return {}
     present = batch["present"].reshape(len(batch["present"]), 1, 1, 1, -1)
-    found = {"slices": seen_slices(jnp.where(present, batch["image"], 0))}
+    image = batch["image"][..., : present.shape[-1]]
+    found = {"slices": seen_slices(jnp.where(present, image, 0))}
     if encoder.draws:
         found["drawn"] = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
     return found

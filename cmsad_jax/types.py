@@ -17,8 +17,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-Image = Float[Array | np.ndarray, "b *space m"]
-"""Modalities of one patient on a common grid, scaled; an absent modality is all zeros."""
+Image = Float[Array | np.ndarray, "b *space c"]
+"""Modalities of one patient on a common grid, scaled, an absent one all zeros; in a cascade, what
+the first network found comes after them."""
 
 Labels = Int[Array | np.ndarray, "b *space"]
 """Class of each voxel, any integer type; 0 is background."""

@@ -224,7 +224,8 @@ def _clear_status() -> None:
 def recorded(path: Path, head: Sequence[str]) -> Iterator[None]:
     """Inside, and from the start of the process on, all lines are recorded in ``path`` as well.
 
-    It is appended to. ``head`` follows the command line of the process.
+    It is appended to. ``head`` follows the command line of the process. Of a record within another
+    the inner one holds what is said in it.
     """
     with path.open("a", encoding="utf-8") as file:
         with _voice.lock:
@@ -232,7 +233,7 @@ def recorded(path: Path, head: Sequence[str]) -> Iterator[None]:
             file.writelines(f"{line}\n" for line in head)
             file.writelines(_voice.lines)
             file.flush()
-            _voice.lines, _voice.record = [], file
+            _voice.lines, before, _voice.record = [], _voice.record, file
         try:
             yield
         except BaseException as error:
@@ -240,7 +241,7 @@ def recorded(path: Path, head: Sequence[str]) -> Iterator[None]:
             raise
         finally:
             with _voice.lock:
-                _voice.record = None
+                _voice.record = before
 
 
 def _words() -> list[str]:

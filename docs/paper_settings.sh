@@ -144,6 +144,11 @@ settings=(
   --train.modality-dropout 0.0
   --train.average-decay 0.999
   --train.validations 20
+  # Two networks one after the other: none
+  --cascade.target ""
+  --cascade.coarser 1 2 2
+  --cascade.steps None
+  --cascade.box-mm 60 72 72
   # Prediction
   --predict.overlap 0.5
   --predict.flip True

@@ -251,7 +251,8 @@ def measure(
     run = open_run(folder, folds)
     config, names = run.config, run.config.data.modalities
     num_stages = config.network.encoder.num_stages
-    programs = compile_programs(config, select_accelerator(accelerator)[:1])
+    devices = select_accelerator(accelerator)[:1]
+    programs = compile_programs(config, devices)
     key = jax.random.key(config.seed)
     untrained = {fold: programs.init(jax.random.fold_in(key, fold)).params for fold in run.of_fold}
     fold_of = {case_id: fold for fold, case_ids in run.of_fold.items() for case_id in case_ids}
@@ -261,7 +262,8 @@ def measure(
         return found.reshape(*case.label.shape, len(names), num_stages).astype(np.float64)
 
     findings = Findings(str(folder), names, num_stages, run.patients)
-    for params, case in run.cases():
+    for params, whole, see in run.cases(devices):
+        case = see(whole)
         target = foreground(case.label)
         if not target.any() or target.all():  # too small or too large for the reference grid
             continue

@@ -109,14 +109,16 @@ def measure(
         )
     finished = open_run(run, folds)
     config = finished.config
-    program = compile_programs(config, select_accelerator(accelerator)[:1]).predict
+    devices = select_accelerator(accelerator)[:1]
+    program = compile_programs(config, devices).predict
     data = config.data
     rule = Rule(data.target, config.predict.threshold, data.labels, data.lesions)
     dice: dict[Key, dict[str, float]] = {}
-    for params, case in finished.cases():
+    for params, case, see in finished.cases(devices):
         for without, poorer in withheld(case, names):
+            seen = see(poorer)
             probability = to_original(
-                predict_case(program, params, poorer, config, config.network.num_classes), case
+                predict_case(program, params, seen, config, config.network.num_classes), seen
             )
             rows = measure_case(
                 case.case_id,

@@ -25,7 +25,6 @@ import tyro
 
 from cmsad_jax import export
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import STORED_UNIT, Case
 from data_pipelines.faults import DataError
 from data_pipelines.progress import progress
 from data_pipelines.reading import case_files
@@ -33,7 +32,7 @@ from data_pipelines.reading.case_files import CaseFiles
 from data_pipelines.short_help import program
 from experiments.exporting.opening import open_models
 from experiments.measuring.training_data import in_words, unlike
-from experiments.prediction.models import Models, run_program
+from experiments.prediction.models import Models, Prepared, run_program
 from experiments.prediction.outputs import (
     Computed,
     Extras,
@@ -112,10 +111,15 @@ def open_command(command: PredictCommand) -> Models:
     return models
 
 
-def compute(models: Models, cases: Sequence[Case], extras: Extras) -> Computed:
-    """Run the models on a case; one that weighs modalities or draws attention says that too."""
+def compute(models: Models, prepared: Sequence[Prepared], extras: Extras) -> Computed:
+    """Run the models on a case; one that weighs modalities or draws attention says that too.
+
+    Raises:
+        DataError: a probability is not finite.
+    """
+    cases, remarks = models.locate(prepared)
     first, case = models.each[0], cases[0]
-    computed = Computed(case, models.predict(cases), None)
+    computed = Computed(case, models.predict(cases), None, remarks=remarks)
     if extras.attention:
         maps = run_program(first, case, "attention").probability
         maps /= np.maximum(maps.max((0, 1, 2)), 1e-12)
@@ -176,6 +180,17 @@ class Account:
         print(f"error: case {case_id} is passed over: {error}", file=sys.stderr, flush=True)
         with self.lock:
             self.cases.append(PredictedCase(case_id, error=str(error)))
+
+    def say(self, case_id: str, warnings: Sequence[str]) -> None:
+        """Say what is worth a look in a case."""
+        for text in warnings:
+            print(f"warning: case {case_id}: {text}", file=sys.stderr, flush=True)
+
+    def add_warnings(self, case_id: str, warnings: Sequence[str]) -> None:
+        """Say what more is worth a look in a case, and keep it for the record."""
+        self.say(case_id, warnings)
+        with self.lock:
+            self.warnings[case_id] = (*self.warnings.get(case_id, ()), *warnings)
 
     def claim(self, case_id: str, sha256: str) -> None:
         """Say whose the results of this name are from now on.
@@ -403,31 +418,33 @@ def predict_cases(
     read = reader(models, entries, account, done)
     with ThreadPoolExecutor(1) as readers, writing(account, models.description) as write:
         read_cases = zip(entries, read_ahead(readers, read, entries), strict=True)
-        for entry, (cases, seconds) in progress(
+        for entry, (prepared, seconds) in progress(
             read_cases, description="Predicting", total=len(entries)
         ):
             account.beside_s += seconds
-            for text in account.warnings.get(entry.case_id, ()):
-                print(f"warning: case {entry.case_id}: {text}", file=sys.stderr, flush=True)
-            if isinstance(cases, OtherImagesError):
-                account.keep(entry, before, cases)
-            elif isinstance(cases, DataError):
-                account.fail(entry.case_id, cases)
-            if cases is None or isinstance(cases, DataError):
+            account.say(entry.case_id, account.warnings.get(entry.case_id, ()))
+            if isinstance(prepared, OtherImagesError):
+                account.keep(entry, before, prepared)
+            elif isinstance(prepared, DataError):
+                account.fail(entry.case_id, prepared)
+            if prepared is None or isinstance(prepared, DataError):
                 continue
             started = time.perf_counter()
-            computed = compute(models, cases, account.facts.extras)
-            account.computing_s += time.perf_counter() - started
-            if np.isfinite(computed.prediction.probability).all():
-                write(computed)
-            else:
-                account.fail(entry.case_id, not_finite(models, cases))
+            try:
+                computed = compute(models, prepared, account.facts.extras)
+            except DataError as error:
+                account.fail(entry.case_id, error)
+                continue
+            finally:
+                account.computing_s += time.perf_counter() - started
+            account.add_warnings(entry.case_id, computed.remarks)
+            write(computed)
 
 
 def reader(
     models: Models, entries: Sequence[CaseFiles], account: Account, done: Collection[str]
-) -> Callable[[CaseFiles], tuple[Sequence[Case] | DataError | None, float]]:
-    """What reads a case, as each model sees it: why there is none, None if it is done; and seconds.
+) -> Callable[[CaseFiles], tuple[Sequence[Prepared] | DataError | None, float]]:
+    """What reads a case for each model: why there is none, None if it is done; and seconds.
 
     Whose images they are, and what is worth a look in them, goes into the account.
     """
@@ -441,7 +458,7 @@ def reader(
         for problem in case_files.check_ids(entry.case_id for entry in entries)
     }
 
-    def read(entry: CaseFiles) -> tuple[Sequence[Case] | DataError | None, float]:
+    def read(entry: CaseFiles) -> tuple[Sequence[Prepared] | DataError | None, float]:
         started = time.thread_time()
         try:
             if entry.case_id in repeated:
@@ -462,16 +479,6 @@ def reader(
         return cases, time.thread_time() - started
 
     return read
-
-
-def not_finite(models: Models, cases: Sequence[Case]) -> DataError:
-    """What to say of a case for which a model gives no probabilities."""
-    largest = max(np.abs(case.image.astype(np.float32)).max() * STORED_UNIT for case in cases)
-    return DataError(
-        "probabilities must be finite; got NaN or infinity from model "
-        f"{models.sha256[:12]} for intensities of up to {largest:.3g} standard deviations. "
-        "No mask is written. Use another model, or leave out the fold that gives them (--folds)."
-    )
 
 
 @contextlib.contextmanager

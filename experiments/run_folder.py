@@ -331,6 +331,11 @@ class RunFolder:
         """The report as a text."""
         return self.path / "report.md"
 
+    @property
+    def first(self) -> Path:
+        """Of a cascade, the run folder of the first network."""
+        return self.path / "first"
+
     def fold(self, number: int) -> FoldFolder:
         """The part of a fold, counted from 0."""
         return FoldFolder(self.path / fold_name(number))

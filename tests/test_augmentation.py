@@ -343,3 +343,18 @@ def test_elastic_bends_image_and_labels_alike_within_its_limit():
     clear = np.abs(np.asarray(moved[..., 1]) - 11.5)[inner] > 0.01
     agree = (np.asarray(moved[..., 1]) > 11.5)[inner] == np.asarray(moved_labels)[inner]
     assert agree[clear].mean() > 0.99
+
+
+def test_what_follows_the_modalities_moves_with_the_first_and_keeps_its_values():
+    """The prior of a cascade."""
+    volume = np.random.default_rng(0).random((3, 2, 12, 10)).astype(np.float32)
+    image, labels = np.stack([volume] * 3, -1), np.zeros(volume.shape, int)
+    keys, present = make_keys(3), np.ones((3, 2), bool)
+    moving = only("flip", "affine", "elastic", "misalignment")
+    moved, _ = compiled(image, labels, keys=keys, config=moving, present=present)
+    assert np.abs(moved[..., 0] - moved[..., 1]).max() > 0.1, "the second is misaligned"
+    changed, _ = compiled(image, labels, keys=keys, config=ALWAYS, present=present)
+    np.testing.assert_allclose(changed[..., 2], moved[..., 0], atol=1e-6)
+    assert np.abs(changed[..., 2] - changed[..., 0]).max() > 0.1
+    with pytest.raises(ConfigError, match="got 2 entries and 1 channels"):
+        augment(image[..., :1], labels, keys=keys, config=ALWAYS, present=present)

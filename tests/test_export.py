@@ -695,7 +695,7 @@ def test_damage_of_the_directory_is_noticed_or_harmless(tmp_path):
     )
     content = file.read_bytes()
     last = range(content.rindex(b"PK\x01\x02"), len(content))  # entry, and the end of the directory
-    damages = [(at, 1 << bit) for at in last for bit in range(8)]
+    damages = [(at, 1 << at % 8) for at in last] + [(at, 1 << (at + 4) % 8) for at in last]
     assert 0 < noticed(content, export.load(file).sha256, damages) < len(damages)
 
 

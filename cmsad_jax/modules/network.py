@@ -47,6 +47,8 @@ class NetworkConfig:
     """Logits ``k``: 1 for one foreground class (sigmoid), else classes with background."""
     encoder: EncoderConfig = EncoderConfig()
     fusion: FusionConfig = FusionConfig()
+    prior: bool = False
+    """One channel more, the last, beside each modality: what the first of a cascade found."""
     share_encoders: bool = False
     """One set of encoder weights for all modalities."""
     decoder_block: Block = "residual"
@@ -93,6 +95,11 @@ class NetworkConfig:
                 f"{self.encoder.num_stages - 1}; got {self.fusion.stages}. "
                 "Name existing stages, or use fusion kind concat."
             )
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the image: one for each modality, and the prior's."""
+        return len(self.modalities) + self.prior
 
     @property
     def scff_stages(self) -> tuple[int, ...]:
@@ -166,7 +173,8 @@ class CMSAD(nn.Module):
         """Segment a batch.
 
         Args:
-            image: scaled intensities; 0 where there is nothing.
+            image: scaled intensities; 0 where there is nothing. With ``prior`` a probability in
+                the last channel, which each encoder sees beside its modality.
             present: which modalities each example has; None means all. Whatever an absent one
                 holds, NaN and inf included, changes neither the output nor a gradient.
             slices: with attention across slices, those that each example has; None means those that
@@ -175,7 +183,7 @@ class CMSAD(nn.Module):
                 example; None takes the means.
 
         Raises:
-            ConfigError: if the channels are not the configured modalities, ``present`` or
+            ConfigError: if the channels are not the configured ones, ``present`` or
                 ``slices`` is no mask of them, or a stage would shrink to one voxel.
         """
         if self.config.dtype != "float32":
@@ -188,16 +196,19 @@ class CMSAD(nn.Module):
     ) -> NetworkOutput:
         config = self.config
         names, encoder = config.modalities, config.encoder
-        present = _checked(image, present, names)
+        present = _checked(image, present, config)
         masks = [present[:, m].reshape(-1, *(1,) * (image.ndim - 1)) for m in range(len(names))]
         inputs = [jnp.where(mask, image[..., m : m + 1], 0) for m, mask in enumerate(masks)]
         slices = _checked_slices(encoder, inputs, slices)
+        prior = [image[..., -1:]] if config.prior else []
         features: dict[str, tuple[Array, ...]] = {}
         if config.fusion.kind == "early":
-            fused = self._encoder("encoder")(jnp.concatenate(inputs, -1), slices, keys)
+            fused = self._encoder("encoder")(jnp.concatenate(inputs + prior, -1), slices, keys)
             fused, gates = [_apart(encoder, f) for f in fused], [None] * encoder.num_stages
             losses, weights = [jnp.zeros(image.shape[0])], gates
         else:
+            if prior:
+                inputs = [jnp.concatenate([each, *prior], -1) for each in inputs]
             features = self._encode(inputs, masks, slices, keys)
             outputs, losses = self._fuse(features, present, slices)
             fused, gates = [each.fused for each in outputs], [each.gates for each in outputs]
@@ -314,17 +325,20 @@ def _checked_slices(
     return slices
 
 
-def _checked(image: Image, present: Present | None, names: tuple[str, ...]) -> Present:
+def _checked(image: Image, present: Present | None, config: NetworkConfig) -> Present:
     """Which modalities each example has, once image and mask are known to fit the network."""
     if not hasattr(image, "shape"):
         raise ConfigError(
             "the image must be one array with a channel for each modality; "
             f"got {type(image).__name__}. Stack the modalities on the last axis."
         )
-    if image.shape[-1] != len(names):
+    names = config.modalities
+    if image.shape[-1] != config.num_channels:
+        more = " and one for the prior" if config.prior else ""
         raise ConfigError(
-            f"the image must have one channel for each modality {names}; "
-            f"got {image.shape[-1]} channels. Stack the modalities on the last axis."
+            f"the image must have one channel for each modality {names}{more}; "
+            f"got {image.shape[-1]} channels. Stack the modalities on the last axis"
+            f"{', and the prior after them' if config.prior else ''}."
         )
     if present is None:
         present = jnp.ones((image.shape[0], len(names)), bool)

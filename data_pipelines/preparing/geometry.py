@@ -131,14 +131,14 @@ def _foreground_windows(
     first = np.clip(np.floor(reach.min(0)).astype(int), 0, shape)
     last = np.clip(np.ceil(reach.max(0)).astype(int) + 1, first, shape)
     window = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
-    return Volume(part, _moved(label.affine, low)), window, _moved(affine, first)
+    return Volume(part, moved(label.affine, low)), window, moved(affine, first)
 
 
-def _moved(affine: np.ndarray, index: np.ndarray) -> np.ndarray:
+def moved(affine: np.ndarray, index: np.ndarray) -> np.ndarray:
     """The affine of the part of a grid that begins at an index ``d h w``."""
-    moved = np.array(affine, np.float64)
-    moved[:3, 3] += moved[:3, :3] @ np.asarray(index)[::-1]
-    return moved
+    result = np.array(affine, np.float64)
+    result[:3, 3] += result[:3, :3] @ np.asarray(index)[::-1]
+    return result
 
 
 def overlaps(

@@ -74,6 +74,19 @@ class CaseSource:
         self._kept_bytes = 0
         self._foreground: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
+        self._change: Callable[[Case], Case] | None = None
+
+    def changed(self, change: Callable[[Case], Case], fingerprint: str) -> "CaseSource":
+        """The same cases, each of them changed as it is read; what they are is ``fingerprint``."""
+        other = CaseSource(
+            self._records,
+            self.info,
+            fingerprint,
+            folder=self._folder,
+            memory_bytes=self._memory_bytes,
+        )
+        other._change = change
+        return other
 
     def __len__(self) -> int:
         return len(self.info)
@@ -101,7 +114,8 @@ class CaseSource:
                 f"{len(self)} cases. Use the fold file that was made for it."
             )
         with _whole(self._folder, f"case {case_id}"):
-            return decode(self._records[self._position[case_id]])
+            case = decode(self._records[self._position[case_id]])
+        return case if self._change is None else self._change(case)
 
     def arrays(self, case_id: str) -> Arrays:
         """What training needs of a case, from memory where it is kept."""

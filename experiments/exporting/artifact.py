@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from cmsad_jax import export
-from cmsad_jax.named_weights import flatten_weights, unflatten_weights
+from cmsad_jax.named_weights import Weights, flatten_weights, unflatten_weights
 from data_pipelines.files import naming_path
 from experiments.exporting.model_card import TrainingSet, model_card
 from experiments.measuring.summary import summarise
@@ -22,7 +22,7 @@ from experiments.prediction.windows import (
 )
 from experiments.process.records import encode
 from experiments.run_folder import Results, RunFolder, RunRecord, fold_name, training_cases
-from experiments.settings.config import Config, FoldsAsked, window
+from experiments.settings.config import Config, FoldsAsked, box_of, num_channels, window
 from experiments.training.checkpoints import load_params
 
 UNSTATED_LICENSE = (
@@ -49,18 +49,6 @@ def write_artifact(
     config, record = folder.read_config(), folder.read_record()
     chosen = folder.members(config, folds)
     weights = [flatten_weights(load_params(run, fold)) for fold in chosen]
-    programs = {}
-    functions = functions_of(config)
-    for name, function in functions.items():
-        programs[name] = export.export_program(
-            lambda flat, windows, present, function=function: function(
-                unflatten_weights(flat), windows, present
-            ),
-            weights[0],
-            window=window(config),
-            num_modalities=len(config.data.modalities),
-            platforms=platforms,
-        )
     file = Path(license)
     text = file.read_text("utf-8") if license and file.is_file() else license or UNSTATED_LICENSE
     results = folder.read_results() if folder.metrics.is_file() else None
@@ -87,12 +75,37 @@ def write_artifact(
         export.save(
             target,
             description=description,
-            programs=programs,
+            programs=_programs(config, weights[0], platforms),
             weights=weights,
             card=card,
             license_text=text.strip() + "\n",
+            first=_first(folder, folds, license, platforms) if config.cascade.target else None,
         )
     return description
+
+
+def _first(run: RunFolder, folds: FoldsAsked, license: str, platforms: Sequence[str]) -> bytes:
+    """The artifact of the first network of a cascade, of the same folds."""
+    archive = io.BytesIO()
+    write_artifact(run.first, archive, folds=folds, license=license, platforms=platforms)
+    return archive.getvalue()
+
+
+def _programs(config: Config, weights: Weights, platforms: Sequence[str]) -> dict[str, bytes]:
+    """What ``functions_of`` gives, each serialised for weights of these names and shapes."""
+    return {
+        name: export.export_program(
+            lambda flat, windows, present, function=function: function(
+                unflatten_weights(flat), windows, present
+            ),
+            weights,
+            window=window(config),
+            num_modalities=len(config.data.modalities),
+            num_channels=num_channels(config),
+            platforms=platforms,
+        )
+        for name, function in functions_of(config).items()
+    }
 
 
 def functions_of(config: Config) -> dict[str, Callable[..., jax.Array]]:
@@ -136,6 +149,7 @@ def describe(
         metrics=metrics,
         license=license,
         operating_point=operating_point or {},
+        box=box_of(config) if config.cascade.target else (),
     )
 
 

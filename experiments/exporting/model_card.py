@@ -79,9 +79,19 @@ def _what_it_is(description: export.Description, num_parameters: int) -> str:
 - **Input**: volumes resampled to {_times(grid["size"])} voxels (d h w) of
   {_times(grid["spacing_mm"])} mm around the centre of the {centre}, clipped to the percentiles
   {low:g} to {high:g}, {_scaled(grid)}. What lies outside that grid is not examined.
-- **Output**: probabilities; {_rule(description)}.{_operating_point(description)}
+{_box(description)}- **Output**: probabilities; {_rule(description)}.{_operating_point(description)}
 - **Missing modalities**: {_missing(description)}
 - **Licence of the weights**: {description.license}."""
+
+
+def _box(description: export.Description) -> str:
+    if not description.box:
+        return ""
+    cascade = description.provenance.get("config", {}).get("cascade", {})
+    return (
+        f"- **Cascade**: a first network in this file finds {cascade.get('target', 'it')} on\n"
+        f"  larger voxels; this one sees {_times(description.box)} voxels of that grid around it.\n"
+    )
 
 
 def _rule(description: export.Description) -> str:

@@ -1,8 +1,10 @@
 """The models of a prediction: one, or several whose probabilities are averaged."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,9 +15,17 @@ from data_pipelines.case import STORED_UNIT, Case, RawCase, Volume
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
 from data_pipelines.targets import target_of
+from experiments.prediction.cascade import locate
 from experiments.prediction.outputs import Extras, Facts, Settings, model_facts
 from experiments.process.records import RecordError, decode, encode
 from experiments.settings.stored import from_json
+
+
+class Prepared(NamedTuple):
+    """A case on the grid of a model, and on that of the first network of its cascade."""
+
+    case: Case
+    first: Case | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +43,12 @@ class Models:
 
     each: tuple[export.Model, ...]
     data: tuple[DataConfig, ...]
+
+    @functools.cached_property
+    def first_data(self) -> tuple[DataConfig | None, ...]:
+        """How cases are prepared for the first network of each model's cascade, if it is in one."""
+        firsts = [model.first for model in self.each]
+        return tuple(None if first is None else data_config(first.description) for first in firsts)
 
     @property
     def description(self) -> export.Description:
@@ -70,7 +86,8 @@ class Models:
     @property
     def read_as(self) -> DataConfig:
         """How files are read: with a mask of the gland if any of the models needs one."""
-        return next((data for data in self.data if data.preprocess.centre == "gland"), self.data[0])
+        every = [*self.data, *filter(None, self.first_data)]
+        return next((data for data in every if data.preprocess.centre == "gland"), every[0])
 
     def facts(self, extras: Extras) -> Facts:
         """What is recorded of the models, their settings, and what is written beside masks."""
@@ -92,27 +109,75 @@ class Models:
         """Compile a program of each model now rather than at the first image."""
         for model in self.each:
             model.compile(program)
+            if program == "predict" and model.first is not None:
+                model.first.compile(program)
 
-    def prepare(self, raw: RawCase) -> tuple[Case, ...]:
-        """A case as each model is to see it.
+    def prepare(self, raw: RawCase) -> tuple[Prepared, ...]:
+        """A case on the grid of each model.
 
         Raises:
             DataError: what is wrong with it.
         """
         from data_pipelines.preparing import preprocessing  # slow to load, not for --help
 
-        made: dict[DataConfig, Case] = {}
-        for data in self.data:
-            if data not in made:
+        made: dict[DataConfig | None, Case | None] = {None: None}
+
+        def on_grid(data: DataConfig | None) -> Case | None:
+            if data is not None and data not in made:
                 made[data] = preprocessing.preprocess_case(raw, data, require_label=False)
-        return tuple(made[data] for data in self.data)
+            return made[data]
+
+        found = []
+        for data, first_data in zip(self.data, self.first_data, strict=True):
+            case = on_grid(data)
+            assert case is not None, "every model has a grid"
+            found.append(Prepared(case, on_grid(first_data)))
+        return tuple(found)
+
+    def locate(self, prepared: Sequence[Prepared]) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+        """A case as each model is to see it, and what makes that doubtful.
+
+        A model that is in a cascade sees the box around what its first network finds.
+
+        Raises:
+            DataError: a probability of a first network is not finite.
+        """
+        cases, remarks = [], []
+        for model, (case, first) in zip(self.each, prepared, strict=True):
+            if model.first is not None and first is not None:
+                probability = run_program(model.first, first).probability
+                self._refuse_not_finite(probability, [first])
+                found = locate(probability, first, case, model.description.box)
+                remarks += [found.remark] if found.remark else []
+                case = found.cut(case)
+            cases.append(case)
+        return tuple(cases), tuple(dict.fromkeys(remarks))
 
     def predict(self, cases: Sequence[Case]) -> EnsemblePrediction:
         """Probabilities of a case on the grid that the first model sees, and their spread.
 
         Args:
-            cases: as ``prepare`` gives them.
+            cases: as ``locate`` gives them.
+
+        Raises:
+            DataError: a probability is not finite.
         """
+        prediction = self._mean(cases)
+        self._refuse_not_finite(prediction.probability, cases)
+        return prediction
+
+    def _refuse_not_finite(self, probability: np.ndarray, cases: Sequence[Case]) -> None:
+        if np.isfinite(probability).all():
+            return
+        largest = max(np.abs(case.image.astype(np.float32)).max() * STORED_UNIT for case in cases)
+        raise DataError(
+            "probabilities must be finite; got NaN or infinity from model "
+            f"{self.sha256[:12]} for intensities of up to {largest:.3g} standard deviations. "
+            "No mask is written. Use another model, or leave out the fold that gives them "
+            "(--folds)."
+        )
+
+    def _mean(self, cases: Sequence[Case]) -> EnsemblePrediction:
         first = cases[0]
         if len(self.each) == 1:
             return run_program(self.each[0], first)

@@ -265,6 +265,8 @@ class Computed:
     """Of each modality, of a model that weighs them."""
     drawn: np.ndarray | None = None
     """Standard deviation over draws of attention across slices, of a model that has them drawn."""
+    remarks: tuple[str, ...] = ()
+    """What makes it doubtful, in words."""
 
 
 @dataclasses.dataclass(frozen=True)

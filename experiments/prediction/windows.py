@@ -1,5 +1,6 @@
 """Whole volumes through a network that sees windows: probabilities, attention, masks."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeAlias
@@ -90,7 +91,8 @@ def weights_window(config: Config) -> Callable[..., jax.Array]:
         found = apply(network, params, windows, present).modality_weights
         mean = jnp.stack([each for each in found if each is not None]).mean(0)
         ones = (1,) * (windows.ndim - 2)
-        return jnp.broadcast_to(mean.reshape(-1, *ones, mean.shape[-1]), windows.shape)
+        count = mean.shape[-1]
+        return jnp.broadcast_to(mean.reshape(-1, *ones, count), (*windows.shape[:-1], count))
 
     return weights
 
@@ -114,4 +116,13 @@ def predict_case(
         overlap=config.predict.overlap,
         batch_size=config.predict.batch_size,
         flip_axes=(len(space) - 1,) if config.predict.flip else (),
+        prior=config.network.prior,
     )
+
+
+def weights_sha256(params: Params) -> str:
+    """Hash of the weights, by name."""
+    digest = hashlib.sha256()
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode() + np.asarray(value).tobytes())
+    return digest.hexdigest()

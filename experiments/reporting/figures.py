@@ -58,7 +58,7 @@ def save_figure(config: Config, programs: Programs, params: Params, case: Case, 
         np.savez_compressed(
             partial,
             allow_pickle=False,
-            image=scaled_image(case).astype(np.float16),
+            image=scaled_image(case)[..., : len(modalities)].astype(np.float16),
             modalities=np.array(modalities),
             probability=probability.astype(np.float16),
             **grids(case),

@@ -242,6 +242,7 @@ def _facts(
         "device": environment.device,
         "checkpoint": CHECKPOINT_LABELS.get(results.checkpoint or "", "not recorded"),
         "rule": _rule(results, classes),
+        "cascade": _cascade(run),
         "data": in_words(run.read_training_data()),
         "tiles": _tiles(summary, classes),
         "headline": [headline_table(summary, name) for name in classes],
@@ -287,6 +288,18 @@ def _rule(results: Results, classes: Sequence[str]) -> str:
         return "the largest of the class probabilities"
     threshold = "not recorded" if results.threshold is None else results.threshold
     return f"probability above {threshold}"
+
+
+def _cascade(run: RunFolder) -> str:
+    """Of a cascade, what its first network finds; nothing of other runs."""
+    if not run.first.is_dir():
+        return ""
+    cascade = run.read_config().cascade
+    box = " x ".join(f"{mm:g}" for mm in cascade.box_mm)
+    return (
+        f"a first network finds {cascade.target} (its own report: {run.first.name}/report.html); "
+        f"beyond a box of {box} mm around it nothing is looked at"
+    )
 
 
 def _fold_facts(

@@ -16,7 +16,7 @@ from data_pipelines.command_line import current_names
 from data_pipelines.config import AUTO, DataConfig
 from data_pipelines.short_help import CROSS_VALIDATION, full
 from data_pipelines.targets import IGNORED
-from experiments.settings.config import ALL, Config, PredictConfig, window
+from experiments.settings.config import ALL, CascadeConfig, Config, PredictConfig, box_of, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
 
@@ -151,14 +151,20 @@ def complete(config: Config) -> Config:
     config = dataclasses.replace(config, data=with_own_classes(config.data))
     data, train = config.data, config.train
     network = dataclasses.replace(
-        config.network, modalities=data.modalities, num_classes=data.num_classes
+        config.network,
+        modalities=data.modalities,
+        num_classes=data.num_classes,
+        prior=bool(config.cascade.target),
     )
     ignore = None if data.definition.ignore is None else IGNORED
     config = dataclasses.replace(
         config, loss=dataclasses.replace(config.loss, ignored_label=ignore)
     )
     _check_ranges(config)
-    _check_crop(train.crop, data.preprocess.size, network.encoder)
+    if config.cascade.target:
+        crop = tuple(min(n, most) for n, most in zip(train.crop, box_of(config), strict=True))
+        config = dataclasses.replace(config, train=dataclasses.replace(train, crop=crop))
+    _check_crop(config.train.crop, data.preprocess.size, network.encoder)
     network.encoder.stage_shapes(window(config))
     config.loss.check(network)
     if config.loss.taught_by_average and not train.modality_dropout:
@@ -186,6 +192,12 @@ def without_effect(config: Config) -> list[str]:
     said = config.loss.without_effect(config.network)
     if predict.mask_from != "distance" and predict.distance_width_mm != usual.distance_width_mm:
         said.append("predict.distance_width_mm has no effect, as predict.mask_from is probability.")
+    if not config.cascade.target:
+        said += [
+            f"cascade.{field.name} has no effect, as cascade.target names nothing to find first."
+            for field in dataclasses.fields(CascadeConfig)
+            if getattr(config.cascade, field.name) != field.default
+        ]
     if not config.network.encoder.draws and predict.draws != usual.draws:
         said.append("predict.draws has no effect, as no attention across slices is drawn.")
     if config.data.num_classes > 1 and predict.threshold != usual.threshold:

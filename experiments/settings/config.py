@@ -97,6 +97,36 @@ class PredictConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CascadeConfig:
+    """Two networks one after the other: the first says where the second is to look."""
+
+    target: str = ""
+    """What the first network finds, as gland; by default there is none, and no cascade."""
+    coarser: tuple[int, int, int] = (1, 2, 2)
+    """How many times as large as the second's the voxels of the first's grid are, d h w."""
+    steps: int | None = None
+    """Updates of the first for each fold; by default as many as of the second."""
+    box_mm: tuple[float, float, float] = (60.0, 72.0, 72.0)
+    """Size of the box around what was found, d h w, beyond which the second sees nothing."""
+
+    def __post_init__(self):
+        if any(n < 1 for n in self.coarser):
+            raise ConfigError(
+                f"the voxels of a first network are 1 or more times as large; got {self.coarser}. "
+                "Use --cascade.coarser 1 2 2."
+            )
+        if not all(0 < size < math.inf for size in self.box_mm):
+            raise ConfigError(
+                f"the box of a cascade must be above 0 mm; got {self.box_mm}. "
+                "Use --cascade.box-mm 60 72 72."
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(
+                f"cascade.steps must be at least 1; got {self.steps}. Use --cascade.steps=250."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportConfig:
     """The page that is written in the end."""
 
@@ -150,6 +180,7 @@ class Config:
     network: NetworkConfig = NetworkConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
+    cascade: CascadeConfig = CascadeConfig()
     predict: PredictConfig = PredictConfig()
     report: ReportConfig = ReportConfig()
 
@@ -166,3 +197,17 @@ def refuse_all(config: Config, what: str) -> None:
 def window(config: Config) -> tuple[int, ...]:
     """Spatial shape that the network sees: the crop, without depth for a network of slices."""
     return config.train.crop[-config.network.encoder.rank :]
+
+
+def num_channels(config: Config) -> int:
+    """Channels that the network sees: the modalities, and in a cascade what the first found."""
+    return len(config.data.modalities) + config.network.prior
+
+
+def box_of(config: Config) -> tuple[int, ...]:
+    """Voxels ``d h w`` that the network sees of a case: the grid, or the box of a cascade."""
+    grid = config.data.preprocess
+    if not config.cascade.target:
+        return grid.size
+    sizes = zip(config.cascade.box_mm, grid.spacing_mm, grid.size, strict=True)
+    return tuple(min(limit, max(1, round(mm / spacing))) for mm, spacing, limit in sizes)

@@ -22,7 +22,7 @@ from cmsad_jax.modules.network import NetworkConfig
 from cmsad_jax.training import LossConfig
 
 FROM_THE_DATA: dict[type, tuple[str, ...]] = {
-    NetworkConfig: ("modalities", "num_classes"),
+    NetworkConfig: ("modalities", "num_classes", "prior"),
     LossConfig: ("ignored_label",),
 }
 """Fields that ``experiments.settings.command_line.complete`` fills in."""

@@ -9,7 +9,7 @@ from functools import partial
 
 from cmsad_jax.modules import baselines
 from cmsad_jax.modules.slices import Slices
-from experiments.settings.config import Config
+from experiments.settings.config import CascadeConfig, Config
 
 
 def slices_alone(config: Config) -> Config:
@@ -58,10 +58,16 @@ def light(config: Config) -> Config:
     return dataclasses.replace(config, network=baselines.light(config.network))
 
 
+def cascaded(config: Config) -> Config:
+    """The network in the box around the gland, which another one finds before."""
+    return dataclasses.replace(config, cascade=CascadeConfig(target="gland"))
+
+
 SYSTEMS: dict[str, Callable[[Config], Config]] = {
     "slice2d": slices_alone,
     "csam": partial(across_slices, kind="csam"),
     "cat": partial(across_slices, kind="cat"),
+    "cascade": cascaded,
     "distance": with_distance,
     "modality-weights": modality_weights,
     "light": light,

@@ -29,7 +29,7 @@ from experiments.measuring.rows import Row
 from experiments.measuring.training_data import absences, gather
 from experiments.planning import record
 from experiments.planning.record import Plan
-from experiments.prediction.windows import Params, predict_case
+from experiments.prediction.windows import Params, predict_case, weights_sha256
 from experiments.process import hosts
 from experiments.process.accelerator import (
     keep_compiled,
@@ -53,9 +53,11 @@ from experiments.run_folder import (
     folder_of,
     training_cases,
 )
+from experiments.settings.cascade import first_config
 from experiments.settings.command_line import complete, without_effect
-from experiments.settings.config import ALL, Config, folds_asked, refuse_all
+from experiments.settings.config import ALL, Config, box_of, folds_asked, refuse_all
 from experiments.settings.stored import flatten, to_json
+from experiments.studies.cascade import Cascade, refuse_lacking
 from experiments.training import feed, tensorboard
 from experiments.training.fold import Fold
 from experiments.training.given_weights import given_weights
@@ -81,12 +83,17 @@ def cross_validate(config: Config) -> Results:
 
 
 def run(
-    config: Config, programs: Programs | None = None, *, plan: Plan | None = None
+    config: Config,
+    programs: Programs | None = None,
+    *,
+    plan: Plan | None = None,
+    folds: splits.Folds | None = None,
 ) -> Results | None:
     """Run the folds asked for and report on all that are done; returns what ``metrics.json`` holds.
 
     ``programs`` are those of a run that differs in seed and folder alone; None compiles them.
-    ``plan`` is that which ``config`` follows, and is kept in the run folder. Of
+    ``plan`` is that which ``config`` follows, and is kept in the run folder. ``folds`` are made
+    where they are not given. Of
     several processes (``experiments.process.hosts``) the first alone writes and returns something;
     where no fold is done, but the network of all cases, there is nothing to return.
 
@@ -112,7 +119,7 @@ def run(
             source = open_source(config)
     if source is None:
         source = open_source(config)  # built by now, if its folder is that of process 0
-    folds = make_folds(config, source)
+    folds = folds or make_folds(config, source)
     hosts.must_agree(
         "configuration, data and folds",
         digest_of(config, source, folds),
@@ -130,7 +137,35 @@ def run(
                 held.enter_context(recorded(folder.log, versions_in_words()))
                 if plan is not None:
                     record.write(plan, folder.plan)
-        return run_folds(config, devices, programs, source, folds)
+        cascade = None
+        if config.cascade.target:
+            train_first(config, folds)
+            cascade = Cascade(config, devices)
+        return run_folds(config, devices, programs, source, folds, cascade)
+
+
+def train_first(config: Config, folds: splits.Folds) -> None:
+    """Train the first network of a cascade in the same folds, as a run of its own.
+
+    Raises:
+        ConfigError, DataError: as ``run``; or a case has no label for the first network.
+    """
+    folder = folder_of(config)
+    first = first_config(config, folder.first)
+    asked = folds_asked(config.folds, config.num_folds)
+    if all(folder.is_done(fold) for fold in asked):
+        return
+    source = open_source(first)
+    refuse_lacking(source.case_ids, (*folds.cases, *folds.test), first.data.target)
+    grid = first.data.preprocess
+    log(
+        f"first network of the cascade: {first.data.target} on voxels of "
+        f"{' x '.join(f'{mm:g}' for mm in grid.spacing_mm)} mm; the second sees boxes of "
+        f"{' x '.join(map(str, box_of(config)))} voxels in crops of "
+        f"{' x '.join(map(str, config.train.crop))}"
+    )
+    run(first, folds=folds)
+    log(f"second network of the cascade: {config.data.target}")
 
 
 def open_source(config: Config) -> loading.CaseSource:
@@ -163,6 +198,7 @@ def run_folds(
     programs: Programs,
     source: loading.CaseSource,
     folds: splits.Folds,
+    cascade: Cascade | None = None,
 ) -> Results | None:
     """The folds asked for that are not done, and the report, in an open and locked run folder."""
     folder = folder_of(config)
@@ -199,7 +235,8 @@ def run_folds(
     for number, group in enumerate(waiting, 1):
         started, times = time.perf_counter(), len(waiting) - number
         rest = Rest(times, float(np.mean(taken_s)) if taken_s else None)
-        run_group(config, programs, source, group, rest)
+        cases = source if cascade is None else cascade.cases(source, *group)
+        run_group(config, programs, cases, group, rest)
         taken_s.append(time.perf_counter() - started)
         if times:
             # the first group compiled as well
@@ -380,14 +417,6 @@ def rule_of(config: Config) -> Rule:
     """How the run's probabilities become masks."""
     data = config.data
     return Rule(data.target, config.predict.threshold, data.labels, data.lesions)
-
-
-def weights_sha256(params: Params) -> str:
-    """Hash of the weights, by name."""
-    digest = hashlib.sha256()
-    for path, value in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode() + np.asarray(value).tobytes())
-    return digest.hexdigest()
 
 
 def finish(config: Config, folder: RunFolder, baseline: MeanShape) -> Results:

@@ -1,13 +1,14 @@
 """The positive cases of a finished run once more, each with the network that had not seen it."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import tyro
 
-from cmsad_jax.types import ConfigError
+from cmsad_jax.types import ConfigError, Device
 from data_pipelines.case import Case
 from data_pipelines.faults import DataError
 from data_pipelines.progress import progress
@@ -17,7 +18,10 @@ from experiments.process.records import to_text
 from experiments.process.storage import write_text
 from experiments.run_folder import RunFolder, fold_title
 from experiments.settings.config import Accelerator, Config
+from experiments.studies.cascade import Cascade
 from experiments.training.checkpoints import load_params
+
+See: TypeAlias = Callable[[Case], Case]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +66,34 @@ class FinishedRun:
     patients: Mapping[str, str]
     of_fold: Mapping[int, Sequence[str]]
 
-    def cases(self) -> Iterator[tuple[Params, Case]]:
-        """Each positive case, after the weights of the fold that validates on it."""
+    def cases(self, devices: Sequence[Device]) -> Iterator[tuple[Params, Case, See]]:
+        """Each positive case, after the weights of the fold that validates on it.
+
+        And before what gives the case, or what is left of it, as the network is to see it: in a
+        cascade, the box around what the first network of that fold finds then.
+        """
+        here = dataclasses.replace(self.config, output=self.folder)  # wherever it was moved to
+        cascade = Cascade(here, devices) if self.config.cascade.target else None
         for fold, case_ids in self.of_fold.items():
             if not case_ids:
                 continue
-            params = load_params(self.folder, fold)
+            params, see = load_params(self.folder, fold), _as_it_is
+            if cascade is not None:
+                see = partial(_in_box, cascade, cascade.params(fold))
             for case in progress(
                 loading.eval_cases(self.source, case_ids),
                 description=f"{self.folder.name} {fold_title(fold, self.config.num_folds)}",
                 total=len(case_ids),
             ):
-                yield params, case
+                yield params, case, see
+
+
+def _as_it_is(case: Case) -> Case:
+    return case
+
+
+def _in_box(cascade: Cascade, first: Params, case: Case) -> Case:
+    return cascade.see(first, case).cut(case)
 
 
 def source_of(run: RunFolder, config: Config) -> loading.CaseSource:

@@ -14,7 +14,7 @@ from cmsad_jax.training import TrainState, init_state, train_step, train_steps
 from cmsad_jax.types import ConfigError, Device
 from experiments.prediction.windows import attention_window, predict_window, weights_window
 from experiments.process.accelerator import uncollected
-from experiments.settings.config import Config, folds_asked, window
+from experiments.settings.config import Config, folds_asked, num_channels, window
 from experiments.training.fold import Fold
 
 MOST_STEPS_PER_CALL = 10
@@ -90,7 +90,7 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
         rolled=devices[0].platform != "cpu",
         spacing_mm=tuple(map(float, config.data.preprocess.spacing_mm[-rank:])),
     )
-    image_shape = (1, *window(config), len(config.data.modalities))
+    image_shape = (1, *window(config), num_channels(config))
 
     options = compiler_options(devices[0].platform, deterministic=config.deterministic)
     stages = range(config.network.encoder.num_stages)
@@ -133,6 +133,8 @@ def folds_at_once(config: Config, devices: Sequence[Device]) -> int:
         ConfigError: several are asked for in a run of several processes.
     """
     asked, processes = config.folds_at_once, jax.process_count()
+    if config.cascade.target:
+        return _in_turn(asked, processes)
     if asked == "auto":
         if processes > 1 or config.parallel == "pmap" or devices[0].platform == "cpu":
             return 1
@@ -144,6 +146,17 @@ def folds_at_once(config: Config, devices: Sequence[Device]) -> int:
             f"got --folds-at-once={asked} and {processes} processes. Use --folds-at-once=1."
         )
     return asked
+
+
+def _in_turn(asked: int | str, processes: int) -> int:
+    """Of a cascade: each fold has cases of its own, cut around what its first network found."""
+    if asked not in ("auto", 1) or processes > 1:
+        raise ConfigError(
+            "the folds of a cascade are trained one after another in one process; "
+            f"got --folds-at-once={asked} and {processes} processes. Use --folds-at-once=1, "
+            "and one process."
+        )
+    return 1
 
 
 def devices_of(num_folds: int, batch_size: int, devices: Sequence[Device]) -> Sequence[Device]:

@@ -68,6 +68,7 @@ NOT_OF_THE_METHOD = {
     "network.matmul_precision",
     "network.modalities",  # follow from the data
     "network.num_classes",
+    "network.prior",
     "network.rematerialize",
     "output",
     "parallel",

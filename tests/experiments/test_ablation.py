@@ -17,7 +17,7 @@ from experiments import ablation
 from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.summary import summarise
 from experiments.run_folder import Results, RunFolder
-from experiments.settings.config import window
+from experiments.settings.config import CascadeConfig, window
 from experiments.settings.presets import PRESETS
 from experiments.settings.stored import to_json
 from experiments.settings.systems import SYSTEMS
@@ -76,6 +76,7 @@ def test_systems_are_rows_where_they_are_asked_for(tmp_path):
     full = rows.pop("full")
     assert rows.pop("distance").network.distance_clip_mm == 15
     assert rows.pop("modality-weights").network.fusion.kind == "weighted"
+    assert rows.pop("cascade").cascade == CascadeConfig(target="gland")
     light = rows.pop("light")
     assert light == dataclasses.replace(full, network=PRESETS["light"].network)
     for name, config in rows.items():

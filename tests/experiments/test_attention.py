@@ -168,6 +168,6 @@ def test_what_has_no_attention_is_refused(run, config, tmp_path, monkeypatch):
     make_untrained_run(tmp_path / "early", dataclasses.replace(config, network=network))
     with pytest.raises(ConfigError, match=r"an encoder for each modality; .* has fusion early"):
         attention.main([str(tmp_path / "early")])
-    monkeypatch.setattr(revisit.FinishedRun, "cases", lambda run: iter(()))
+    monkeypatch.setattr(revisit.FinishedRun, "cases", lambda run, devices: iter(()))
     with pytest.raises(DataError, match=r"must have both target and background; of .* none has"):
         attention.main([str(run), "--accelerator=cpu"])

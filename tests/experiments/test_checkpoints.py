@@ -19,9 +19,9 @@ import pytest
 from cmsad_jax.training import TrainState
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
+from experiments.prediction.windows import weights_sha256
 from experiments.settings.config import Config
 from experiments.settings.stored import from_json
-from experiments.studies.cross_validation import weights_sha256
 from experiments.training import checkpoints
 from experiments.training.checkpoints import (
     Checkpoints,

@@ -49,9 +49,16 @@ def together(*models):
     return Models(models, tuple(data_config(model.description) for model in models))
 
 
+def cases_of(models):
+    """A case as each model is to see it."""
+    cases, remarks = models.locate(models.prepare(case_of()))
+    assert remarks == ()
+    return cases
+
+
 def test_each_model_counts_once_and_spread_is_that_of_all_members():
     models = together(made([0.2, 0.4]), made([0.9], digest="1"))
-    found = models.predict(models.prepare(case_of()))
+    found = models.predict(cases_of(models))
     np.testing.assert_allclose(found.probability, (0.3 + 0.9) / 2, atol=1e-6)
     members, weights = np.array([0.2, 0.4, 0.9]), np.array([0.25, 0.25, 0.5])
     variance = weights @ (members - weights @ members) ** 2
@@ -61,7 +68,7 @@ def test_each_model_counts_once_and_spread_is_that_of_all_members():
 
 def test_the_order_of_models_on_one_grid_changes_nothing():
     a, b, c = (made([value], digest=str(value)) for value in (0.1, 0.5, 0.7))
-    cases = together(a, b, c).prepare(case_of())
+    cases = cases_of(together(a, b, c))
     first, second = (together(*order).predict(cases) for order in ((a, b, c), (c, a, b)))
     np.testing.assert_allclose(first.probability, second.probability, atol=1e-6)
     np.testing.assert_allclose(first.disagreement, second.disagreement, atol=1e-6)
@@ -82,7 +89,7 @@ def test_a_model_of_another_grid_is_averaged_by_physical_position():
         programs={"predict": brightness},
     )
     models = together(made([0.25]), coarse)
-    cases = models.prepare(case_of())
+    cases = cases_of(models)
     assert cases[1].image.shape[:3] == (4, 8, 8) != cases[0].image.shape[:3]
     ramps = []
     for case in cases:

@@ -93,7 +93,10 @@ def test_help_lists_every_field_but_those_that_follow_from_others(capsys, monkey
             else:
                 yield name
 
-    derived = {"network.modalities", "network.num_classes", "loss.ignored_label"}
+    derived = {
+        *("network.modalities", "network.num_classes", "network.prior"),
+        "loss.ignored_label",
+    }
     assert shown == {*fields(PRESETS["small"])} - derived
 
 

@@ -25,8 +25,9 @@ from experiments import evaluate, export, predict
 from experiments.exporting.artifact import describe, write_artifact
 from experiments.measuring import lesions
 from experiments.measuring.training_data import ModalityData, TrainingData, to_provenance
+from experiments.prediction import models
 from experiments.prediction.inputs import find_inputs, read_case
-from experiments.prediction.models import Models, data_config
+from experiments.prediction.models import Models, Prepared, data_config
 from experiments.prediction.outputs import Extras, PredictionFolder
 from experiments.process.storage import locked
 from experiments.run_folder import FoldFolder
@@ -220,10 +221,10 @@ def test_an_interrupted_prediction_goes_on_and_a_whole_one_begins_anew(
     compute, computed = predict.compute, []
 
     def interrupted(models, cases, extras):
-        if cases[0].case_id == "b" and "b" not in computed:
+        if cases[0].case.case_id == "b" and "b" not in computed:
             computed.append("b")
             raise KeyboardInterrupt
-        computed.append(cases[0].case_id)
+        computed.append(cases[0].case.case_id)
         return compute(models, cases, extras)
 
     monkeypatch.setattr(predict, "compute", interrupted)
@@ -259,9 +260,9 @@ def test_a_killed_prediction_has_recorded_every_case_that_it_finished(
     compute, computed = predict.compute, []
 
     def watched(models, cases, extras):
-        if cases[0].case_id == "d" and "again" not in computed:
+        if cases[0].case.case_id == "d" and "again" not in computed:
             raise RuntimeError("as if killed")
-        computed.append(cases[0].case_id)
+        computed.append(cases[0].case.case_id)
         return compute(models, cases, extras)
 
     monkeypatch.setattr(predict, "compute", watched)
@@ -311,15 +312,15 @@ def test_one_command_works_on_a_folder_at_a_time(quick, tmp_path):
 
 def test_a_case_without_finite_probabilities_is_passed_over(quick, tmp_path, monkeypatch, capsys):
     write_folder(tmp_path / "in", case_of("a"), case_of("b", seed=1))
-    compute = predict.compute
+    run_program = models.run_program
 
-    def diverged(models, cases, extras):
-        computed = compute(models, cases, extras)
-        if cases[0].case_id == "a":
-            computed.prediction.probability[0, 0, 0] = np.nan
-        return computed
+    def diverged(model, case, program="predict"):
+        found = run_program(model, case, program)
+        if case.case_id == "a":
+            found.probability[0, 0, 0] = np.nan
+        return found
 
-    monkeypatch.setattr(predict, "compute", diverged)
+    monkeypatch.setattr(models, "run_program", diverged)
     with pytest.raises(SystemExit) as stopped:
         predict.main(
             ["--model", str(quick), "--input", str(tmp_path / "in"),
@@ -696,7 +697,7 @@ def test_several_classes_and_networks_of_slices(config, tmp_path):
     data = data_config(description)
     assert data.classes == ("pz", "tz")
     case = preprocessing.preprocess_case(case_of("a"), data, require_label=False)
-    computed = predict.compute(Models((model,), (data,)), (case,), Extras())
+    computed = predict.compute(Models((model,), (data,)), (Prepared(case),), Extras())
     account = PredictionFolder(tmp_path).write_case(computed, description, uncertainty=True)
     mask = load(tmp_path / "masks/a.nii.gz")
     pz, tz = (load(tmp_path / f"probabilities/a_{name}.nii.gz") for name in description.classes)
@@ -725,8 +726,8 @@ def test_weights_of_modalities_and_draws_are_told_of_models_that_have_them(tmp_p
     assert {*model.programs} == {"predict", "attention", "modality_weights", "drawn"}
     case = preprocessing.preprocess_case(case_of("a"), config.data, require_label=False)
     models = Models((model,), (config.data,))
-    assert predict.compute(models, (case,), Extras()).drawn is None
-    computed = predict.compute(models, (case,), Extras(uncertainty=True))
+    assert predict.compute(models, (Prepared(case),), Extras()).drawn is None
+    computed = predict.compute(models, (Prepared(case),), Extras(uncertainty=True))
     drawn = computed.drawn
     assert 1e-6 < drawn.max() < 0.5
     folder = PredictionFolder(tmp_path / "out")

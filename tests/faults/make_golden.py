@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from data_pipelines.serving import loading
-from experiments.studies.cross_validation import weights_sha256
+from experiments.prediction.windows import weights_sha256
 from experiments.training.checkpoints import SCHEMA, load_params
 from experiments.training.fold import Fold
 from experiments.training.loop import train_folds

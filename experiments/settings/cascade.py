@@ -1,0 +1,56 @@
+"""The first network of a cascade as a run of its own, whose settings follow from the second's."""
+
+import dataclasses
+from pathlib import Path
+
+from experiments.settings.command_line import complete
+from experiments.settings.config import CascadeConfig, Config
+
+
+def first_config(config: Config, output: Path) -> Config:
+    """The completed configuration of the first network of a cascade.
+
+    It finds ``cascade.target`` on a grid of the same extent and larger voxels, in crops of whole
+    planes; the rest is as the second's, but for its run folder ``output``.
+
+    Raises:
+        ConfigError: for a target that the data cannot have, or a grid too coarse for the network.
+    """
+    cascade, data, train = config.cascade, config.data, config.train
+    grid, coarser = data.preprocess, cascade.coarser
+    size = _divided(grid.size, coarser)
+    crop = (min(train.crop[0], size[0]), *size[1:])
+    same = cascade.target == data.target
+    return complete(
+        dataclasses.replace(
+            config,
+            output=output,
+            plan=None,
+            folds_file=None,
+            init=None,
+            group_by=None,
+            profile=None,
+            cascade=CascadeConfig(),
+            data=dataclasses.replace(
+                data,
+                target=cascade.target,
+                labels=data.labels if same else (),
+                lesions=data.lesions if same else (),
+                preprocess=dataclasses.replace(
+                    grid,
+                    size=size,
+                    spacing_mm=tuple(
+                        mm * times for mm, times in zip(grid.spacing_mm, coarser, strict=True)
+                    ),
+                ),
+            ),
+            network=dataclasses.replace(config.network, prior=False, distance_clip_mm=None),
+            predict=dataclasses.replace(config.predict, mask_from="probability"),
+            train=dataclasses.replace(train, crop=crop, steps=cascade.steps or train.steps),
+        )
+    )
+
+
+def _divided(sizes: tuple[int, ...], by: tuple[int, ...]) -> tuple[int, int, int]:
+    d, h, w = (-(-n // times) for n, times in zip(sizes, by, strict=True))
+    return d, h, w
