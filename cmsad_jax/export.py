@@ -26,6 +26,7 @@ are parsed and their shapes followed. What a program computes cannot be judged: 
 you trust.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -36,7 +37,7 @@ import math
 import numbers
 import unicodedata
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +168,25 @@ def export_program(
     _require_flatbuffers()
     (b,) = jax_export.symbolic_shape("b")
     shapes = {name: jax.ShapeDtypeStruct(w.shape, jnp.float32) for name, w in weights.items()}
-    exported = jax_export.export(jax.jit(function), platforms=tuple(platforms))(
-        shapes,
-        jax.ShapeDtypeStruct((b, *window, num_channels or num_modalities), jnp.float32),
-        jax.ShapeDtypeStruct((b, num_modalities), jnp.bool_),
-    )
-    return bytes(exported.serialize())
+    with _without_folders():
+        exported = jax_export.export(jax.jit(function), platforms=tuple(platforms))(
+            shapes,
+            jax.ShapeDtypeStruct((b, *window, num_channels or num_modalities), jnp.float32),
+            jax.ShapeDtypeStruct((b, num_modalities), jnp.bool_),
+        )
+        return bytes(exported.serialize())
+
+
+@contextlib.contextmanager
+def _without_folders() -> Iterator[None]:
+    """Inside, programs name the files that they come from without the folders of this machine."""
+    name = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, name)
+    jax.config.update(name, r".*[\\/]")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def save(

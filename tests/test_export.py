@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -665,6 +666,12 @@ def noticed(content: bytes, sha256: str, damages: Iterable[tuple[int, int]]) -> 
         except ConfigError:
             count += 1
     return count
+
+
+def test_programs_do_not_name_the_folders_of_the_machine_that_they_were_made_on(path):
+    files = {*re.findall(rb"[\w./-]+\.py\b", path.read_bytes())}
+    assert b"network.py" in files, "where an operation comes from is kept"
+    assert not [name for name in files if b"/" in name]
 
 
 def test_damage_is_noticed_or_harmless(path, model):

@@ -25,6 +25,9 @@ from data_pipelines.reading.file_checks import (
 _MAX_OFFSET = 2**24
 _UNITS = {1: ("metre", 1e3), 3: ("micron", 1e-3)}
 _UNIT_BITS = 0b111
+_LAST_CODE = 5
+"""Of the codes that say how an sform or qform is meant. nibabel drops the form of a higher one when
+it reads the voxels, and other readers take it: it counts as none."""
 _QUATERNION_TOLERANCE = 0.01
 _ROUNDING = 3 * np.finfo(np.float32).eps  # of a squared length, as in nibabel
 
@@ -96,6 +99,9 @@ def _mend(path: Path, header: nib.Nifti1Header) -> None:
     """Set what readers of the format agree on and nibabel does not."""
     if header["pixdim"][0] == 0:
         header["pixdim"][0] = 1
+    for name in ("sform_code", "qform_code"):
+        if int(header[name]) > _LAST_CODE:
+            header[name] = 0
     if int(header["qform_code"]) <= 0:
         return
     names = ("quatern_b", "quatern_c", "quatern_d")

@@ -27,7 +27,7 @@ def text(*values: float) -> bytes:
     return "\\".join(f"{value:.6f}".rstrip("0").rstrip(".") for value in values).encode()
 
 
-def dicom_slice(stored: np.ndarray, k: int, matrix: np.ndarray, **changed) -> bytes:
+def dicom_slice(stored: np.ndarray, k: int, matrix: np.ndarray, /, **changed) -> bytes:
     """One file of explicit little endian syntax; ``changed`` replaces or removes elements."""
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
     spacing = np.linalg.norm(lps[:3, :3], axis=0)

@@ -208,6 +208,9 @@ def test_a_unit_that_cannot_be_meant_is_named(tmp_path):
         ({"quatern_c": 1.000001, "sform_code": 0}, None),
         ({"pixdim": (0, 1, 1, 3, 0, 0, 0, 0)}, None),
         ({"quatern_c": 1.2, "sform_code": 0}, r"quaternion has the length 1.2"),
+        ({"sform_code": 6}, None),  # no code of the format, which counts as none: the other holds
+        ({"qform_code": 6, "quatern_c": 0.5}, None),
+        ({"sform_code": 6, "quatern_c": 1.2}, r"quaternion has the length 1.2"),
     ],
 )
 def test_quaternion_and_handedness_as_other_readers_take_them(tmp_path, fields, came):

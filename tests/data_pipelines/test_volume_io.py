@@ -153,6 +153,7 @@ def header(**fields):
     ("fields", "text"),
     [
         ({"sform_code": 0}, r"must say where its voxels lie; got no sform or qform in its header"),
+        ({"sform_code": 6}, r"must say where its voxels lie; got no sform or qform in its header"),
         ({"qform_code": 1, "qoffset_x": 30}, r"must lie in one place; got an sform and a qform up"),
         ({"dim": (3, 2, -3, 4, 1, 1, 1, 1)}, r"at least one voxel along each axis; got the shape"),
         (
