@@ -130,6 +130,8 @@ def _run_apart(config: Config, cores: Sequence[int]) -> None:
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
+        for stream in (1, 2):  # which XLA writes to, and Python as it ends
+            os.dup2(file.fileno(), stream)
         run_main(functools.partial(cross_validation.run, config))
 
 

@@ -1,6 +1,8 @@
 """Several runs at a time: what one process gives, and what a fault of one does to the others."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -26,6 +28,28 @@ def test_jobs_that_cannot_be_are_refused():
 def test_every_job_has_a_core():
     assert jobs._shares([0, 1, 2, 3, 4], 2) == [[0, 2, 4], [1, 3]]
     assert jobs._shares([4, 7], 5) == [[4], [7], [4], [7], [4]]
+
+
+def test_all_that_a_job_says_is_in_its_account(tmp_path):
+    """What is written past Python's streams, and what Python says as it ends, too."""
+    code = f"""
+import atexit, os, sys
+from pathlib import Path
+from experiments.studies import cross_validation, jobs
+from tests.faults.job import tiny
+
+def run(config):
+    print("said")
+    os.write(2, b"written past\\n")
+    atexit.register(lambda: print("at the end", file=sys.stderr))
+
+cross_validation.run = run
+jobs._run_apart(tiny(Path({str(tmp_path)!r}) / "seed_1", Path({str(tmp_path)!r}) / "cache"), [0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    account = (tmp_path / "seed_1.log").read_text("utf-8").splitlines()
+    assert {"said", "written past", "at the end"} <= {*account}
 
 
 @pytest.mark.slow
