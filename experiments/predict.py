@@ -117,7 +117,7 @@ def compute(models: Models, prepared: Sequence[Prepared], extras: Extras) -> Com
     Raises:
         DataError: a probability is not finite.
     """
-    cases, remarks = models.locate(prepared)
+    cases, remarks = models.in_boxes(prepared)
     first, case = models.each[0], cases[0]
     computed = Computed(case, models.predict(cases), None, remarks=remarks)
     if extras.attention:

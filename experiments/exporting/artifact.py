@@ -22,7 +22,7 @@ from experiments.prediction.windows import (
 )
 from experiments.process.records import encode
 from experiments.run_folder import Results, RunFolder, RunRecord, fold_name, training_cases
-from experiments.settings.config import Config, FoldsAsked, box_of, num_channels, window
+from experiments.settings.config import Config, FoldsAsked, box_of, window
 from experiments.training.checkpoints import load_params
 
 UNSTATED_LICENSE = (
@@ -101,7 +101,7 @@ def _programs(config: Config, weights: Weights, platforms: Sequence[str]) -> dic
             weights,
             window=window(config),
             num_modalities=len(config.data.modalities),
-            num_channels=num_channels(config),
+            num_channels=config.network.num_channels,
             platforms=platforms,
         )
         for name, function in functions_of(config).items()

@@ -89,8 +89,8 @@ def _box(description: export.Description) -> str:
         return ""
     cascade = description.provenance.get("config", {}).get("cascade", {})
     return (
-        f"- **Cascade**: a first network in this file finds {cascade.get('target', 'it')} on\n"
-        f"  larger voxels; this one sees {_times(description.box)} voxels of that grid around it.\n"
+        f"- **Cascade**: a first network in this file finds {cascade.get('target', 'it')}; this\n"
+        f"  one sees a box of {_times(description.box)} voxels of the grid above around that.\n"
     )
 
 

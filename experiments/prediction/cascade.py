@@ -41,7 +41,7 @@ class Found(NamedTuple):
         )
 
 
-def locate(probability: np.ndarray, first: Case, case: Case, size: tuple[int, ...]) -> Found:
+def box_around(probability: np.ndarray, first: Case, case: Case, size: tuple[int, ...]) -> Found:
     """Where a box of ``size`` lies in ``case``: around the largest part that was found.
 
     The box is centred on that part's extent and lies within the grid. Where nothing was found it is

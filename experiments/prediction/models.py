@@ -15,7 +15,7 @@ from data_pipelines.case import STORED_UNIT, Case, RawCase, Volume
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
 from data_pipelines.targets import target_of
-from experiments.prediction.cascade import locate
+from experiments.prediction.cascade import box_around
 from experiments.prediction.outputs import Extras, Facts, Settings, model_facts
 from experiments.process.records import RecordError, decode, encode
 from experiments.settings.stored import from_json
@@ -134,7 +134,7 @@ class Models:
             found.append(Prepared(case, on_grid(first_data)))
         return tuple(found)
 
-    def locate(self, prepared: Sequence[Prepared]) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    def in_boxes(self, prepared: Sequence[Prepared]) -> tuple[tuple[Case, ...], tuple[str, ...]]:
         """A case as each model is to see it, and what makes that doubtful.
 
         A model that is in a cascade sees the box around what its first network finds.
@@ -147,7 +147,7 @@ class Models:
             if model.first is not None and first is not None:
                 probability = run_program(model.first, first).probability
                 self._refuse_not_finite(probability, [first])
-                found = locate(probability, first, case, model.description.box)
+                found = box_around(probability, first, case, model.description.box)
                 remarks += [found.remark] if found.remark else []
                 case = found.cut(case)
             cases.append(case)
@@ -157,7 +157,7 @@ class Models:
         """Probabilities of a case on the grid that the first model sees, and their spread.
 
         Args:
-            cases: as ``locate`` gives them.
+            cases: as ``in_boxes`` gives them.
 
         Raises:
             DataError: a probability is not finite.

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from cmsad_jax.types import ConfigError
+from data_pipelines.faults import DataError
 from experiments.settings.command_line import complete
 from experiments.settings.config import CascadeConfig, Config
 
@@ -11,11 +13,24 @@ def first_config(config: Config, output: Path) -> Config:
     """The completed configuration of the first network of a cascade.
 
     It finds ``cascade.target`` on a grid of the same extent and larger voxels, in crops of whole
-    planes; the rest is as the second's, but for its run folder ``output``.
+    planes; it starts from no given weights and learns no distance, and is kept in ``output``. The
+    rest is as the second's.
 
     Raises:
         ConfigError: for a target that the data cannot have, or a grid too coarse for the network.
     """
+    try:
+        return _first_config(config, output)
+    except (ConfigError, DataError) as error:
+        raise ConfigError(
+            "the first network of a cascade must be one that can be trained; got "
+            f"--cascade.target={config.cascade.target} --cascade.coarser "
+            f"{' '.join(map(str, config.cascade.coarser))}: {error} "
+            "Or change these two, such as --cascade.target=gland --cascade.coarser 1 2 2."
+        ) from error
+
+
+def _first_config(config: Config, output: Path) -> Config:
     cascade, data, train = config.cascade, config.data, config.train
     grid, coarser = data.preprocess, cascade.coarser
     size = _divided(grid.size, coarser)

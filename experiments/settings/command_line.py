@@ -165,7 +165,15 @@ def complete(config: Config) -> Config:
         crop = tuple(min(n, most) for n, most in zip(train.crop, box_of(config), strict=True))
         config = dataclasses.replace(config, train=dataclasses.replace(train, crop=crop))
     _check_crop(config.train.crop, data.preprocess.size, network.encoder)
-    network.encoder.stage_shapes(window(config))
+    try:
+        network.encoder.stage_shapes(window(config))
+    except ConfigError as error:
+        if config.train.crop == train.crop:
+            raise
+        raise ConfigError(
+            f"the box of a cascade must be large enough for the network; got {config.train.crop} "
+            f"voxels: {error} Use a larger box: --cascade.box-mm 60 72 72."
+        ) from error
     config.loss.check(network)
     if config.loss.taught_by_average and not train.modality_dropout:
         raise ConfigError(

@@ -199,11 +199,6 @@ def window(config: Config) -> tuple[int, ...]:
     return config.train.crop[-config.network.encoder.rank :]
 
 
-def num_channels(config: Config) -> int:
-    """Channels that the network sees: the modalities, and in a cascade what the first found."""
-    return len(config.data.modalities) + config.network.prior
-
-
 def box_of(config: Config) -> tuple[int, ...]:
     """Voxels ``d h w`` that the network sees of a case: the grid, or the box of a cascade."""
     grid = config.data.preprocess

@@ -9,11 +9,10 @@ from data_pipelines.case import Case
 from data_pipelines.faults import DataError
 from data_pipelines.progress import progress
 from data_pipelines.serving import loading
-from experiments.prediction.cascade import Found, locate
+from experiments.prediction.cascade import Found, box_around
 from experiments.prediction.windows import Params, predict_case, weights_sha256
 from experiments.process.console import log
 from experiments.run_folder import fold_title, folder_of
-from experiments.settings.cascade import first_config
 from experiments.settings.config import Config, box_of
 from experiments.training.checkpoints import load_params
 from experiments.training.fold import Fold
@@ -24,7 +23,8 @@ class Cascade:
     """The first networks of a run, which are trained already.
 
     Args:
-        config: of the second network.
+        second: configuration of the second network.
+        first: and of the first.
         devices: on which the first computes.
 
     Attributes:
@@ -34,8 +34,8 @@ class Cascade:
         DataError: the data of the first network cannot be read.
     """
 
-    def __init__(self, config: Config, devices: Sequence[Device]):
-        self._second, self.config = config, first_config(config, folder_of(config).first)
+    def __init__(self, second: Config, first: Config, devices: Sequence[Device]):
+        self._second, self.config = second, first
         self._source = loading.build(self.config.data)
         self._predict = compile_programs(self.config, devices).predict
 
@@ -45,7 +45,7 @@ class Cascade:
         found = predict_case(
             self._predict, params, coarse, self.config, self.config.network.num_classes
         )
-        return locate(found, coarse, case, box_of(self._second))
+        return box_around(found, coarse, case, box_of(self._second))
 
     def params(self, fold: int) -> Params:
         """Weights of the first network of a fold, which never saw the fold's validation cases."""

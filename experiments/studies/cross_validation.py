@@ -93,14 +93,17 @@ def run(
 
     ``programs`` are those of a run that differs in seed and folder alone; None compiles them.
     ``plan`` is that which ``config`` follows, and is kept in the run folder. ``folds`` are made
-    where they are not given. Of
-    several processes (``experiments.process.hosts``) the first alone writes and returns something;
-    where no fold is done, but the network of all cases, there is nothing to return.
+    where they are not given. Of several processes (``experiments.process.hosts``) the first alone
+    writes and returns something; where no fold is done, but the network of all cases, there is
+    nothing to return.
 
     Raises:
         ConfigError: for settings that cannot work, or a run folder of another configuration.
         DataError: for faults of the data.
     """
+    first = None
+    if config.cascade.target:  # refused, if at all, before anything is read or written
+        first = first_config(config, folder_of(config).first)
     devices = select_accelerator(config.accelerator)
     for sentence in without_effect(config):
         log(f"note: {sentence}")
@@ -119,7 +122,10 @@ def run(
             source = open_source(config)
     if source is None:
         source = open_source(config)  # built by now, if its folder is that of process 0
-    folds = folds or make_folds(config, source)
+    if folds is None:
+        folds = make_folds(config, source)
+    else:
+        refuse_lacking(source.case_ids, (*folds.cases, *folds.test), config.data.target)
     hosts.must_agree(
         "configuration, data and folds",
         digest_of(config, source, folds),
@@ -138,25 +144,22 @@ def run(
                 if plan is not None:
                     record.write(plan, folder.plan)
         cascade = None
-        if config.cascade.target:
-            train_first(config, folds)
-            cascade = Cascade(config, devices)
+        if first is not None:
+            train_first(config, first, folds)
+            cascade = Cascade(config, first, devices)
         return run_folds(config, devices, programs, source, folds, cascade)
 
 
-def train_first(config: Config, folds: splits.Folds) -> None:
-    """Train the first network of a cascade in the same folds, as a run of its own.
+def train_first(config: Config, first: Config, folds: splits.Folds) -> None:
+    """Train the ``first`` network of a cascade in the same folds, as a run of its own.
 
     Raises:
         ConfigError, DataError: as ``run``; or a case has no label for the first network.
     """
     folder = folder_of(config)
-    first = first_config(config, folder.first)
     asked = folds_asked(config.folds, config.num_folds)
     if all(folder.is_done(fold) for fold in asked):
         return
-    source = open_source(first)
-    refuse_lacking(source.case_ids, (*folds.cases, *folds.test), first.data.target)
     grid = first.data.preprocess
     log(
         f"first network of the cascade: {first.data.target} on voxels of "

@@ -17,6 +17,7 @@ from experiments.prediction.windows import Params
 from experiments.process.records import to_text
 from experiments.process.storage import write_text
 from experiments.run_folder import RunFolder, fold_title
+from experiments.settings.cascade import first_config
 from experiments.settings.config import Accelerator, Config
 from experiments.studies.cascade import Cascade
 from experiments.training.checkpoints import load_params
@@ -67,13 +68,15 @@ class FinishedRun:
     of_fold: Mapping[int, Sequence[str]]
 
     def cases(self, devices: Sequence[Device]) -> Iterator[tuple[Params, Case, See]]:
-        """Each positive case, after the weights of the fold that validates on it.
+        """Weights, case and view: the case is positive, and validated by the fold of the weights.
 
-        And before what gives the case, or what is left of it, as the network is to see it: in a
-        cascade, the box around what the first network of that fold finds then.
+        The view gives the case as the network is to see it, also where a modality was taken away:
+        in a cascade, the box around what the first network of that fold then finds.
         """
-        here = dataclasses.replace(self.config, output=self.folder)  # wherever it was moved to
-        cascade = Cascade(here, devices) if self.config.cascade.target else None
+        cascade = None
+        if self.config.cascade.target:
+            first = first_config(self.config, RunFolder(self.folder).first)
+            cascade = Cascade(self.config, first, devices)
         for fold, case_ids in self.of_fold.items():
             if not case_ids:
                 continue

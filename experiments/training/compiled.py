@@ -17,7 +17,7 @@ from jax.stages import Lowered
 from cmsad_jax.modules.network import CMSAD
 from cmsad_jax.training import TrainState
 from experiments.process.chips import Chip
-from experiments.settings.config import Config, num_channels, window
+from experiments.settings.config import Config, window
 from experiments.training.memory import Estimate, of_compiled
 
 _BITS = {
@@ -140,9 +140,8 @@ def shapes_of_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of a run without its data; ``leading`` axes come before the examples."""
     space, count = window(config), len(config.data.modalities)
-    channels = num_channels(config)
     kinds = {
-        "image": ((*space, channels), jnp.float32),
+        "image": ((*space, config.network.num_channels), jnp.float32),
         "label": (space, jnp.int32),
         "present": ((count,), jnp.bool_),
         "key": ((2,), jnp.uint32),
@@ -157,7 +156,7 @@ def shapes_of_state(config: Config) -> TrainState:
     """The state of a run's training without its arrays; nothing is computed or allocated."""
     network = CMSAD(config.network)
     optimizer = config.train.optimizer.optimizer(config.train.steps)
-    image = jnp.zeros((1, *window(config), num_channels(config)))
+    image = jnp.zeros((1, *window(config), config.network.num_channels))
 
     def fresh(key: jax.Array) -> TrainState:
         params = network.init(key, image)["params"]

@@ -14,7 +14,7 @@ from cmsad_jax.training import TrainState, init_state, train_step, train_steps
 from cmsad_jax.types import ConfigError, Device
 from experiments.prediction.windows import attention_window, predict_window, weights_window
 from experiments.process.accelerator import uncollected
-from experiments.settings.config import Config, folds_asked, num_channels, window
+from experiments.settings.config import Config, folds_asked, window
 from experiments.training.fold import Fold
 
 MOST_STEPS_PER_CALL = 10
@@ -90,7 +90,7 @@ def compile_programs(config: Config, devices: Sequence[Device]) -> Programs:
         rolled=devices[0].platform != "cpu",
         spacing_mm=tuple(map(float, config.data.preprocess.spacing_mm[-rank:])),
     )
-    image_shape = (1, *window(config), num_channels(config))
+    image_shape = (1, *window(config), config.network.num_channels)
 
     options = compiler_options(devices[0].platform, deterministic=config.deterministic)
     stages = range(config.network.encoder.num_stages)

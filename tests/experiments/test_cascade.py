@@ -22,7 +22,7 @@ from data_pipelines.serving import loading
 from experiments import missing_modalities, predict
 from experiments.exporting.artifact import write_artifact
 from experiments.exporting.opening import open_models
-from experiments.prediction.cascade import locate
+from experiments.prediction.cascade import box_around
 from experiments.prediction.models import Models
 from experiments.run_folder import RunFolder
 from experiments.settings.cascade import first_config
@@ -67,7 +67,7 @@ def found_at(*boxes, shape=(6, 8, 8), value=1.0, size=BOX):
     probability = np.zeros((*shape, 1), np.float32)
     for box in boxes:
         probability[tuple(slice(*ends) for ends in box)] = value
-    return locate(probability, case, case, size), case
+    return box_around(probability, case, case, size), case
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_coarse_grid_is_met_by_physical_position():
     coarse.affine[:3, 3] = [0.5, 0.5, 0]
     x = 0.5 + 2 * np.arange(4)
     probability = np.broadcast_to((x / 10)[None, None, :, None], (4, 4, 4, 1)).astype(np.float32)
-    cut = locate(probability, coarse, fine, (4, 8, 8)).cut(fine)
+    cut = box_around(probability, coarse, fine, (4, 8, 8)).cut(fine)
     inner = cut.image[0, 2, 1:7, 2] * STORED_UNIT
     np.testing.assert_allclose(inner, np.arange(1, 7) / 10, atol=STORED_UNIT)
 
@@ -124,7 +124,7 @@ def test_of_several_classes_whatever_is_no_background_is_found():
     probability = np.zeros((6, 8, 8, 3), np.float32)
     probability[..., 0] = 1
     probability[0, 0, 0] = [0.2, 0.4, 0.4]
-    assert locate(probability, case, case, BOX).corner == (0, 0, 0)
+    assert box_around(probability, case, case, BOX).corner == (0, 0, 0)
 
 
 def test_settings_of_the_first_network_follow_from_those_of_the_second(tmp_path):
@@ -154,6 +154,32 @@ def test_impossible_cascades_are_refused(settings, sentence):
     with pytest.raises(ConfigError) as refused:
         CascadeConfig(target="gland", **settings)
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--cascade.target=prostat"], "got --cascade.target=prostat --cascade.coarser 1 2 2: a t"),
+        (
+            ["--cascade.target=gland", "--cascade.coarser", "20", "48", "48"],
+            "coarser 20 48 48",
+        ),
+    ],
+)
+def test_a_first_network_that_cannot_be_is_refused_before_anything_is_read(
+    options, sentence, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cross_validation, "open_source", None)
+    with pytest.raises(ConfigError) as refused:
+        cross_validation.run(parse([*options, "--output", str(tmp_path / "run")]))
+    assert "must be one that can be trained" in str(refused.value)
+    assert sentence in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_box_that_is_too_small_for_the_network_is_named():
+    with pytest.raises(ConfigError, match=r"got \(1, 2, 2\) voxels: every .* --cascade.box-mm 60"):
+        parse(["--cascade.target=gland", "--cascade.box-mm", "3", "4", "4"])
 
 
 def test_settings_of_no_cascade_have_no_effect_and_it_is_said():
@@ -261,7 +287,7 @@ def test_the_report_says_that_it_is_one_and_where_the_first_is(run):
 
 def test_beyond_the_box_nothing_is_found(run):
     source = loading.build(run.data)
-    first = cascade.Cascade(run, jax.devices()[:1])
+    first = cascade.Cascade(run, first_config(run, RunFolder(run.output).first), jax.devices()[:1])
     case_id = RunFolder(run.output).read_folds().validation[1][0]
     case = source[case_id]
     cut = first.see(first.params(1), case).cut(case)
@@ -304,7 +330,7 @@ def test_an_artifact_holds_both_networks_and_predicts_as_the_run(run, tmp_path, 
     assert model.description.box == (8, 20, 20)
     assert model.first.description.target == "gland"
     assert model.select(["fold_1"]).first.description.members == ("fold_1",)
-    assert "a first network in this file finds gland" in model.card
+    assert "a first network in this file finds gland; this" in model.card
     with pytest.raises(ConfigError, match="of a cascade a channel of the first's result"):
         model(np.zeros((8, 20, 20, 3), np.float32))
     case_id = RunFolder(run.output).read_folds().validation[1][0]
@@ -323,9 +349,9 @@ def test_an_artifact_holds_both_networks_and_predicts_as_the_run(run, tmp_path, 
 def test_what_was_not_found_is_recorded_of_the_case(run, tmp_path, monkeypatch, capsys):
     case_id = RunFolder(run.output).read_folds().validation[1][0]
     write_folder(tmp_path / "in", raw_case(case_id))
-    see = locate
+    see = box_around
     monkeypatch.setattr(
-        "experiments.prediction.models.locate",
+        "experiments.prediction.models.box_around",
         lambda probability, *rest: see(0 * probability, *rest),
     )
     predict.main(
@@ -346,7 +372,7 @@ def test_a_first_network_without_finite_probabilities_passes_the_case_over(run):
     )
     spoilt = Models((dataclasses.replace(model, first=broken),), models.data)
     with pytest.raises(DataError, match="probabilities must be finite"):
-        spoilt.locate(spoilt.prepare(raw_case(0)))
+        spoilt.in_boxes(spoilt.prepare(raw_case(0)))
 
 
 def test_a_modality_that_is_withheld_is_withheld_from_both_networks(run, monkeypatch):

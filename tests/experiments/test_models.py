@@ -51,7 +51,7 @@ def together(*models):
 
 def cases_of(models):
     """A case as each model is to see it."""
-    cases, remarks = models.locate(models.prepare(case_of()))
+    cases, remarks = models.in_boxes(models.prepare(case_of()))
     assert remarks == ()
     return cases
 
