@@ -79,7 +79,7 @@ def in_plane(encoder: EncoderConfig) -> EncoderConfig:
 
 def count_parameters(config: NetworkConfig, space: tuple[int, ...]) -> int:
     """Number of weights of a network for images of shape ``space``; nothing is computed."""
-    image = jax.ShapeDtypeStruct((1, *space, len(config.modalities)), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *space, config.num_channels), jnp.float32)
     shapes = jax.eval_shape(CMSAD(config).init, jax.random.key(0), image)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
 
@@ -91,7 +91,7 @@ def count_operations(config: NetworkConfig, space: tuple[int, ...]) -> float:
     correlation on CPUs is a loop.
     """
     network = CMSAD(config)
-    image = jax.ShapeDtypeStruct((1, *space, len(config.modalities)), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *space, config.num_channels), jnp.float32)
     params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
     traced = jax.jit(lambda params, image: apply(network, params, image).logits).trace(
         params, image

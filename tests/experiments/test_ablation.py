@@ -145,6 +145,15 @@ def test_rows_are_matched_in_parameters(tmp_path):
     assert counts[1] == pytest.approx(counts[0], rel=0.03)
 
 
+def test_the_channel_of_a_cascade_is_counted(tmp_path):
+    (_, alone), (_, boxed) = rows_of(tmp_path, rows=("cascade",)).items()
+    counts = [
+        baselines.count_parameters(config.network, window(config)) for config in (alone, boxed)
+    ]
+    added = 27 * len(alone.network.modalities) * alone.network.encoder.channels[0]
+    assert 0 < counts[1] - counts[0] <= added
+
+
 @pytest.mark.slow
 def test_the_light_row_keeps_its_size_and_the_others_are_widened(tmp_path):
     rows = rows_of(tmp_path, rows=("light", "slice2d"), match_parameters=True)
