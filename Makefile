@@ -41,15 +41,24 @@ docs: $(VENV)/.dev ## build the documentation into site/, or serve it: make docs
 	@$(RUN) mkdocs $(or $(ARGS),build --strict)
 
 # A stamp is newer than pyproject.toml once its extra is installed, so a second run starts at once.
-$(VENV)/.experiments: pyproject.toml | $(BIN)/python
+$(VENV)/.experiments: pyproject.toml | $(BIN)/uv
 	@echo "Installing cmsad-jax and the packages of its experiments into $(VENV) (once)"
-	@$(RUN) pip install --quiet --editable ".[experiments]"
+	@$(call install,.[experiments])
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: pyproject.toml | $(BIN)/uv
 	@echo "Installing cmsad-jax and its development tools into $(VENV) (once)"
-	@$(RUN) pip install --quiet --editable ".[dev]"
+	@$(call install,.[dev])
 	@touch $(VENV)/.experiments $@
+
+# uv takes seconds where pip takes minutes; pip knows indexes and proxies of pip's settings, which uv
+# does not read.
+install = $(BIN)/uv pip install --quiet --python $(BIN)/python --editable "$(1)" || \
+  { echo "uv could not install these; pip tries it now, which takes minutes"; \
+    $(RUN) pip install --quiet --editable "$(1)"; }
+
+$(BIN)/uv: | $(BIN)/python
+	@$(RUN) pip install --quiet "uv>=0.7"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \

@@ -18,10 +18,13 @@ TINY_2D = EncoderConfig(
 )
 
 
-def tiny_config(*, rank: int = 3, fusion: str = "scff", **changes) -> NetworkConfig:
+def tiny_config(
+    *, rank: int = 3, fusion: str = "scff", scff_stages: tuple[int, ...] | None = None, **changes
+) -> NetworkConfig:
     """A network of two stages, the least that has more than one of everything."""
     encoder = TINY_3D if rank == 3 else TINY_2D
-    return NetworkConfig(encoder=encoder, fusion=FusionConfig(kind=fusion, hidden=4), **changes)
+    how = FusionConfig(kind=fusion, hidden=4, stages=scff_stages)
+    return NetworkConfig(encoder=encoder, fusion=how, **changes)
 
 
 def tiny_batch(*, batch: int = 2, rank: int = 3, modalities: int = 3, seed: int = 0) -> dict:

@@ -42,9 +42,9 @@ def tiny(output: Path, cache: Path, **data) -> Config:
         train=TrainConfig(steps=2, batch_size=2, crop=(8, 32, 32), validations=1),
         predict=PredictConfig(figures=1),
     )
-    return complete(
-        dataclasses.replace(config, network=dataclasses.replace(config.network, encoder=ENCODER))
-    )
+    fusion = dataclasses.replace(config.network.fusion, stages=(1,))  # half the program
+    network = dataclasses.replace(config.network, encoder=ENCODER, fusion=fusion)
+    return complete(dataclasses.replace(config, network=network))
 
 
 @contextlib.contextmanager

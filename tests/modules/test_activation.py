@@ -32,7 +32,7 @@ def test_values_are_those_of_the_equations(kind):
 
 def logits(**encoder):
     """Of a network with these fields of its encoder, the same weights for all."""
-    config = tiny_config(deep_supervision=1)
+    config = tiny_config(fusion="concat", deep_supervision=1)
     network = CMSAD(
         dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **encoder))
     )
