@@ -52,8 +52,9 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/uv
 	@touch $(VENV)/.experiments $@
 
 # uv takes seconds where pip takes minutes; pip knows indexes and proxies of pip's settings, which uv
-# does not read.
-install = $(BIN)/uv pip install --quiet --python $(BIN)/python --editable "$(1)" || \
+# does not read. What is imported is compiled once, at its first import, unless Python may not keep it.
+install = $(BIN)/uv pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode) \
+    --python $(BIN)/python --editable "$(1)" || \
   { echo "uv could not install these; pip tries it now, which takes minutes"; \
     $(RUN) pip install --quiet --editable "$(1)"; }
 
