@@ -147,7 +147,7 @@ def test_which_convolution_each_platform_gets():
     [
         ({}, {"HIGHEST"}),
         ({"matmul_precision": "high"}, {"HIGH"}),
-        pytest.param({"matmul_precision": "default"}, {"DEFAULT"}, marks=pytest.mark.slow),
+        ({"matmul_precision": "default"}, {"DEFAULT"}),
         ({"dtype": "bfloat16"}, {"DEFAULT"}),
     ],
 )

@@ -65,8 +65,8 @@ def primitives_of(jaxpr) -> set[str]:
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(tiny_config(deep_supervision=1), marks=pytest.mark.slow),
-        tiny_config(rank=2, fusion="weighted"),
+        tiny_config(deep_supervision=1),
+        pytest.param(tiny_config(rank=2, fusion="weighted"), marks=pytest.mark.slow),
     ],
 )
 def test_what_is_converted_computes_the_same_with_plain_operations(config):

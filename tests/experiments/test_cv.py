@@ -170,7 +170,7 @@ class Killed(BaseException):
         pytest.param(loop, "train_batches", 1, marks=pytest.mark.slow),
         pytest.param(loop, "reference_dice", 1, marks=pytest.mark.slow),
         (Checkpoints, "_write", 2),
-        pytest.param(cross_validation, "predict_and_measure", 2, marks=pytest.mark.slow),
+        (cross_validation, "predict_and_measure", 2),
         pytest.param(cross_validation, "finish", 1, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str | int) else value.__name__.split(".")[-1],

@@ -189,9 +189,7 @@ def test_network_sees_nothing_of_slices_and_modalities_that_are_not_there(kind, 
     assert np.any(np.asarray(gradient)[0, 2] != 0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "rank"), [pytest.param("csam", 3, marks=pytest.mark.slow), ("cat", 2)]
-)
+@pytest.mark.parametrize(("kind", "rank"), [("csam", 3), ("cat", 2)])
 def test_slices_of_zeros_are_those_that_are_not_there(kind, rank):
     image = images()
     image[0, 2:] = 0
@@ -291,7 +289,7 @@ def test_train_step_draws_by_the_key_of_each_example_and_learns_the_distribution
     assert step(state, batch)[1]["loss"] == metrics["loss"]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("csam", marks=pytest.mark.slow), "cat"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_exported_window_slides_over_any_depth(kind):
     model, params = init(with_slices(kind), {"image": images()})
 
