@@ -92,8 +92,9 @@ def loaded_after(statement: str) -> set[str]:
     """Names in sys.modules of a fresh process that ran one statement."""
     code = f"{statement}\nimport json, sys; print(json.dumps(list(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT
     )
+    assert not done.returncode, done.stderr
     return set(json.loads(done.stdout))
 
 
