@@ -126,6 +126,8 @@ def understood(module: str, arguments: list[str], monkeypatch) -> None:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(parse_args))
     monkeypatch.setattr(tyro, "cli", stop_after(cli))
     monkeypatch.setattr(sys, "argv", [module, *arguments])
+    # runpy would keep the library's code with the tests' type checks as the code of every program.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     with pytest.raises(ParsedError):
         runpy.run_module(module, run_name="__main__")
 
