@@ -140,7 +140,7 @@ def stretch(config: Config, num_steps: int) -> dict[str, float]:
         for _ in range(2):  # the first compiles
             started = time.perf_counter()
             if name == "predict":
-                windows.predict_case(compiled.predict, params, case, config, 1)
+                windows.predict_case(compiled.predict, params, case, config)
             else:
                 cross_validation.predict_and_measure(config, compiled, params, case, 0, folder)
             found[f"{name}_s"] = time.perf_counter() - started

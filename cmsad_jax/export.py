@@ -111,6 +111,9 @@ class Description:
         box: voxels ``d h w`` of the grid of ``preprocess`` that the model sees, around what the
             first network of its cascade found, whose probability is one channel more, the last;
             empty where it is in none.
+        margin_mm: of a model in a cascade, distance from what its first network found beyond which
+            all is background, as ``experiments.prediction.cascade.beyond_margin``; None if it
+            counts in the whole box. Whoever calls the model applies it: the programs do not.
     """
 
     modalities: tuple[str, ...]
@@ -131,6 +134,7 @@ class Description:
     lesions: tuple[str, ...] = ()
     operating_point: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     box: tuple[int, ...] = ()
+    margin_mm: float | None = None
 
     @property
     def num_channels(self) -> int:
@@ -675,6 +679,9 @@ def _check_description(facts: Description) -> None:
         raise _odd("box", "3 numbers of voxels, or none", box)
     if any(n > limit for n, limit in zip(box, size, strict=False)):
         raise _odd("box", f"no larger than the grid of {tuple(size)} voxels", box)
+    margin = facts.margin_mm
+    if margin is not None and not (box and _is_number(margin) and 0 <= margin < math.inf):
+        raise _odd("margin_mm", "a number of at least 0 beside a box, or nothing", margin)
     if (
         not isinstance(spacing, list | tuple)
         or len(spacing) != 3

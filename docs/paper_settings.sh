@@ -149,6 +149,7 @@ settings=(
   --cascade.coarser 1 2 2
   --cascade.steps None
   --cascade.box-mm 60 72 72
+  --cascade.margin-mm 6.0
   # Prediction
   --predict.overlap 0.5
   --predict.flip True

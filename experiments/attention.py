@@ -27,7 +27,7 @@ from data_pipelines.faults import DataError
 from data_pipelines.short_help import program
 from data_pipelines.targets import foreground
 from experiments.measuring import statistics
-from experiments.prediction.windows import predict_case
+from experiments.prediction.windows import through_windows
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
 from experiments.run_folder import RunFolder
@@ -258,7 +258,7 @@ def measure(
     fold_of = {case_id: fold for fold, case_ids in run.of_fold.items() for case_id in case_ids}
 
     def maps_of(params: Any, case: Case) -> np.ndarray:
-        found = predict_case(programs.attention, params, case, config, len(names) * num_stages)
+        found = through_windows(programs.attention, params, case, config, len(names) * num_stages)
         return found.reshape(*case.label.shape, len(names), num_stages).astype(np.float64)
 
     findings = Findings(str(folder), names, num_stages, run.patients)

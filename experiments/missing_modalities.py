@@ -117,9 +117,7 @@ def measure(
     for params, case, see in finished.cases(devices):
         for without, poorer in withheld(case, names):
             seen = see(poorer)
-            probability = to_original(
-                predict_case(program, params, seen, config, config.network.num_classes), seen
-            )
+            probability = to_original(predict_case(program, params, seen, config), seen)
             rows = measure_case(
                 case.case_id,
                 case.patient_id,

@@ -150,6 +150,7 @@ def describe(
         license=license,
         operating_point=operating_point or {},
         box=box_of(config) if config.cascade.target else (),
+        margin_mm=config.cascade.margin_mm if config.cascade.target else None,
     )
 
 

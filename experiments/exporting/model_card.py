@@ -88,9 +88,12 @@ def _box(description: export.Description) -> str:
     if not description.box:
         return ""
     cascade = description.provenance.get("config", {}).get("cascade", {})
+    margin = description.margin_mm
+    called = "" if margin is None else f"\n  Beyond {margin:g} mm of it nothing is called."
     return (
         f"- **Cascade**: a first network in this file finds {cascade.get('target', 'it')}; this\n"
-        f"  one sees a box of {_times(description.box)} voxels of the grid above around that.\n"
+        f"  one sees a box of {_times(description.box)} voxels of the grid above around that."
+        f"{called}\n"
     )
 
 

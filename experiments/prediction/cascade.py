@@ -1,4 +1,4 @@
-"""A case as the second network of a cascade sees it: the box around what the first one found."""
+"""A case as the second network of a cascade sees it, and where what it says there counts."""
 
 import dataclasses
 import zlib
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.case import STORED_UNIT, Case, Volume
+from data_pipelines.case import STORED_UNIT, Case, Volume, spacing_of
 
 FOUND = 0.5
 """Probability above which a voxel is of what the first network finds."""
@@ -77,6 +77,38 @@ def box_around(probability: np.ndarray, first: Case, case: Case, size: tuple[int
     stored = np.round(box / STORED_UNIT).astype(np.int16)
     kept = zlib.compress(stored.tobytes(), 1)
     return Found((z, y, x), (depth, height, width), kept, remark)
+
+
+def beyond_margin(cut: Case, margin_mm: float) -> np.ndarray:
+    """Voxels ``d h w`` of a box that are more than ``margin_mm`` from what was found in it.
+
+    Found is the largest part; distances are Euclidean, from the middles of voxels. Where nothing
+    was found, no voxel is beyond.
+
+    Args:
+        cut: as ``Found.cut`` gives it.
+        margin_mm: 0 keeps the part alone.
+    """
+    import scipy.ndimage  # slow to load, and not needed for --help
+
+    from data_pipelines.preparing import geometry
+
+    parts, voxels = geometry.parts_of(cut.image[..., -1] > FOUND / STORED_UNIT)
+    if not voxels.size:
+        return np.zeros(parts.shape, bool)
+    outside = parts != 1 + voxels.argmax()
+    distance = scipy.ndimage.distance_transform_edt(outside, sampling=spacing_of(cut.affine))
+    return np.asarray(distance) > margin_mm
+
+
+def as_background(probability: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Probabilities ``d h w k`` that are those of background alone in some places ``d h w``.
+
+    That is 0 for ``k = 1``, and the first of several classes.
+    """
+    background = np.zeros(probability.shape[-1], probability.dtype)
+    background[0] = probability.shape[-1] > 1
+    return np.where(where[..., None], background, probability)
 
 
 def _times(sizes: tuple[int, ...]) -> str:

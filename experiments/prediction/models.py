@@ -15,7 +15,7 @@ from data_pipelines.case import STORED_UNIT, Case, RawCase, Volume
 from data_pipelines.config import DataConfig, PreprocessConfig
 from data_pipelines.faults import DataError
 from data_pipelines.targets import target_of
-from experiments.prediction.cascade import box_around
+from experiments.prediction.cascade import as_background, beyond_margin, box_around
 from experiments.prediction.outputs import Extras, Facts, Settings, model_facts
 from experiments.process.records import RecordError, decode, encode
 from experiments.settings.stored import from_json
@@ -197,9 +197,21 @@ class Models:
 
 
 def run_program(model: export.Model, case: Case, program: str = "predict") -> EnsemblePrediction:
-    """What a program of one model says of a case that was prepared for it."""
+    """What a program of one model says of a case that was prepared for it.
+
+    Of a model in a cascade, what lies beyond the margin around what was found is background, and
+    that is sure.
+    """
     image = case.image.astype(np.float32) * np.float32(STORED_UNIT)
-    return model.predict(image, case.present, program=program)
+    said = model.predict(image, case.present, program=program)
+    margin_mm = model.description.margin_mm
+    if margin_mm is None or program not in ("predict", "drawn"):
+        return said
+    beyond = beyond_margin(case, margin_mm)
+    spread = np.where(beyond[..., None], 0, said.disagreement)
+    if program == "drawn":
+        return EnsemblePrediction(np.where(beyond[..., None], 0, said.probability), spread)
+    return EnsemblePrediction(as_background(said.probability, beyond), spread)
 
 
 def _on_grid_of(first: Case, case: Case, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

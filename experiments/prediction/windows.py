@@ -19,6 +19,7 @@ from cmsad_jax.modules.network import (
     probabilities_of_distance,
 )
 from data_pipelines.case import STORED_UNIT, Case
+from experiments.prediction.cascade import as_background, beyond_margin
 from experiments.settings.config import Config, window
 
 Params: TypeAlias = "Mapping[str, Params | np.ndarray | jax.Array]"
@@ -103,9 +104,23 @@ def scaled_image(case: Case) -> np.ndarray:
 
 
 def predict_case(
+    program: Callable[..., jax.Array], params: Params, case: Case, config: Config
+) -> np.ndarray:
+    """Probabilities ``d h w k`` of a whole reference grid by ``Programs.predict``.
+
+    In a cascade the case is the box, and beyond the margin around what was found is background.
+    """
+    probability = through_windows(program, params, case, config, config.network.num_classes)
+    margin_mm = config.cascade.margin_mm
+    if not config.cascade.target or margin_mm is None:
+        return probability
+    return as_background(probability, beyond_margin(case, margin_mm))
+
+
+def through_windows(
     program: Callable[..., jax.Array], params: Params, case: Case, config: Config, num_outputs: int
 ) -> np.ndarray:
-    """``d h w k`` output of ``Programs.predict`` or ``.attention`` on a whole reference grid."""
+    """``d h w k`` output of one of ``Programs`` on a whole reference grid."""
     space = window(config)
     return sliding_window(
         partial(program, params),

@@ -10,7 +10,7 @@ from data_pipelines.case import Case, spacing_of
 from data_pipelines.files import atomic_file
 from data_pipelines.targets import IGNORED
 from experiments.measuring.rows import Row
-from experiments.prediction.windows import Params, predict_case, scaled_image
+from experiments.prediction.windows import Params, predict_case, scaled_image, through_windows
 from experiments.settings.config import Config
 from experiments.training.programs import Programs
 
@@ -44,16 +44,16 @@ def save_figure(config: Config, programs: Programs, params: Params, case: Case, 
     modalities, num_stages = config.data.modalities, config.network.encoder.num_stages
     maps: dict[str, np.ndarray] = {}
     if config.network.fusion.kind != "early":
-        attention = predict_case(
+        attention = through_windows(
             programs.attention, params, case, config, len(modalities) * num_stages
         ).reshape(*case.label.shape, len(modalities), num_stages)
         largest = np.maximum(attention.max((0, 1, 2)), 1e-12)
         coarse = np.stack([mean_pool(volume / largest) for volume in attention])
         maps["attention"] = np.round(255 * coarse).astype(np.uint8)
     if programs.modality_weights is not None:
-        weights = predict_case(programs.modality_weights, params, case, config, len(modalities))
+        weights = through_windows(programs.modality_weights, params, case, config, len(modalities))
         maps["modality_weights"] = weights.mean((0, 1, 2))
-    probability = predict_case(programs.predict, params, case, config, config.network.num_classes)
+    probability = predict_case(programs.predict, params, case, config)
     with atomic_file(file) as partial:
         np.savez_compressed(
             partial,

@@ -296,9 +296,11 @@ def _cascade(run: RunFolder) -> str:
         return ""
     cascade = run.read_config().cascade
     box = " x ".join(f"{mm:g}" for mm in cascade.box_mm)
+    margin = cascade.margin_mm
+    called = "" if margin is None else f", and beyond {margin:g} mm of it nothing is called"
     return (
         f"a first network finds {cascade.target} (its own report: {run.first.name}/report.html); "
-        f"beyond a box of {box} mm around it nothing is looked at"
+        f"beyond a box of {box} mm around it nothing is looked at{called}"
     )
 
 

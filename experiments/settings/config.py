@@ -108,6 +108,8 @@ class CascadeConfig:
     """Updates of the first for each fold; by default as many as of the second."""
     box_mm: tuple[float, float, float] = (60.0, 72.0, 72.0)
     """Size of the box around what was found, d h w, beyond which the second sees nothing."""
+    margin_mm: float | None = 6.0
+    """Within the box, how far from what was found something may be called; None: anywhere."""
 
     def __post_init__(self):
         if any(n < 1 for n in self.coarser):
@@ -119,6 +121,11 @@ class CascadeConfig:
             raise ConfigError(
                 f"the box of a cascade must be above 0 mm; got {self.box_mm}. "
                 "Use --cascade.box-mm 60 72 72."
+            )
+        if self.margin_mm is not None and not 0 <= self.margin_mm < math.inf:
+            raise ConfigError(
+                f"the margin of a cascade must be at least 0 mm; got {self.margin_mm}. "
+                "Use --cascade.margin-mm=6, or None for the whole box."
             )
         if self.steps is not None and self.steps < 1:
             raise ConfigError(

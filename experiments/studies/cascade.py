@@ -42,9 +42,7 @@ class Cascade:
     def see(self, params: Params, case: Case) -> Found:
         """What a first network finds in a case, of which it sees the modalities that it has."""
         coarse = dataclasses.replace(self._source[case.case_id], present=case.present)
-        found = predict_case(
-            self._predict, params, coarse, self.config, self.config.network.num_classes
-        )
+        found = predict_case(self._predict, params, coarse, self.config)
         return box_around(found, coarse, case, box_of(self._second))
 
     def params(self, fold: int) -> Params:

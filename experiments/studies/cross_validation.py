@@ -397,7 +397,7 @@ def predict_and_measure(
     target, affine = config.data.definition, case.original_affine
     classes = target.part_names
     probability = preprocessing.to_original(
-        predict_case(programs.predict, params, case, config, config.network.num_classes), case
+        predict_case(programs.predict, params, case, config), case
     )
     foreground = probability if len(classes) == 1 else probability[..., 1:]
     files = [folder.mask(case.case_id), *folder.probabilities(case.case_id, classes)]

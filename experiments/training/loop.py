@@ -41,9 +41,7 @@ def reference_dice(
     for case in cases:
         if not foreground(case.label).any():
             continue
-        probability = predict_case(
-            programs.predict, params, case, config, config.network.num_classes
-        )
+        probability = predict_case(programs.predict, params, case, config)
         mask = to_mask(probability, config.predict.threshold)
         target = config.data.definition
         mask[case.label == IGNORED] = 0

@@ -151,7 +151,7 @@ def test_maps_that_hardly_depend_on_the_patient_have_collapsed(
         shape = (*case.label.shape, num_outputs)
         return (1 - share) * np.resize(pattern, shape) + share * rng.random(shape)
 
-    monkeypatch.setattr(attention, "predict_case", made)
+    monkeypatch.setattr(attention, "through_windows", made)
     focus, _ = attention.measure(run, "cpu")
     assert {row.collapsed for row in focus} == {collapsed}
     assert all(0 < row.between_patients < row.before_training for row in focus)

@@ -22,8 +22,9 @@ from data_pipelines.serving import loading
 from experiments import missing_modalities, predict
 from experiments.exporting.artifact import write_artifact
 from experiments.exporting.opening import open_models
-from experiments.prediction.cascade import box_around
-from experiments.prediction.models import Models
+from experiments.prediction.cascade import as_background, beyond_margin, box_around
+from experiments.prediction.models import Models, run_program
+from experiments.prediction.windows import predict_case
 from experiments.run_folder import RunFolder
 from experiments.settings.cascade import first_config
 from experiments.settings.command_line import complete, parse, without_effect
@@ -119,6 +120,40 @@ def test_a_coarse_grid_is_met_by_physical_position():
     np.testing.assert_allclose(inner, np.arange(1, 7) / 10, atol=STORED_UNIT)
 
 
+@pytest.mark.parametrize(
+    ("margin_mm", "along_x", "along_y", "along_z"),
+    [(0.0, 1, 1, 1), (1.9, 1, 3, 1), (2.0, 3, 5, 1), (3.0, 3, 7, 3), (99.0, 8, 8, 6)],
+)
+def test_beyond_a_margin_in_mm_is_background(margin_mm, along_x, along_y, along_z):
+    """One voxel of 3 x 1 x 2 mm is found, and a fainter place that is none: lines through it."""
+    case = case_of((6, 8, 8), (3.0, 1.0, 2.0))
+    probability = np.zeros((6, 8, 8, 1), np.float32)
+    probability[2, 4, 4], probability[5, 0, 0] = 0.9, 0.5
+    cut = box_around(probability, case, case, (6, 8, 8)).cut(case)
+    within = ~beyond_margin(cut, margin_mm)
+    lines = within[2, 4, :], within[2, :, 4], within[:, 4, 4]
+    assert [line.sum() for line in lines] == [along_x, along_y, along_z]
+    assert within[2, 4, 4]
+
+
+def test_the_margin_is_around_the_largest_part_and_nowhere_without_one():
+    found, case = found_at(((0, 2), (0, 2), (0, 2)), ((5, 6), (6, 8), (7, 8)), size=(6, 8, 8))
+    within = ~beyond_margin(found.cut(case), 0.0)
+    assert within.sum() == 8
+    assert within[:2, :2, :2].all()
+    nothing, case = found_at()
+    assert not beyond_margin(nothing.cut(case), 0.0).any()
+
+
+def test_background_of_one_class_is_nothing_and_of_several_the_first():
+    where = np.array([[[True, False]]])
+    one = as_background(np.full((1, 1, 2, 1), 0.7, np.float32), where)
+    np.testing.assert_array_equal(one[0, 0, :, 0], np.float32([0, 0.7]))
+    several = as_background(np.full((1, 1, 2, 4), 0.25, np.float32), where)
+    np.testing.assert_array_equal(several[0, 0], [[1, 0, 0, 0], [0.25] * 4])
+    assert one.dtype == several.dtype == np.float32
+
+
 def test_of_several_classes_whatever_is_no_background_is_found():
     case = case_of((6, 8, 8), (3.0, 1.0, 1.0))
     probability = np.zeros((6, 8, 8, 3), np.float32)
@@ -147,6 +182,8 @@ def test_settings_of_the_first_network_follow_from_those_of_the_second(tmp_path)
     [
         ({"coarser": (1, 0, 2)}, "1 or more times as large; got (1, 0, 2)"),
         ({"box_mm": (60.0, 0.0, 60.0)}, "must be above 0 mm; got (60.0, 0.0, 60.0)"),
+        ({"margin_mm": -1.0}, "must be at least 0 mm; got -1.0. Use --cascade.margin-mm=6, or Non"),
+        ({"margin_mm": float("nan")}, "must be at least 0 mm; got nan"),
         ({"steps": 0}, "cascade.steps must be at least 1; got 0"),
     ],
 )
@@ -278,7 +315,10 @@ def test_no_first_network_has_seen_the_validation_patients_of_its_fold(run):
 
 
 def test_the_report_says_that_it_is_one_and_where_the_first_is(run):
-    said = "a first network finds gland (its own report: first/report.html); beyond a box of 24 x"
+    said = (
+        "a first network finds gland (its own report: first/report.html); beyond a box of "
+        "24 x 60 x 60 mm around it nothing is looked at, and beyond 6 mm of it nothing is called"
+    )
     for report in (RunFolder(run.output).report_html, RunFolder(run.output).report_markdown):
         assert said in report.read_text("utf-8")
     first = RunFolder(RunFolder(run.output).first)
@@ -300,6 +340,33 @@ def test_beyond_the_box_nothing_is_found(run):
     outside = ((inside < -0.5) | (inside > np.array([19.5, 19.5, 7.5]))).any(-1).T
     assert outside.any()
     assert probability[outside].max() == 0 < probability.max()
+
+
+def test_beyond_the_margin_nothing_is_called_in_a_run_and_of_its_artifact(run):
+    """Of a network that calls everything, the gland and 6 mm around it are left."""
+    probability = np.zeros((8, 20, 20, 1), np.float32)
+    probability[3:5, 8:12, 8:12] = 1
+    case = case_of((8, 20, 20), (3.0, 3.0, 3.0))
+    third = np.zeros((8, 20, 20, 1), np.int16)
+    image = np.concatenate([case.image, third], -1)
+    case = dataclasses.replace(case, image=image, present=np.ones(3, bool))
+    cut = box_around(probability, case, case, (8, 20, 20)).cut(case)
+    within = ~beyond_margin(cut, 6.0)
+
+    def everything(params, windows, present):
+        return jnp.full((*windows.shape[:-1], 1), 0.9)
+
+    found = predict_case(everything, {}, cut, run)
+    np.testing.assert_allclose(found[..., 0], 0.9 * within, rtol=1e-6)
+    assert within.sum() == 32 + 2 * 2 * (16 + 8 + 8) + 4 * (4 + 4 + 2) + 8  # faces, edges, corners
+    anywhere = dataclasses.replace(run, cascade=dataclasses.replace(run.cascade, margin_mm=None))
+    assert predict_case(everything, {}, cut, anywhere).min() > 0.8
+    (model,) = open_models(run.output, (1,), {}).each
+    assert model.description.margin_mm == 6
+    model = dataclasses.replace(model, programs={"predict": everything, "drawn": everything})
+    for program in ("predict", "drawn"):
+        said = run_program(model, cut, program).probability
+        np.testing.assert_allclose(said[..., 0], 0.9 * within, rtol=1e-6)
 
 
 def test_a_run_goes_on_where_it_was_and_trains_no_first_network_again(run, monkeypatch, capsys):
@@ -330,7 +397,9 @@ def test_an_artifact_holds_both_networks_and_predicts_as_the_run(run, tmp_path, 
     assert model.description.box == (8, 20, 20)
     assert model.first.description.target == "gland"
     assert model.select(["fold_1"]).first.description.members == ("fold_1",)
+    assert model.description.margin_mm == 6
     assert "a first network in this file finds gland; this" in model.card
+    assert "Beyond 6 mm of it nothing is called." in model.card
     with pytest.raises(ConfigError, match="of a cascade a channel of the first's result"):
         model(np.zeros((8, 20, 20, 3), np.float32))
     case_id = RunFolder(run.output).read_folds().validation[1][0]
@@ -413,10 +482,14 @@ def test_artifacts_of_half_a_cascade_are_refused(run, tmp_path):
     export.save(tmp_path / "deep.cmsad", **facts, **parts, first=whole)
     with pytest.raises(ConfigError, match="got a cascade within a cascade"):
         export.load(tmp_path / "deep.cmsad")
-    boxless = dataclasses.replace(model.description, box=())
+    boxless = dataclasses.replace(model.description, box=(), margin_mm=None)
     export.save(tmp_path / "x.cmsad", **{**facts, "description": boxless}, **parts, first=first)
     with pytest.raises(ConfigError, match="windows of shape"):  # one channel less
         export.load(tmp_path / "x.cmsad")
+    for odd in (-1.0, float("inf")):
+        strange = dataclasses.replace(model.description, margin_mm=odd)
+        with pytest.raises(ConfigError, match="margin_mm must be a number of at least 0 beside"):
+            export.save(tmp_path / "z.cmsad", **{**facts, "description": strange}, **parts)
     larger = dataclasses.replace(model.description, box=(99, 20, 20))
     with pytest.raises(ConfigError, match="box must be no larger than the grid"):
         export.save(tmp_path / "y.cmsad", **{**facts, "description": larger}, **parts)

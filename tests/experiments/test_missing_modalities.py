@@ -77,7 +77,7 @@ def test_each_case_is_predicted_by_its_own_fold_without_each_modality(
                     present[channel], image[..., channel] = False, 0
                 poorer = dataclasses.replace(case, image=image, present=present)
                 probability = preprocessing.to_original(
-                    predict_case(programs.predict, params, poorer, config, 1), case
+                    predict_case(programs.predict, params, poorer, config), case
                 )
                 measured = case_metrics(
                     to_mask(probability, 0.5),
