@@ -29,6 +29,10 @@ COMMANDS = {
         "experiments.missing_modalities",
         "what the lack of each modality costs finished runs",
     ),
+    "false_positives": (
+        "experiments.false_positives",
+        "how many false lesions of finished runs lie outside of the gland",
+    ),
     "attention": ("experiments.attention", "where the attention of finished runs lies"),
     "voxel_baseline": ("experiments.voxel_baseline", "what single voxels can tell"),
     "reproduce": ("experiments.reproduce", "repeat a step that was not finite"),

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from cmsad_jax.types import ConfigError
 from data_pipelines.faults import DataError, MissingDataError
 from data_pipelines.files import naming_path
@@ -222,6 +224,20 @@ class FoldFolder:
         """Probabilities of a case, of each class."""
         suffixes = [""] if len(classes) == 1 else [f"_{name}" for name in classes]
         return [self.path / "probabilities" / f"{case_id}{suffix}.nii.gz" for suffix in suffixes]
+
+    def read_probabilities(self, case_id: str, classes: Sequence[str]) -> np.ndarray:
+        """Probabilities ``d h w k`` of a case in its T2W frame: of several classes background, too.
+
+        Raises:
+            DataError: a file is missing, or cannot be read.
+        """
+        from data_pipelines.reading.volume_io import read_volume  # slow to load, not for --help
+
+        files = self.probabilities(case_id, classes)
+        foreground = np.stack([read_volume(file).array for file in files], -1)
+        if len(classes) == 1:
+            return foreground
+        return np.concatenate([1 - foreground.sum(-1, keepdims=True), foreground], -1)
 
     def not_finite(self, step: int) -> Path:
         """What is needed to repeat a step whose loss or gradient was not finite."""

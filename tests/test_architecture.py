@@ -56,6 +56,7 @@ FLOORS = {
                 "cv",
                 "evaluate",
                 "export",
+                "false_positives",
                 "fit",
                 "missing",
             ),

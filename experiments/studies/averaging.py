@@ -43,26 +43,25 @@ def average_runs(
     rule, classes = cross_validation.rule_of(config), config.data.definition.part_names
     rows: list[Row] = []
     for case_id, fold in sorted(folds[0].items()):
-        foreground = np.mean(
+        probability = np.mean(
             [
-                _probabilities(run, fold_of[case_id], case_id, classes)
+                run.fold(fold_of[case_id]).read_probabilities(case_id, classes)
                 for run, fold_of in zip(runs, folds, strict=True)
             ],
             0,
         )
-        background = 1 - foreground.sum(-1, keepdims=True)
         case = source[case_id]
-        if foreground.shape[:3] != case.original_shape:
+        if probability.shape[:3] != case.original_shape:
             raise DataError(
                 f"a probability must lie on the grid of its T2W file; got one of "
-                f"{foreground.shape[:3]} for {case_id} of {case.original_shape}. Restore the data "
+                f"{probability.shape[:3]} for {case_id} of {case.original_shape}. Restore the data "
                 "that the runs were trained on."
             )
         rows += measure_case(
             case_id,
             case.patient_id,
             fold,
-            foreground if len(classes) == 1 else np.concatenate([background, foreground], -1),
+            probability,
             case.original_truth,
             spacing_of(case.original_affine),
             rule,
@@ -84,11 +83,3 @@ def _fold_of(run: RunFolder) -> Mapping[str, int]:
     """In which fold each case was validated."""
     found = {row.case_id: row.fold for row in run.read_results().summary.metric_per_case}
     return {case_id: fold for case_id, fold in found.items() if fold is not None}
-
-
-def _probabilities(run: RunFolder, fold: int, case_id: str, classes: Sequence[str]) -> np.ndarray:
-    """``d h w k`` of the foreground classes, as the run wrote them."""
-    from data_pipelines.reading.volume_io import read_volume  # slow to load, not for --help
-
-    files = run.fold(fold).probabilities(case_id, classes)
-    return np.stack([read_volume(file).array for file in files], -1)

@@ -13,7 +13,7 @@ import tyro
 from cmsad_jax.types import ConfigError
 from data_pipelines import build, validate
 from data_pipelines.faults import DataError
-from experiments import ablation, compare, evaluate, export, plan, predict
+from experiments import ablation, compare, evaluate, export, false_positives, plan, predict
 from experiments.planning import fits
 from experiments.settings import command_line
 
@@ -42,6 +42,7 @@ def programs() -> dict[str, Callable[[list[str]], object]]:
         "experiments.compare": of(compare.CompareConfig, []),
         "experiments.evaluate": of(evaluate.EvaluateConfig, []),
         "experiments.export": of(export.ExportConfig, ["--run", "r", *paths]),
+        "experiments.false_positives": of(false_positives.FalsePositivesConfig, []),
         "experiments.fit": of(fits.FitCommand, []),
         "experiments.plan": of(plan.PlanCommand, [], **strict),
         "experiments.predict": of(predict.PredictCommand, ["--model", "m", "--input", "i", *paths]),

@@ -4,18 +4,14 @@ import numpy as np
 import pytest
 
 from cmsad_jax.types import ConfigError
-from data_pipelines.case import spacing_of
 from data_pipelines.faults import DataError, MissingDataError
-from data_pipelines.reading.volume_io import write_nifti
-from data_pipelines.serving import loading
 from experiments.compare import compare, compare_all, format_comparisons, main
-from experiments.measuring.cases import Rule, measure_case
 from experiments.measuring.summary import summarise
 from experiments.process.records import write_record
 from experiments.run_folder import SCHEMA, Results, RunFolder, RunRecord
-from experiments.settings.command_line import parse
 from experiments.settings.stored import to_json
 from tests.experiments.fake_run import row_of
+from tests.experiments.probable_run import phantom_source, probable_run
 
 
 def save_run(folder, dice, *, name="lesion", patients=None, fold=0):
@@ -144,44 +140,12 @@ def test_runs_of_equal_names_are_told_apart(tmp_path):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A configuration on eight drawn cases of a coarse grid, and these cases."""
-    config = parse(
-        [
-            f"--data.cache={tmp_path_factory.mktemp('cache')}",
-            *("--data.phantom.num-cases=8", "--num-folds=2"),
-            *("--data.preprocess.spacing-mm", "3", "3", "3"),
-            *("--data.preprocess.size", "12", "32", "32"),
-            *("--train.crop", "8", "32", "32"),
-        ]
-    )
-    return config, loading.build(config.data)
+    return phantom_source(tmp_path_factory.mktemp("cache"))
 
 
-def probable_run(folder, source, fold_of, strength_of):
-    """A run that says a probability for the lesion of each case, and 0.1 elsewhere."""
-    config, cases = source
-    run, rows = RunFolder(folder), []
-    for info in cases.info:
-        case, fold = cases[info.case_id], fold_of[info.case_id]
-        lesion = case.original_truth > 0
-        probability = np.where(lesion, strength_of[info.case_id], 0.1).astype(np.float32)
-        rows += measure_case(
-            info.case_id,
-            info.patient_id,
-            fold,
-            probability[..., None],
-            case.original_truth,
-            spacing_of(case.original_affine),
-            Rule("lesion", 0.5),
-        )
-        (file,) = run.fold(fold).probabilities(info.case_id, ("lesion",))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_nifti(file, probability, case.original_affine)
-    run.write_results(
-        Results(summarise(rows, [0, 1]), "lesion", ("lesion",), 0.5, "ema", 2, (0, 1))
-    )
-    write_record(run.config, RunRecord(to_json(config), cases.fingerprint), schema=SCHEMA)
-    return folder
+def finding(strength_of):
+    """A probability for the lesion of each case, and 0.1 elsewhere."""
+    return lambda case: np.where(case.original_truth > 0, strength_of[case.case_id], 0.1)
 
 
 def test_the_mean_of_runs_is_compared_and_proposed(source, tmp_path, capsys):
@@ -193,7 +157,7 @@ def test_the_mean_of_runs_is_compared_and_proposed(source, tmp_path, capsys):
     ranks = {case: positive.index(case) if case in positive else 0 for case in cases}
     weak = [{case: 0.9 if rank % 2 == n else 0.4 for case, rank in ranks.items()} for n in (0, 1)]
     a, b = (
-        probable_run(tmp_path / name, source, fold_of, strength)
+        probable_run(tmp_path / name, *source, fold_of, finding(strength))
         for name, fold_of, strength in zip("ab", folds, weak, strict=True)
     )
     mean = tmp_path / "mean"
@@ -214,7 +178,7 @@ def test_the_mean_of_runs_is_compared_and_proposed(source, tmp_path, capsys):
     write_record(RunFolder(a).config, RunRecord(to_json(source[0]), "others"), schema=SCHEMA)
     with pytest.raises(DataError, match=r"the data must be those that .*a was trained on; got oth"):
         main([str(a), str(b), "--average", str(tmp_path / "other")])
-    a = probable_run(tmp_path / "a", source, folds[0], weak[0])
+    a = probable_run(tmp_path / "a", *source, folds[0], finding(weak[0]))
     (file,) = RunFolder(b).fold(folds[1][cases[0]]).probabilities(cases[0], ("lesion",))
     file.unlink()
     with pytest.raises(DataError, match=f"probabilities/{cases[0]}.nii.gz"):
