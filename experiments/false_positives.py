@@ -124,7 +124,7 @@ def gather(run: Path, within: str) -> Located:
         )
     true, inside, outside, num_lesions = [], [], [], 0
     for case in progress(
-        loading.eval_cases(source, sorted(fold_of)), description=run.name, total=len(fold_of)
+        loading.eval_cases(source, sorted(fold_of)), description=str(run), total=len(fold_of)
     ):
         truth = case.original_truth
         probability = definition.probability_of(
