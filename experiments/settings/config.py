@@ -105,7 +105,7 @@ class CascadeConfig:
     coarser: tuple[int, int, int] = (1, 2, 2)
     """How many times as large as the second's the voxels of the first's grid are, d h w."""
     steps: int | None = None
-    """Updates of the first for each fold; by default as many as of the second."""
+    """Updates of the first for each fold; by default three times as many as of the second."""
     box_mm: tuple[float, float, float] = (60.0, 72.0, 72.0)
     """Size of the box around what was found, d h w, beyond which the second sees nothing."""
     margin_mm: float | None = 6.0

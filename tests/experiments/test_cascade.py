@@ -174,6 +174,8 @@ def test_settings_of_the_first_network_follow_from_those_of_the_second(tmp_path)
     assert first.data.preprocess.size == (20, 16, 16)
     assert first.data.preprocess.spacing_mm == (3.0, 6.0, 6.0)
     assert (first.train.crop, first.train.steps) == ((12, 16, 16), 7)
+    usual = parse(["--cascade.target=gland", "--train.steps=7", "--output", str(tmp_path)])
+    assert first_config(usual, tmp_path / "first").train.steps == 21
     assert (first.output, first.seed, first.loss) == (tmp_path / "first", second.seed, second.loss)
 
 
