@@ -29,9 +29,9 @@ from data_pipelines.serving import loading, splits
 from data_pipelines.short_help import program
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log, run_main
-from experiments.run_folder import RunFolder, folder_of
+from experiments.run_folder import RunFolder
 from experiments.settings.command_line import complete, parse
-from experiments.settings.config import Config, DistributedConfig, folds_asked, refuse_all, window
+from experiments.settings.config import Config, DistributedConfig, refuse_all, window
 from experiments.settings.options import REGISTRY
 from experiments.settings.presets import PRESETS
 from experiments.settings.systems import OF_ITS_OWN_SIZE, SYSTEMS
@@ -214,7 +214,7 @@ def run(command: AblationConfig, options: Sequence[str]) -> AblationTable:
         for variant in rows
         for seed in seeds
     ]
-    to_do = [config for config in configs if not is_done(config)]
+    to_do = [config for config in configs if not jobs.is_done(config)]
     log(f"{len(rows)} rows, {len(seeds)} seeds: {len(configs)} runs, {len(to_do)} of them to do")
 
     wanted = command.rows is None or LATE in command.rows
@@ -293,20 +293,6 @@ def keep_folds(output: Path, folds: splits.Folds) -> Path:
         )
     folds.save(path)
     return path
-
-
-def is_done(config: Config) -> bool:
-    """Whether the run folder holds all folds of this configuration, and a report of them.
-
-    Raises:
-        ConfigError: it holds another one.
-    """
-    folder = folder_of(config)
-    folder.refuse_other(config)
-    asked = {*folds_asked(config.folds, config.num_folds)}
-    if not folder.metrics.exists() or not asked <= {*(folder.read_results().folds_done or ())}:
-        return False
-    return folder.is_reported
 
 
 def late_fusion(output: Path, base: Config, source: loading.CaseSource, seed: int) -> None:

@@ -22,7 +22,7 @@ from data_pipelines.progress import progress
 from experiments.process.accelerator import select_accelerator
 from experiments.process.console import RunError, log, run_main
 from experiments.run_folder import folder_of
-from experiments.settings.config import Config
+from experiments.settings.config import Config, folds_asked
 from experiments.training.programs import Programs, compile_programs
 
 
@@ -57,6 +57,20 @@ def _cores() -> list[int]:
 def _shares(cores: Sequence[int], jobs: int) -> list[Sequence[int]]:
     """The cores of each job: none without, also where there are more jobs than cores."""
     return [cores[job::jobs] or [cores[job % len(cores)]] for job in range(jobs)]
+
+
+def is_done(config: Config) -> bool:
+    """Whether the run folder holds all folds of this configuration, and a report of them.
+
+    Raises:
+        ConfigError: it holds another one.
+    """
+    folder = folder_of(config)
+    folder.refuse_other(config)
+    asked = {*folds_asked(config.folds, config.num_folds)}
+    if not folder.metrics.exists() or not asked <= {*(folder.read_results().folds_done or ())}:
+        return False
+    return folder.is_reported
 
 
 def run_here(configs: Sequence[Config], done: Callable[[Path], str]) -> None:

@@ -76,7 +76,7 @@ def test_processes_give_what_one_gives_and_their_fault_ends_all(tmp_path, capsys
         assert said.count(f"done {config.output}") == 1
     losses = []
     for config in (*configs("here"), *configs("there")):
-        assert ablation.is_done(config)
+        assert jobs.is_done(config)
         losses.append(RunFolder(config.output).read_results().fold_summaries[0].loss)
     # sums over voxels are split among another number of cores
     assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
@@ -92,4 +92,4 @@ def test_processes_give_what_one_gives_and_their_fault_ends_all(tmp_path, capsys
         RunError, match=r"ended with status 2 and said:\s+error: (?s:.*)folds: 2 -> 3"
     ):
         jobs.run_in_processes([endless, other], 2, str)
-    assert not ablation.is_done(endless)
+    assert not jobs.is_done(endless)

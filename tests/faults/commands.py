@@ -120,7 +120,7 @@ def ablate(out: Path, cache: Path) -> None:
         dataclasses.replace(config, output=out / f"seed_{n}", seed=n, folds_file=folds_file)
         for n in (1, 2)
     ]
-    jobs.run_in_processes([run for run in runs if not ablation.is_done(run)], 2, str)
+    jobs.run_in_processes([run for run in runs if not jobs.is_done(run)], 2, str)
 
 
 def start(
