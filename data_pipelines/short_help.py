@@ -46,7 +46,11 @@ OF_READING: Options = (
 
 OF_TRAINING: Options = (
     *OF_DATA,
-    ("--preset NAME", "small, light, volume3d, slice2d; auto plans by data and device", "small"),
+    (
+        "--preset NAME",
+        "small, light, volume3d, slice2d; auto plans by data and device",
+        "small; for files auto",
+    ),
     ("--accelerator NAME", "auto, cpu, gpu or tpu", "auto"),
     ("--output FOLDER", "the run folder; the same command continues it", "below runs"),
     ("--num-folds N", "folds over patients", "5"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from cmsad_jax.types import ConfigError
 from data_pipelines.command_line import current_names
+from data_pipelines.config import origin_of
 from data_pipelines.short_help import CROSS_VALIDATION
 from experiments.planning import record, rules
 from experiments.planning.record import Plan
@@ -37,14 +38,21 @@ def configure(
 ) -> Planned:
     """What ``command_line.parse`` gives, planned first where ``auto`` or a plan is asked for.
 
-    A run folder that holds a plan is continued by it, whatever machine it is continued on.
+    Without a preset, data that are drawn are trained on with ``small``, and all others are planned
+    for. A run folder that holds a plan is continued by it, whatever machine it is continued on, and
+    one without a plan by ``small``.
 
     Raises:
         ConfigError, DataError: settings, data or a plan that cannot work.
     """
     arguments = current_names(sys.argv[1:] if arguments is None else arguments)
     preset, path = (command_line.typed(arguments, name) for name in ("preset", "plan"))
-    if preset != "auto" and path is None:
+    if preset is None and path is None:
+        asked = command_line.read(arguments, prog=prog, description=description)
+        if origin_of(asked.data.name).synthetic or _is_begun_without_plan(asked):
+            return Planned(command_line.complete(asked))
+        log("no --preset: planned for these data and this device, as with --preset=auto")
+    elif preset != "auto" and path is None:
         return Planned(command_line.parse(arguments, prog=prog, description=description))
     if preset not in (None, "auto"):
         raise ConfigError(
@@ -61,6 +69,13 @@ def configure(
     else:
         plan = planned(asked, given_values(asked, arguments))
     return Planned(followed(plan, asked, arguments), plan)
+
+
+def _is_begun_without_plan(asked: Config) -> bool:
+    from experiments.run_folder import RunFolder  # slow to load, and not needed for --help
+
+    folder = RunFolder(default_output(asked))
+    return folder.config.is_file() and not folder.plan.is_file()
 
 
 def asked_for(arguments: Sequence[str], **words: Any) -> Config:

@@ -182,6 +182,8 @@ def _side_mm(cases: Sequence[CaseFacts], axis: int) -> float:
     """The side of the ladder that holds the targets of these cases, with margin; 0 without any."""
     axes = (0,) if axis == 0 else (1, 2)  # square in plane, as it is turned there
     reach = max((case.reach_mm[a] for case in cases for a in axes), default=0.0)
+    if not reach:
+        return 0.0
     return float(next((s for s in LADDER_MM if s >= 2 * MARGIN * reach), LADDER_MM[-1]))
 
 

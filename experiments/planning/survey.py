@@ -46,6 +46,12 @@ def plan_for(
     data = dataclasses.replace(asked.data, preprocess=UNPLANNED, allow_missing=True)
     builder = open_builder(data)
     found = fingerprints.take(builder)
+    if not any(case.positive for case in found.cases):
+        raise DataError(
+            f"a plan needs a case that holds the target {data.target}; got none among "
+            f"{len(found.cases)}. Look at the label files with python -m data_pipelines.validate, "
+            "or correct --data.target."
+        )
     folds = folds_of(asked, found, given)
     if chip is not None:
         device, compiled = chips.absent(chip, memory_gib, chips_count), None

@@ -153,7 +153,7 @@ class Config:
     """One cross-validation run."""
 
     preset: Literal["auto", "small", "light", "volume3d", "slice2d"] = "small"
-    """Defaults: for CPUs, for volumes or slices on accelerators; auto plans by data and device."""
+    """Defaults for CPUs, volumes or slices on accelerators; auto, taken for files, plans."""
     plan: Path | None = None
     """Plan to follow, as python -m experiments.plan wrote it, edited or not."""
     accelerator: Accelerator = "auto"

@@ -116,7 +116,10 @@ OPTIONS = [
     *(("validate", *entry) for entry in short_help.OF_READING),
     *(("build", *entry) for entry in short_help.OF_READING),
 ]
-IN_WORDS = {"the phantom", "each", "all", "below runs", "one, or one for each CPU", ""}
+IN_WORDS = {
+    *("the phantom", "each", "all", "below runs", "one, or one for each CPU", ""),
+    "small; for files auto",
+}
 
 
 @pytest.mark.parametrize(("command", "option", "meaning", "default"), OPTIONS)

@@ -31,6 +31,7 @@ from experiments.settings.config import Config
 from experiments.settings.presets import PRESETS
 from experiments.training.compiled import Account
 from experiments.training.memory import GIB, Estimate
+from tests.data_pipelines.fabricate import raw_case, write_folder
 from tests.experiments import fingerprints as made
 
 CPU = chips.Target("cpu", "cpu", 12.0)
@@ -146,7 +147,24 @@ def test_three_patients_have_three_folds():
         plan_of(made.made(1, spacing=(3, 1, 1), size=(20, 100, 100)))
 
 
+def test_data_without_any_target_are_not_planned_for(tmp_path):
+    write_folder(tmp_path / "data", *(raw_case(f"c{n}", positive=False) for n in range(2)))
+    words = [f"--data.path={tmp_path / 'data'}", f"--data.cache={tmp_path / 'cache'}"]
+    with pytest.raises(DataError, match=r"holds the target lesion; got none among 2. Look at"):
+        configure.configure(words)
+
+
 # One rule each ----------------------------------------------------------------------------------
+
+
+def test_grid_is_the_field_of_view_where_no_target_is_known():
+    """Not the least side, which would hold all of none."""
+    known = known_of(made.made(3, spacing=(3.0, 1.0, 1.0), size=(20, 96, 96), positive=0))
+    decision = rules.size(
+        dataclasses.replace(known, values={"data.preprocess.spacing_mm": (3.0, 2.0, 2.0)})
+    )
+    assert decision.value == (20, 48, 48)
+    assert decision.basis == "all cases"
 
 
 def test_thick_slices_are_not_interpolated_and_cpus_take_coarser_pixels():
@@ -432,6 +450,28 @@ def test_run_folder_with_a_plan_is_continued_by_it(tmp_path, capsys):
     planned = configure.configure(["--preset=auto", f"--output={tmp_path}"])
     assert planned.plan == plan
     assert "the plan is that of the run folder" in capsys.readouterr().out
+
+
+def test_files_are_planned_for_and_what_is_drawn_is_not(tmp_path, capsys):
+    """Without a preset; a run that was begun without a plan goes on without one."""
+    folder = tmp_path / "data"
+    write_folder(folder, *(raw_case(f"case_{n}", seed=n) for n in range(3)))
+    words = [f"--data.path={folder}", f"--data.cache={tmp_path / 'cache'}", "--accelerator=cpu"]
+    planned = configure.configure([*words, f"--output={tmp_path / 'run'}"])
+    assert planned.plan is not None
+    assert planned.config.preset == "auto"
+    assert planned.config.num_folds == 3
+    assert "no --preset: planned for these data and this device" in capsys.readouterr().out
+    assert configure.configure([*words, "--preset=small"]).plan is None
+
+    drawn = configure.configure(["--data.name=phantom"])
+    assert (drawn.plan, drawn.config.preset) == (None, "small")
+
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_text("{}", encoding="utf-8")
+    goes_on = configure.configure([*words, f"--output={begun}"])
+    assert (goes_on.plan, goes_on.config.preset) == (None, "small")
 
 
 def test_stages_by_hand_go_over_those_of_the_plan(tmp_path):
