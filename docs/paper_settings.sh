@@ -40,9 +40,11 @@ settings=(
   # Attention across slices (none in the abstract): CSAM or CAT-Net, and their constants
   --network.encoder.slices none
   --network.encoder.slice-attention.stages None
+  --network.encoder.slice-attention.onward False
   --network.encoder.slice-attention.reduction 16
   --network.encoder.slice-attention.kernel 7
   --network.encoder.slice-attention.expansion 4
+  --network.encoder.slice-attention.opening 3.0
   --network.encoder.slice-attention.sampling False
   --network.encoder.slice-attention.rank 5
   --network.encoder.slice-attention.heads 3

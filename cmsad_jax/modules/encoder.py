@@ -16,6 +16,7 @@ from cmsad_jax.modules.slices import (
     SliceAttentionConfig,
     SliceMask,
     Slices,
+    of_slices,
     seen_slices,
     slice_attention,
     slices_apart,
@@ -199,7 +200,8 @@ class Encoder(nn.Module):
     """Encoder: the first block of stage ``s`` strides, the others follow.
 
     Returns the output of every stage, shallowest first: ``b d_s h_s w_s c_s``, in ``dtype``. With
-    attention across slices that is what comes of it, and what goes into the next stage.
+    attention across slices that is what comes of it; into the next stage goes what was before it,
+    as its authors have it, unless ``SliceAttentionConfig.onward``.
 
     Examples:
         >>> stages, _ = jax.eval_shape(
@@ -242,7 +244,7 @@ class Encoder(nn.Module):
         features = []
         if config.slices != "none":
             slices = seen_slices(x) if slices is None else slices
-            x = jnp.where(jnp.asarray(slices)[:, :, None, None, None], x, 0)
+            x = of_slices(x, slices)
         for stage in range(config.num_stages):
             x = slices_apart(x) if config.apart else x
             for block in range(config.blocks[stage]):
@@ -258,8 +260,11 @@ class Encoder(nn.Module):
             x = slices_together(x, shapes[stage][0]) if config.apart else x
             if slices is not None and config.slices != "none":
                 slices = slices if config.apart else slices_at(slices, config.strides[stage][0])
-                x = self._across_slices(stage, x, slices, keys)
-            features.append(x)
+                attended = self._across_slices(stage, x, slices, keys)
+                features.append(attended)
+                x = attended if config.slice_attention.onward else of_slices(x, slices)
+            else:
+                features.append(x)
         return tuple(features)
 
     def _across_slices(

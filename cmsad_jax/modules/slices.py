@@ -29,12 +29,16 @@ class SliceAttentionConfig:
 
     stages: tuple[int, ...] | None = None
     """Encoder stages that have it, from 0. All by default."""
+    onward: bool = False
+    """Whether what comes of it also goes into the next stage, not to fusion and decoder alone."""
     reduction: int = 16
     """CSAM: channels for each hidden unit of the attention over channels."""
     kernel: int = 7
     """CSAM: kernel of the attention in plane, in voxels, odd."""
     expansion: int = 4
     """CSAM: hidden units for each slice of the attention over slices."""
+    opening: float = 3.0
+    """CSAM: what each sigmoid begins with; of 0 an eighth of the features passes, of 3 86 %."""
     sampling: bool = False
     """CSAM: in training, draw the attention over slices from a learnt normal distribution."""
     rank: int = 5
@@ -48,6 +52,7 @@ class SliceAttentionConfig:
         for name in ("reduction", "kernel", "expansion", "rank", "heads", "pooling"):
             usual = getattr(SliceAttentionConfig, name)
             check_number(name, getattr(self, name), least=1, usual=usual, whole=True)
+        check_number("opening", self.opening, least=0, usual=3.0)
         if self.kernel % 2 == 0:
             raise ConfigError(
                 f"the kernel of CSAM's attention in plane must be odd; got {self.kernel}. Use 7."
@@ -69,6 +74,11 @@ def seen_slices(image: Float[Array | np.ndarray, "b d h w m"]) -> Bool[Array, "b
     return jnp.any(image != 0, (-3, -2, -1))
 
 
+def of_slices(x: Float[Array, "b d h w c"], mask: SliceMask) -> Float[Array, "b d h w c"]:
+    """The features of the slices that are there, 0 in the others."""
+    return jnp.where(jnp.asarray(mask)[:, :, None, None, None], x, 0)
+
+
 def slices_at(mask: SliceMask, stride: int) -> Bool[Array, "b d2"]:
     """The mask behind a stride along the depth: of the slices that it joins, any is there."""
     if stride == 1:
@@ -86,7 +96,9 @@ class CSAM(nn.Module):
     its covariance linear in ``relu(a)``; the means begin as ``relu(a)`` itself. Without keys the
     means are taken. Attention in float32.
 
-    The weights over slices are of one depth: that of the crops it is trained on.
+    The biases begin such that each sigmoid is of ``config.opening``, and the features pass; that
+    is ours, the authors' begin near 0. The weights over slices are of one depth: that of the crops
+    it is trained on.
     """
 
     config: SliceAttentionConfig = SliceAttentionConfig()
@@ -113,14 +125,15 @@ class CSAM(nn.Module):
         there = jnp.asarray(mask)[:, :, None, None, None]
         x = jnp.where(there, x, 0)
 
-        of_channels = _Bottleneck(max(1, channels // config.reduction), name="semantic")
+        begun = config.opening / 2  # of each of two terms
+        of_channels = _Bottleneck(max(1, channels // config.reduction), begun, name="semantic")
         highest, mean = _pooled(x, there, (1, 2, 3))
         gate = of_channels(highest) + of_channels(mean)
         x = x * _gate(gate, x)[:, None, None, None]
-        of_places = Conv(1, (config.kernel, config.kernel), name="positional")
+        of_places = Conv(1, (config.kernel, config.kernel), bias=config.opening, name="positional")
         gate = of_places(jnp.stack(_pooled(x, there, (1, 4)), -1))
         x = x * _gate(gate, x)[:, None]
-        of_slices = _Bottleneck(config.expansion * depth, name="slice")
+        of_slices = _Bottleneck(config.expansion * depth, begun, name="slice")
         highest, mean = _pooled(x, there, (2, 3, 4))
         gate = of_slices(highest) + of_slices(mean)
         if config.sampling:
@@ -241,11 +254,13 @@ class _Bottleneck(nn.Module):
     """Two dense layers, as many outputs as inputs."""
 
     hidden: int
+    bias: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n"]) -> Float[Array, "b n"]:
         inside = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
-        return nn.Dense(x.shape[-1], name="output")(inside)
+        bias_init = nn.initializers.constant(self.bias)
+        return nn.Dense(x.shape[-1], bias_init=bias_init, name="output")(inside)
 
 
 def _pooled(

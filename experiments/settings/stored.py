@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from cmsad_jax.modules.encoder import EncoderConfig
 from cmsad_jax.types import ConfigError
 from data_pipelines.config import MOVED, DataConfig
 
@@ -44,6 +45,10 @@ _BEFORE: Mapping[str, dict[str, Any]] = {"LossConfig": {"teachers": ["all"]}}
 """What runs did that were stored before a field existed, where today's default is another."""
 
 
+_ATTENTION_BEFORE: Mapping[str, Any] = {"onward": True, "opening": 0.0}
+"""The same of attention across slices, where there is some: without it, nothing was otherwise."""
+
+
 def to_json(config: Any) -> Any:
     """A configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -60,6 +65,8 @@ def from_json(kind: type[T], values: Any) -> T:
     hints = typing.get_type_hints(kind)
     if kind is DataConfig:
         values = _with_options_moved(values)
+    if kind is EncoderConfig and values.get("slices", "none") != "none":
+        values = values | {"slice_attention": _ATTENTION_BEFORE | values["slice_attention"]}
     values = _BEFORE.get(kind.__name__, {}) | values
     unknown = sorted(values.keys() - hints.keys())
     if unknown:

@@ -11,6 +11,14 @@ from cmsad_jax.modules import baselines
 from cmsad_jax.modules.slices import Slices
 from experiments.settings.config import CascadeConfig, Config
 
+SLICES_AT_ONCE = 6
+"""Depth of the crops of a network with attention across slices (2.5D)."""
+
+POSITIVE_CROPS = 0.6
+"""Share of such crops that hold target. As many slices hold some then as where slices are drawn one
+by one, a third of them with target; of deeper crops, and with a third, the networks learn less
+(``experiments/RESULTS.md``)."""
+
 
 def slices_alone(config: Config) -> Config:
     """A network of slices, which sees as many of them a step as the volumes of a batch hold."""
@@ -27,15 +35,17 @@ def slices_alone(config: Config) -> Config:
 def across_slices(config: Config, kind: Slices) -> Config:
     """The same network with attention across the slices of a crop (2.5D).
 
-    Of a run on slices, crops are as deep as the volume, and as many fewer.
+    Crops are of ``SLICES_AT_ONCE``, and as many as make up the same number of slices.
     """
     depth, *plane = config.train.crop
-    train = config.train
-    if depth == 1:
-        depth = config.data.preprocess.size[0]
-        train = dataclasses.replace(
-            train, crop=(depth, *plane), batch_size=max(1, train.batch_size // depth)
-        )
+    slices = depth * config.train.batch_size
+    depth = min(SLICES_AT_ONCE, config.data.preprocess.size[0])
+    train = dataclasses.replace(
+        config.train,
+        crop=(depth, *plane),
+        batch_size=max(1, slices // depth),
+        foreground_share=POSITIVE_CROPS,
+    )
     encoder = dataclasses.replace(baselines.in_plane(config.network.encoder), slices=kind)
     network = dataclasses.replace(config.network, encoder=encoder)
     return dataclasses.replace(config, network=network, train=train)

@@ -86,11 +86,16 @@ def test_systems_are_rows_where_they_are_asked_for(tmp_path):
         assert not config.loss.distils_maps
         voxels = config.train.batch_size * np.prod(config.train.crop)
         assert voxels == full.train.batch_size * np.prod(full.train.crop)
-        assert window(config) == full.train.crop[-encoder.rank :]
+        depth = 1 if name == "slice2d" else 6
+        assert config.train.crop == (depth, *full.train.crop[1:])
+        assert window(config) == config.train.crop[-encoder.rank :]
+        share = full.train.foreground_share if name == "slice2d" else 0.6
+        assert config.train.foreground_share == share
     slices = rows_of(tmp_path, config="slice2d", rows=("csam",))
     assert slices["full"].train.crop[0] == 1
-    assert slices["csam"].train.crop == (20, *slices["full"].train.crop[1:])
-    assert slices["csam"].train.batch_size == 1
+    assert slices["full"].train.batch_size == 16
+    assert slices["csam"].train.crop == (6, *slices["full"].train.crop[1:])
+    assert slices["csam"].train.batch_size == 2
 
 
 def test_options_hold_for_all_rows_and_replace_those_of_the_preset(tmp_path):

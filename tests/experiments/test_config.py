@@ -75,6 +75,18 @@ def test_run_stored_before_others_could_teach_has_modalities_alone():
     assert from_json(Config, stored).loss.teachers == ("all",)
 
 
+def test_attention_across_slices_was_otherwise_before_its_settings_were_there():
+    """And a run without it is continued, though it was stored without them."""
+    for kind, onward in (("none", False), ("csam", True)):
+        config = complete(parse([f"--network.encoder.slices={kind}"]))
+        stored = to_json(config)
+        attention = stored["network"]["encoder"]["slice_attention"]
+        assert (attention.pop("onward"), attention.pop("opening")) == (False, 3.0)
+        read = from_json(Config, stored)
+        assert read.network.encoder.slice_attention.onward is onward
+        assert (differences(to_json(read), to_json(config)) == []) is not onward
+
+
 def test_unknown_option_ends_with_status_2_and_says_which(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(["--train.stepz=5"])

@@ -12,7 +12,7 @@ import pytest
 
 from cmsad_jax import export
 from cmsad_jax.inference import sliding_window
-from cmsad_jax.modules import CMSAD, EncoderConfig, FusionConfig, NetworkConfig, network
+from cmsad_jax.modules import CMSAD, Encoder, EncoderConfig, FusionConfig, NetworkConfig, network
 from cmsad_jax.modules.slices import (
     CAT,
     CSAM,
@@ -131,6 +131,15 @@ def test_no_slice_at_all_is_finite(kind):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
+def test_csam_lets_features_pass_as_it_begins():
+    x, mask = jnp.zeros((1, 5, 7, 6, 4)).at[0, 2, 3, 3, 1].set(1e-3), np.ones((1, 5), bool)
+    for opening, passes in ((3.0, 0.9526**3), (0.0, 0.5**3)):
+        module = CSAM(dataclasses.replace(SMALL, opening=opening))
+        params = module.init(jax.random.key(0), x, mask)
+        found = jax.jit(module.apply)(params, x, mask)
+        assert found[0, 2, 3, 3, 1] == pytest.approx(1e-3 * passes, rel=5e-3)
+
+
 def test_csam_of_another_depth_is_refused():
     module, x = MODULES["csam"], features()
     params = random_params(module, x, np.ones((2, 5), bool))
@@ -219,6 +228,23 @@ def test_slices_of_a_crop_meet_in_the_attention_alone():
     found = together.features["t2w"][0].reshape(expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(together.logits.reshape(apart.logits.shape) - apart.logits).max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_next_stage_is_given_what_was_before_the_attention_unless_told(kind):
+    image = images()[..., :1]
+    found = {}
+    for onward in (False, True):
+        attention = SliceAttentionConfig(stages=(0,), onward=onward)
+        config = dataclasses.replace(two_stages(2), slices=kind, slice_attention=attention)
+        params = random_params(Encoder(config), image)
+        found[onward] = jax.jit(Encoder(config).apply)({"params": params}, image)
+    np.testing.assert_allclose(found[False][0], found[True][0], atol=1e-5)
+    assert np.abs(found[False][1] - found[True][1]).max() > 1e-4
+    blocks = {name: of for name, of in params.items() if "slices" not in name}
+    alone = jax.jit(Encoder(two_stages(2)).apply)({"params": blocks}, image.reshape(8, 8, 8, 1))
+    np.testing.assert_allclose(found[False][1].reshape(alone[1].shape), alone[1], atol=1e-5)
+    assert np.abs(found[False][0].reshape(alone[0].shape) - alone[0]).max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -321,6 +347,10 @@ def test_exported_window_slides_over_any_depth(kind):
     [
         (lambda: SliceAttentionConfig(kernel=4), "attention in plane must be odd; got 4. Use 7."),
         (lambda: SliceAttentionConfig(heads=0), "heads must be a whole number of at least 1"),
+        (
+            lambda: SliceAttentionConfig(opening=-1.0),
+            "opening must be a finite number of at least 0",
+        ),
         (
             lambda: dataclasses.replace(
                 two_stages(2), slices="cat", slice_attention=SliceAttentionConfig(stages=(3,))
