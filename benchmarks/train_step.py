@@ -200,6 +200,11 @@ def reduced(config: Config) -> Config:
     )
 
 
+def operations_of(config: Config) -> float:
+    """Of a step: a forward pass, and the two products of each for the gradients."""
+    return 3 * config.train.batch_size * count_operations(config.network, window(config))
+
+
 def time_steps(
     config: Config, *, names: Sequence[str] | None, effort: timing.Effort, compiled: bool
 ) -> list[Row]:
@@ -224,11 +229,7 @@ def time_steps(
     )
     best = min((measured[name].median_s for name in others), default=None)
     rate = timing.product_rate(config.network.dtype, effort=effort)
-    count = functools.cache(count_operations)
-    operations = {
-        name: 3 * one.config.train.batch_size * count(one.config.network, window(config))
-        for name, one in prepared.items()
-    }
+    operations = {name: operations_of(one.config) for name, one in prepared.items()}
     return [
         Row(
             preset=one.config.preset,
