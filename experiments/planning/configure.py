@@ -67,6 +67,9 @@ def configure(
         log(f"the plan is that of the run folder, {of_run}")
         plan = record.read(of_run)
     else:
+        from data_pipelines.building.builders import open_builder  # slow, not needed for --help
+
+        open_builder(asked.data).must_be_storable()  # before all files are measured
         plan = planned(asked, given_values(asked, arguments))
     return Planned(followed(plan, asked, arguments), plan)
 

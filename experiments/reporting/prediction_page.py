@@ -64,6 +64,7 @@ def write_prediction_page(
     cases = sorted(predictions.cases, key=_suspicion)
     there = [case for case in cases if case.error is None and case.case_id in {*case_ids}]
     facts = _facts(predictions, subject.description, cases, report)
+    facts["dicom_seg"] = any(folder.dicom_seg(case.case_id).is_file() for case in cases)
     html = page_templates().get_template("predictions.html.j2")
     num_rows = sum(len(case.candidates or ()) for case in there)
     without = len(html.render({**facts, "candidates": candidate_table(cases, {})}).encode())

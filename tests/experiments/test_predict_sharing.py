@@ -174,6 +174,7 @@ def test_dicom_seg_refers_to_its_series_and_holds_the_mask(shared):
     assert (segment.SegmentLabel, segment.SegmentAlgorithmType) == ("lesion", "AUTOMATIC")
     assert dciodvfy(file) == []
     assert not (shared / "out/dicom_seg/a.dcm").exists()  # of no DICOM series
+    assert "dicom_seg/*.dcm" in (shared / "out/predictions.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
