@@ -98,6 +98,7 @@ class Checkpoints:
         self._fold, self._data_fingerprint = fold, data_fingerprint
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: deque[Future[None]] = deque()
+        self._failed = False
 
     def save(
         self,
@@ -130,7 +131,7 @@ class Checkpoints:
             "config": to_json(self._config),
             "progress": dict(progress or {}),
         }
-        self._writing.append(self._writer.submit(self._write, name, host, record))
+        self._writing.append(self._writer.submit(self._write_in_turn, name, host, record))
 
     def restore(self, name: str, like: TrainState) -> TrainState:
         """The newest intact checkpoint of that name, with the structure and placement of ``like``.
@@ -184,6 +185,20 @@ class Checkpoints:
                 + "\nRemove the fold's folder to train it anew."
             )
         return path, record
+
+    def _write_in_turn(self, name: str, state: TrainState, record: Record) -> None:
+        """Write, unless a write before this one failed.
+
+        What was to be written next may wait already. A ``last`` whose ``best`` is not there would
+        be gone on from, and ``best`` never written.
+        """
+        if self._failed:
+            return
+        try:
+            self._write(name, state, record)
+        except BaseException:
+            self._failed = True
+            raise
 
     def _write(self, name: str, state: TrainState, record: Record) -> None:
         import orbax.checkpoint as ocp

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,6 +257,27 @@ def test_storage_that_fails_is_named_and_the_last_good_one_is_intact(config, mon
     monkeypatch.undo()
     assert os.listdir(config.output / "fold_0/checkpoints/last") == ["00000001"]
     assert same(saved(config).resume(state())[0], state(1))
+
+
+def test_nothing_is_written_behind_a_write_that_failed(config, monkeypatch):
+    """A ``last`` that waited its turn would be gone on from, without the ``best`` before it."""
+    begun, write = threading.Event(), Checkpoints._write
+
+    def fails_for_best(self, name, *rest):
+        assert begun.wait(60)
+        if name == "best":
+            raise OSError(errno.ENOSPC, "full")
+        write(self, name, *rest)
+
+    monkeypatch.setattr(Checkpoints, "_write", fails_for_best)
+    kept = Checkpoints(config.output / "fold_0" / "checkpoints", config)
+    kept.save("best", state(1), step=1)
+    kept.save("last", state(1), step=1)
+    begun.set()
+    with pytest.raises(OSError, match="full"):
+        kept.wait()
+    kept.close()
+    assert not (config.output / "fold_0" / "checkpoints" / "last").exists()
 
 
 def test_tracebacks_that_orbax_logs_of_what_it_raises_are_left_out(caplog):
