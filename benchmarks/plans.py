@@ -19,6 +19,7 @@ from benchmarks.made_sets import SETS
 from data_pipelines.faults import MissingDataError
 from experiments.measuring.summary import Summary
 from experiments.planning import configure, record
+from experiments.process.accelerator import select_accelerator
 from experiments.process.console import log
 from experiments.run_folder import folder_of
 from experiments.settings.config import Config
@@ -156,9 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-folds", type=int, default=5)
     parser.add_argument("--folds", type=int, nargs="+", help="folds to train; all without it")
     parser.add_argument("--seed", type=int, default=3, help="of data that are drawn, and of runs")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time, each on cores of its own"
-    )
+    parser.add_argument("--jobs", type=int, help="runs at a time; one for each core without it")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(arguments)
 
@@ -175,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for config in configs.values()
         if not jobs.is_done(config)
     ]
-    jobs.run_in_processes(to_do, options.jobs, lambda folder: f"{folder} is done")
+    platform = select_accelerator("auto")[0].platform
+    jobs.run_all(to_do, options.jobs, platform, lambda folder: f"{folder} is done")
     rows = [
         row
         for name, configs in of_set.items()

@@ -226,11 +226,7 @@ def run(command: AblationConfig, options: Sequence[str]) -> AblationTable:
         dice = "undefined" if entry.dice is None else f"{entry.dice:.3f}"
         return f"{folder}: Dice {dice}, {entry.num_cases} cases"
 
-    at_a_time = min(jobs.how_many(command.jobs, devices[0].platform), max(len(to_do), 1))
-    if at_a_time == 1:
-        jobs.run_here(to_do, done)
-    else:
-        jobs.run_in_processes(to_do, at_a_time, done)
+    jobs.run_all(to_do, command.jobs, devices[0].platform, done)
     if fused:
         for seed in seeds:
             late_fusion(command.output, base, source, seed)

@@ -16,12 +16,12 @@ from cmsad_jax.modules.slices import (
     SliceAttentionConfig,
     SliceMask,
     Slices,
-    of_slices,
     seen_slices,
     slice_attention,
     slices_apart,
     slices_at,
     slices_together,
+    where_seen,
 )
 from cmsad_jax.types import ConfigError, check_choices
 
@@ -244,7 +244,7 @@ class Encoder(nn.Module):
         features = []
         if config.slices != "none":
             slices = seen_slices(x) if slices is None else slices
-            x = of_slices(x, slices)
+            x = where_seen(x, slices)
         for stage in range(config.num_stages):
             x = slices_apart(x) if config.apart else x
             for block in range(config.blocks[stage]):
@@ -262,7 +262,7 @@ class Encoder(nn.Module):
                 slices = slices if config.apart else slices_at(slices, config.strides[stage][0])
                 attended = self._across_slices(stage, x, slices, keys)
                 features.append(attended)
-                x = attended if config.slice_attention.onward else of_slices(x, slices)
+                x = attended if config.slice_attention.onward else where_seen(x, slices)
             else:
                 features.append(x)
         return tuple(features)

@@ -25,7 +25,7 @@ SliceMask = Bool[Array | np.ndarray, "b d"]
 
 @dataclasses.dataclass(frozen=True)
 class SliceAttentionConfig:
-    """The constants of attention across slices; the defaults are those of its authors' code."""
+    """The constants of attention across slices; but for ``opening``, those of its authors' code."""
 
     stages: tuple[int, ...] | None = None
     """Encoder stages that have it, from 0. All by default."""
@@ -74,7 +74,7 @@ def seen_slices(image: Float[Array | np.ndarray, "b d h w m"]) -> Bool[Array, "b
     return jnp.any(image != 0, (-3, -2, -1))
 
 
-def of_slices(x: Float[Array, "b d h w c"], mask: SliceMask) -> Float[Array, "b d h w c"]:
+def where_seen(x: Float[Array, "b d h w c"], mask: SliceMask) -> Float[Array, "b d h w c"]:
     """The features of the slices that are there, 0 in the others."""
     return jnp.where(jnp.asarray(mask)[:, :, None, None, None], x, 0)
 
@@ -123,7 +123,7 @@ class CSAM(nn.Module):
         config, depth, channels = self.config, x.shape[1], x.shape[-1]
         self._check_depth(depth)
         there = jnp.asarray(mask)[:, :, None, None, None]
-        x = jnp.where(there, x, 0)
+        x = where_seen(x, mask)
 
         begun = config.opening / 2  # of each of two terms
         of_channels = _Bottleneck(max(1, channels // config.reduction), begun, name="semantic")

@@ -49,7 +49,13 @@ def configure(
     preset, path = (command_line.typed(arguments, name) for name in ("preset", "plan"))
     if preset is None and path is None:
         asked = command_line.read(arguments, prog=prog, description=description)
-        if origin_of(asked.data.name).synthetic or _is_begun_without_plan(asked):
+        begun = _is_begun_without_plan(asked)
+        if begun:
+            log(
+                f"{default_output(asked)} was begun without a plan, and goes on so; "
+                "--preset=auto plans a new run"
+            )
+        if begun or origin_of(asked.data.name).synthetic:
             return Planned(command_line.complete(asked))
         log("no --preset: planned for these data and this device, as with --preset=auto")
     elif preset != "auto" and path is None:

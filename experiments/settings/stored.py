@@ -66,7 +66,7 @@ def from_json(kind: type[T], values: Any) -> T:
     if kind is DataConfig:
         values = _with_options_moved(values)
     if kind is EncoderConfig and values.get("slices", "none") != "none":
-        values = values | {"slice_attention": _ATTENTION_BEFORE | values["slice_attention"]}
+        values = values | {"slice_attention": _ATTENTION_BEFORE | values.get("slice_attention", {})}
     values = _BEFORE.get(kind.__name__, {}) | values
     unknown = sorted(values.keys() - hints.keys())
     if unknown:

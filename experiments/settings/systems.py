@@ -9,15 +9,15 @@ from functools import partial
 
 from cmsad_jax.modules import baselines
 from cmsad_jax.modules.slices import Slices
-from experiments.settings.config import CascadeConfig, Config
+from experiments.settings.config import CascadeConfig, Config, TrainConfig
 
 SLICES_AT_ONCE = 6
 """Depth of the crops of a network with attention across slices (2.5D)."""
 
 POSITIVE_CROPS = 0.6
-"""Share of such crops that hold target. As many slices hold some then as where slices are drawn one
-by one, a third of them with target; of deeper crops, and with a third, the networks learn less
-(``experiments/RESULTS.md``)."""
+"""Share of such crops that hold target, where none is asked for. About as many slices hold some
+then as where they are drawn one by one (on the phantom 11 and 9 of 24); of deeper crops, and with
+a third of them, the networks learn less (``experiments/RESULTS.md``)."""
 
 
 def slices_alone(config: Config) -> Config:
@@ -35,16 +35,18 @@ def slices_alone(config: Config) -> Config:
 def across_slices(config: Config, kind: Slices) -> Config:
     """The same network with attention across the slices of a crop (2.5D).
 
-    Crops are of ``SLICES_AT_ONCE``, and as many as make up the same number of slices.
+    Crops are of ``SLICES_AT_ONCE``, or the fewer that are asked for, and as many as make up the
+    same number of slices.
     """
     depth, *plane = config.train.crop
     slices = depth * config.train.batch_size
-    depth = min(SLICES_AT_ONCE, config.data.preprocess.size[0])
+    depth = min(SLICES_AT_ONCE, depth if depth > 1 else config.data.preprocess.size[0])
+    share = config.train.foreground_share
     train = dataclasses.replace(
         config.train,
         crop=(depth, *plane),
         batch_size=max(1, slices // depth),
-        foreground_share=POSITIVE_CROPS,
+        foreground_share=POSITIVE_CROPS if share == TrainConfig().foreground_share else share,
     )
     encoder = dataclasses.replace(baselines.in_plane(config.network.encoder), slices=kind)
     network = dataclasses.replace(config.network, encoder=encoder)

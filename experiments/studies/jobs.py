@@ -73,6 +73,17 @@ def is_done(config: Config) -> bool:
     return folder.is_reported
 
 
+def run_all(
+    configs: Sequence[Config], asked: int | None, platform: str, done: Callable[[Path], str]
+) -> None:
+    """As many at a time as ``how_many`` allows; ``done`` as in ``run_here``."""
+    at_a_time = min(how_many(asked, platform), max(len(configs), 1))
+    if at_a_time == 1:
+        run_here(configs, done)
+    else:
+        run_in_processes(configs, at_a_time, done)
+
+
 def run_here(configs: Sequence[Config], done: Callable[[Path], str]) -> None:
     """One after another; neighbours that differ in their seed alone share compiled programs.
 

@@ -96,6 +96,9 @@ def test_systems_are_rows_where_they_are_asked_for(tmp_path):
     assert slices["full"].train.batch_size == 16
     assert slices["csam"].train.crop == (6, *slices["full"].train.crop[1:])
     assert slices["csam"].train.batch_size == 2
+    asked = ("--train.crop", "4", "48", "48", "--train.foreground-share=0.5")
+    thin = rows_of(tmp_path, asked, rows=("csam",))["csam"].train
+    assert (thin.crop, thin.batch_size, thin.foreground_share) == ((4, 48, 48), 2, 0.5)
 
 
 def test_options_hold_for_all_rows_and_replace_those_of_the_preset(tmp_path):

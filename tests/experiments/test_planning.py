@@ -472,6 +472,7 @@ def test_files_are_planned_for_and_what_is_drawn_is_not(tmp_path, capsys):
     (begun / "config.json").write_text("{}", encoding="utf-8")
     goes_on = configure.configure([*words, f"--output={begun}"])
     assert (goes_on.plan, goes_on.config.preset) == (None, "small")
+    assert f"{begun} was begun without a plan, and goes on so" in capsys.readouterr().out
 
 
 def test_stages_by_hand_go_over_those_of_the_plan(tmp_path):
